@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded model: a LLaVA-1.5 architecture of under 3 M parameters, its tokenizer and its processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from .questions import MOST_COUNTED
+from .scenes import CHARACTERS, COLORS, COLUMNS, ROWS, SHAPES, SIDE
+
+PATCH = 8
+GRID = SIDE // PATCH
+HIDDEN = 128
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image> ' }}{% else %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_SPECIAL = ("<pad>", "</s>", "<s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
+_WORDS = (
+    "what color is the shape how many shapes there a where of above below does sign say and in picture yes no , . ?".split()
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: lower case, one token per word, mark and character of a code."""
+    words = [*_WORDS, *COLORS, *SHAPES, *ROWS, *COLUMNS, *CHARACTERS, *map(str, range(MOST_COUNTED + 1))]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*_SPECIAL, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,?]"), "isolated")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>", "user_token": "USER:", "assistant_token": "ASSISTANT:"},
+        padding_side="left",
+    )
+
+
+def make_processor() -> LlavaProcessor:
+    """The processor in the real LLaVA-1.5 form: CLIP image processor, `<image>` expanded to one token per patch."""
+    images = CLIPImageProcessor(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.25, 0.25, 0.25],
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=make_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
+    """A fresh random model for `tokenizer`.
+
+    Linear layers and embeddings start with a standard deviation of 1 / sqrt(hidden): at this width the usual 0.02 keeps
+    the model for thousands of steps where it knows what is in a picture but not which attributes belong together.
+    """
+    torch.manual_seed(seed)
+    scale = HIDDEN**-0.5
+    vision = CLIPVisionConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        projection_dim=HIDDEN,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=scale,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    config = LlavaConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        # the tower's features are several times larger than word embeddings
+        model.model.multi_modal_projector.linear_1.weight.normal_(std=0.25 * scale)
+        model.model.multi_modal_projector.linear_2.weight.normal_(std=0.1 * scale)
+        model.lm_head.weight.copy_(model.get_input_embeddings().weight)
+    return model
+
+
+def user_turn(text: str, image: bool = True) -> dict[str, Any]:
+    """One user message in the processors' chat format, with the picture first if there is one."""
+    content: list[dict[str, str]] = [{"type": "image"}] if image else []
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the embedded model, in three stages that can be stopped and restarted at any time.
+
+1. vision: the CLIP tower learns to tell colour, shape, character and neighbours of every patch (from the layer that
+   LLaVA reads), and its CLS token what the whole picture shows (so that CLS attention means something, as in CLIP);
+2. align: the projector learns to turn a patch into the sum of the word embeddings of its attributes;
+3. language: projector and language model learn to answer, several questions per picture in one sequence; at first from
+   pictures with few objects. The tower stays frozen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from .data import PATCH_LABELS, Encoder, conversation, normalize, patch_labels, pictures, scene_labels
+from .model import HIDDEN, make_model, make_processor
+from .questions import KINDS
+from .scenes import CHARACTERS, CODE_LENGTH, COLORS, SHAPES, Scene, scenes
+
+STAGES = ("vision", "align", "language")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of the training run; the defaults made the embedded weights."""
+
+    scenes: int = 60_000
+    test_scenes: int = 512
+    vision_steps: int = 2000
+    vision_batch: int = 64
+    align_steps: int = 600
+    language_steps: int = 4000
+    language_batch: int = 32
+    turns: int = 12
+    vision_rate: float = 1.5e-3
+    language_rate: float = 1.5e-3
+    few_objects: float = 0.15
+    """Part of the language stage that uses only pictures with at most three objects."""
+    seed: int = 0
+
+
+class Heads(nn.Module):
+    """Linear read-outs of the vision stage; thrown away afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Linear(HIDDEN, sum(PATCH_LABELS.values()))
+        self.present = nn.Linear(HIDDEN, len(COLORS) * len(SHAPES))
+        self.code = nn.Linear(HIDDEN, CODE_LENGTH * len(CHARACTERS))
+
+
+class Trainer:
+    """Runs the stages of one recipe in one folder; whatever the folder already holds is not done again."""
+
+    def __init__(self, folder: Path, recipe: Recipe | None = None, device: str | None = None) -> None:
+        self.folder, self.recipe = folder, recipe or Recipe()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.console = Console()
+        self.processor = make_processor()
+        self.model = make_model(self.processor.tokenizer, self.recipe.seed).to(self.device)
+        if self.device.type == "cpu":  # the backward pass of sdpa in bfloat16 is slow there
+            self.model.set_attn_implementation({"vision_config": "eager"})
+        torch.manual_seed(self.recipe.seed + 1)
+        self.heads = Heads().to(self.device)
+        self.encode = Encoder(self.processor.tokenizer)
+        self.log = (folder / "log.jsonl").open("a")
+
+    # ------------------------------------------------------------------ data
+    def load_data(self) -> None:
+        recipe = self.recipe
+        self.console.print(f"drawing {recipe.scenes} training and {recipe.test_scenes} test scenes (once) ...")
+        self.train, self.test = scenes("train", recipe.scenes), scenes("test", recipe.test_scenes)
+        self.train_pixels = pictures(self.train, self.folder / "train.npy")
+        self.test_pixels = pictures(self.test, self.folder / "test.npy")
+        self.few = [i for i, scene in enumerate(self.train) if len(scene.things) <= 3]
+
+    def precision(self) -> AbstractContextManager[Any]:
+        fast = self.device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        return torch.autocast(self.device.type, torch.bfloat16) if fast else nullcontext()
+
+    def pixels(self, rows: list[int], augment: bool, test: bool = False) -> Tensor:
+        source = self.test_pixels if test else self.train_pixels
+        pixels = normalize(source[torch.tensor(rows)].to(self.device))
+        if augment:
+            gain = 1 + 0.15 * torch.randn(len(rows), 3, 1, 1, device=self.device)
+            pixels = pixels * gain.clamp(0.6, 1.4) + 0.05 * torch.randn_like(pixels)
+        return pixels
+
+    def batches(self, size: int, start: int, pool: list[int] | range) -> Iterator[tuple[int, list[int]]]:
+        """(step, rows) from `start` on: a function of seed and step alone, so that a restart goes on where it stopped."""
+        step = start
+        while True:
+            rng = np.random.default_rng((self.recipe.seed, step))
+            yield step, [pool[int(i)] for i in rng.integers(len(pool), size=size)]
+            step += 1
+
+    # ------------------------------------------------------------------ the loop that all stages share
+    def run_stage(self, stage: str, modules: list[nn.Module], steps: int, rate: float) -> None:
+        """Train `modules` with the loss of `stage`: AdamW, warm-up and cosine, clipping, checkpoints, evaluation."""
+        path = self.folder / f"{stage}.pt"
+        parameters = [p for module in modules for p in module.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
+        start = 0
+        if path.exists():
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            for module, weights in zip(modules, state["modules"], strict=True):
+                module.load_state_dict(weights)
+            optimizer.load_state_dict(state["optimizer"])
+            start = state["step"]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console) as progress:
+            bar = progress.add_task(stage, total=steps, completed=start)
+            pool: list[int] | range = range(len(self.train))
+            for step, rows in self.batches(self.recipe.vision_batch if stage == "vision" else self.recipe.language_batch, start, pool):
+                if step >= steps:
+                    break
+                if stage == "language" and step < self.recipe.few_objects * steps:
+                    rows = [self.few[row % len(self.few)] for row in rows]
+                for group in optimizer.param_groups:
+                    warm = min(1.0, (step + 1) / 200)
+                    group["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+                loss = getattr(self, f"{stage}_loss")(rows, step)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                progress.update(bar, advance=1, description=f"{stage} loss {loss.item():.3f}")
+                done = step + 1
+                if done % 250 == 0 or done == steps:
+                    scores = getattr(self, f"{stage}_scores")()
+                    self.record(stage, done, loss.item(), scores)
+                    state = {"modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict(), "step": done}
+                    torch.save(state, path.with_suffix(".tmp"))
+                    path.with_suffix(".tmp").replace(path)
+
+    def record(self, stage: str, step: int, loss: float, scores: dict[str, float]) -> None:
+        self.log.write(json.dumps({"stage": stage, "step": step, "loss": loss, **scores}) + "\n")
+        self.log.flush()
+        shown = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
+        self.console.print(f"{stage} {step}: loss {loss:.3f}  {shown}")
+
+    # ------------------------------------------------------------------ stage 1
+    def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch features of the layer LLaVA reads [n, patches, HIDDEN] and the pooled CLS output [n, HIDDEN]."""
+        out = self.model.model.vision_tower(pixels, output_hidden_states=True)
+        layer = self.model.config.vision_feature_layer
+        return out.hidden_states[layer][:, 1:], out.pooler_output
+
+    def vision_loss(self, rows: list[int], step: int) -> Tensor:
+        with self.precision():
+            features, pooled = self.run_tower(self.pixels(rows, augment=True))
+            patch, present, code = self.heads.patch(features), self.heads.present(pooled), self.heads.code(pooled)
+        picked = [self.train[row] for row in rows]
+        labels = torch.from_numpy(np.stack([patch_labels(s) for s in picked])).to(self.device)
+        loss = patch.new_zeros((), dtype=torch.float32)
+        for i, (name, logits) in enumerate(zip(PATCH_LABELS, patch.float().split(list(PATCH_LABELS.values()), -1), strict=True)):
+            weight = torch.ones(logits.shape[-1], device=self.device)
+            weight[0] = 0.2
+            part = F.cross_entropy(logits.flatten(0, 1), labels[:, i].flatten(), weight)
+            loss = loss + (0.3 if name.startswith(("left", "right", "above", "below")) else 1.0) * part
+        pairs, codes = (torch.from_numpy(np.stack(t)).to(self.device) for t in zip(*map(scene_labels, picked), strict=True))
+        loss = loss + 4 * F.binary_cross_entropy_with_logits(present.float(), pairs)
+        return loss + 0.3 * F.cross_entropy(code.float().view(-1, len(CHARACTERS)), codes.flatten())
+
+    @torch.no_grad()
+    def vision_scores(self) -> dict[str, float]:
+        """Accuracy per label over the patches that have one, and of the code read by CLS."""
+        right: dict[str, list[float]] = {name: [] for name in (*PATCH_LABELS, "cls code")}
+        for first in range(0, len(self.test), 128):
+            rows = list(range(first, min(first + 128, len(self.test))))
+            with self.precision():
+                features, pooled = self.run_tower(self.pixels(rows, augment=False, test=True))
+                patch, code = self.heads.patch(features), self.heads.code(pooled)
+            labels = torch.from_numpy(np.stack([patch_labels(self.test[r]) for r in rows])).to(self.device)
+            for i, (name, logits) in enumerate(zip(PATCH_LABELS, patch.split(list(PATCH_LABELS.values()), -1), strict=True)):
+                there = labels[:, i] > 0
+                right[name] += (logits.argmax(-1) == labels[:, i])[there].float().tolist()
+            codes = torch.from_numpy(np.stack([scene_labels(self.test[r])[1] for r in rows])).to(self.device)
+            right["cls code"] += (code.view(-1, CODE_LENGTH, len(CHARACTERS)).argmax(-1) == codes).float().flatten().tolist()
+        return {name: float(np.mean(values)) for name, values in right.items()}
+
+    # ------------------------------------------------------------------ stage 2
+    def align_loss(self, rows: list[int], step: int) -> Tensor:
+        """Squared distance between a projected patch and the sum of the word embeddings of what it shows (background:
+        the word "picture"), relative to the size of a word embedding."""
+        labels = torch.from_numpy(np.stack([patch_labels(self.train[row]) for row in rows])).to(self.device)
+        vocabulary, words = self.encode.vocabulary, self.model.get_input_embeddings().weight.detach()
+        shown = (labels[:, :3] > 0).any(1)
+        target = words[vocabulary["picture"]] * ~shown[..., None]
+        for i, names in ((0, list(COLORS)), (1, list(SHAPES)), (2, list(CHARACTERS))):
+            table = torch.cat([torch.zeros_like(words[:1]), words[torch.tensor([vocabulary[n] for n in names])]])
+            target = target + table[labels[:, i]]
+        with torch.no_grad(), self.precision():
+            features, _ = self.run_tower(self.pixels(rows, augment=False))
+        error = (self.model.model.multi_modal_projector(features.float()) - target).square().mean(-1)
+        return (error[shown].mean() + error[~shown].mean()) / words.square().mean()
+
+    def align_scores(self) -> dict[str, float]:
+        return {}
+
+    # ------------------------------------------------------------------ stage 3
+    def language_logits(self, pixels: Tensor, batch: Any) -> Tensor:
+        with self.precision():
+            with torch.no_grad():
+                features, _ = self.run_tower(pixels)
+            visual = self.model.model.multi_modal_projector(features)
+            ids = batch.input_ids.to(self.device)
+            embeds = self.model.get_input_embeddings()(ids)
+            mask = (ids == self.model.config.image_token_id)[..., None].expand_as(embeds)
+            embeds = embeds.masked_scatter(mask, visual.to(embeds.dtype))
+            hidden = self.model.model.language_model(
+                inputs_embeds=embeds, attention_mask=batch.attention_mask.to(self.device), use_cache=False
+            ).last_hidden_state
+            return self.model.lm_head(hidden)
+
+    def language_loss(self, rows: list[int], step: int) -> Tensor:
+        rng = np.random.default_rng((self.recipe.seed, 2, step))
+        batch = self.encode([conversation(self.train[row], self.recipe.turns, rng) for row in rows])
+        logits = self.language_logits(self.pixels(rows, augment=True), batch)
+        labels = batch.labels.to(self.device)[:, 1:]
+        return F.cross_entropy(logits[:, :-1][labels >= 0].float(), labels[labels >= 0])
+
+    @torch.no_grad()
+    def language_scores(self) -> dict[str, float]:
+        """Share of whole answers that greedy decoding would get right, per question type, on held-out scenes."""
+        rng = np.random.default_rng(99)
+        right: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for first in range(0, len(self.test), 64):
+            rows = list(range(first, min(first + 64, len(self.test))))
+            asked = [conversation(self.test[row], 6, rng) for row in rows]
+            batch = self.encode(asked)
+            logits = self.language_logits(self.pixels(rows, augment=False, test=True), batch)
+            wrong = (logits[:, :-1].argmax(-1).cpu() != batch.labels[:, 1:]) & (batch.labels[:, 1:] >= 0)
+            for b, questions in enumerate(asked):
+                for i, question in enumerate(questions):
+                    right[question.kind].append(float(not (wrong[b] & (batch.turn[b, 1:] == i)).any()))
+        scores = {kind: float(np.mean(values)) for kind, values in right.items()}
+        return {**scores, "mean": float(np.mean(list(scores.values())))}
+
+    # ------------------------------------------------------------------ all
+    def run(self) -> Path:
+        """Run what is left of the three stages and save the checkpoint; returns its folder."""
+        self.load_data()
+        base, recipe = self.model.model, self.recipe
+        self.run_stage("vision", [base.vision_tower, self.heads], recipe.vision_steps, recipe.vision_rate)
+        self.run_stage("align", [base.multi_modal_projector], recipe.align_steps, 5e-3)
+        language = [base.multi_modal_projector, base.language_model, self.model.lm_head]
+        self.run_stage("language", language, recipe.language_steps, recipe.language_rate)
+        return self.save()
+
+    def save(self) -> Path:
+        """Half-precision checkpoint in the ordinary Hugging Face form, with processor and the recipe."""
+        target = self.folder / "checkpoint"
+        self.model.generation_config.max_new_tokens = 8
+        self.model.to(torch.float16).save_pretrained(target)
+        self.processor.save_pretrained(target)
+        (target / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
+        self.console.print(f"saved {target}")
+        return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="train the embedded model (restartable)")
+    parser.add_argument("--out", type=Path, default=Path("runs/llava-shapes"), help="folder of checkpoints and result")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    arguments = parser.parse_args()
+    Trainer(arguments.out, device=arguments.device).run()
+
+
+if __name__ == "__main__":
+    main()

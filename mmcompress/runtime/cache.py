@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV-cache layers that know that some tokens were dropped.
+
+A layer has two lengths. Logical: the tokens that the caller has fed, which `generate` counts (`get_seq_length`).
+Physical: the rows that are really stored. Mask builders are told (physical + new, dropped), which is the contract of a
+sliding-window layer: `dropped` tokens are gone from the front. The layers of a cache are replaced in place, so that the
+user's cache object keeps its identity, and all state lives in the cache: several conversations can be open at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+
+if TYPE_CHECKING:
+    from .packing import Group
+
+
+@dataclass(eq=False)
+class Ledger:
+    """What consecutive layers that hold the same tokens have dropped. Constant while decoding: nothing here counts
+    steps, so that a compiled decode step is not compiled again.
+
+    dropped  logical minus physical length.
+    valid    [B, P] bool for the first P physical rows, later ones are valid; None: all are.
+    floor    logical position behind the last dropped token; the cache cannot be cropped below it.
+    shift    [B] int64: what position ids are ahead of those in use (plans that reindex); None: nothing.
+    """
+
+    dropped: int = 0
+    valid: Tensor | None = None
+    floor: int = 0
+    shift: Tensor | None = None
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to everything that has one row per sequence of the batch."""
+        self.valid = change(self.valid) if self.valid is not None else None
+        self.shift = change(self.shift) if self.shift is not None else None
+
+    def clear(self) -> None:
+        self.dropped, self.valid, self.floor, self.shift = 0, None, 0, None
+
+
+class PrunedLayer:
+    """Mixed into the class of a cache layer. One layer of those that share a ledger `leads`: it alone changes the
+    ledger when rows of the batch are reordered, repeated or selected."""
+
+    _layer_type = None  # keeps the class out of transformers' registries of layer types
+    ledger: Ledger
+    leads: bool
+
+    @property
+    def physical(self) -> Any:
+        return super().get_seq_length()  # type: ignore[misc]
+
+    def get_seq_length(self) -> Any:
+        return super().get_seq_length() + self.ledger.dropped  # type: ignore[misc]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
+        if isinstance(self, StaticLayer):
+            length, offset = super().get_mask_sizes(query_length)  # type: ignore[misc]
+            return length, offset + self.ledger.dropped
+        return self.physical + query_length, self.ledger.dropped
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if self.leads:
+            self.ledger.rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.leads:
+            self.ledger.rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        if self.leads:
+            self.ledger.rows(lambda t: t[indices.to(t.device)])
+
+    def crop(self, max_length: int) -> None:
+        if max_length > 0:  # 5.17: an absolute logical length
+            max_length = min(0, max_length - int(self.get_seq_length()))
+        if max_length and self.get_seq_length() + max_length < self.ledger.floor:
+            raise ValueError(
+                f"cannot crop a compressed cache to {self.get_seq_length() + max_length} tokens: some of the first "
+                f"{self.ledger.floor} were dropped; start again from the prompt"
+            )
+        super().crop(max_length)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        if self.leads:
+            self.ledger.clear()
+
+
+@functools.cache
+def _pruned_class(cls: type) -> type:
+    return type(f"Pruned{cls.__name__}", (PrunedLayer, cls), {})
+
+
+def is_pruned(cache: Cache | None) -> bool:
+    return cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
+
+
+def ledger_of(cache: Cache | None, index: int) -> Ledger | None:
+    """The ledger that speaks for layer `index`; recurrent layers have none and follow the first attention layer."""
+    if not is_pruned(cache):
+        return None
+    assert cache is not None
+    layer = cache.layers[index]
+    if not isinstance(layer, PrunedLayer):
+        layer = next(other for other in cache.layers if isinstance(other, PrunedLayer))
+    return layer.ledger
+
+
+def book(
+    cache: Cache, group_of: Callable[[int], Group], past_valid: Tensor | None, shift: Tensor | None, batch: int
+) -> None:
+    """Write down, after a forward pass that dropped or padded tokens, what each layer now holds.
+
+    group_of(i): the tokens of this call that layer i received. past_valid [B, P]: validity of what an unpruned cache held
+    before. shift [B]: new total for position ids, None to leave it.
+    """
+    books: dict[tuple[int, int], Ledger] = {}
+    previous: list[Ledger | None] = []  # keeps old ledgers alive, so that ids stay unique
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, CacheLayerMixin):
+            continue  # the state of linear attention has no length
+        group = group_of(i)
+        old = layer.ledger if isinstance(layer, PrunedLayer) else None
+        previous.append(old)
+        key = (id(old), id(group))
+        leads = key not in books
+        if leads:
+            stored = int(layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length())
+            books[key] = _updated(old or Ledger(valid=past_valid), group, stored, batch)
+            if shift is not None:
+                books[key].shift = shift
+        if old is None:  # same state, new type: assigning __class__ fails where the object layouts differ
+            cls = _pruned_class(type(layer))
+            pruned = cls.__new__(cls)
+            pruned.__dict__.update(layer.__dict__)
+            cache.layers[i] = layer = pruned
+        layer.ledger, layer.leads = books[key], leads  # type: ignore[attr-defined]
+
+
+def _updated(old: Ledger, group: Group, stored: int, batch: int) -> Ledger:
+    """The ledger after `group`; `stored` rows are in the layer, this call's included."""
+    new = Ledger(old.dropped, old.valid, old.floor, old.shift)
+    if old.valid is not None or group.valid is not None:
+        device = (group.valid if group.valid is not None else old.valid).device  # type: ignore[union-attr]
+
+        def ones(count: int) -> Tensor:
+            return torch.ones(batch, count, dtype=torch.bool, device=device)
+
+        past = old.valid.to(device) if old.valid is not None else ones(0)
+        past = torch.cat([past, ones(stored - group.physical - past.shape[1])], 1)
+        new.valid = past if group.valid is None else torch.cat([past, group.valid], 1)
+    gone = group.logical - group.physical
+    if gone:
+        new.floor = stored + old.dropped + gone - group.tail
+        new.dropped = old.dropped + gone
+    return new

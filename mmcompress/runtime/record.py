@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine writes down about a call; `mmcompress.trace` turns it into reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..selection import Selection
+from ..visuals import Layout
+from .packing import Group
+
+
+@dataclass
+class Span:
+    """One visual in one row of the batch.
+
+    row        row of the batch.
+    index      number of the visual in encoding order (rows that `generate` repeated share it).
+    patches    places of its patch tokens in the sequence, [N] on the host.
+    kept       number of tokens that enter the LLM.
+    selection  the decision before the LLM for the batch of visuals that this one was in, and its row there.
+    """
+
+    row: int
+    index: int
+    modality: str
+    layout: Layout
+    patches: Tensor
+    kept: int
+    selection: Selection | None = None
+    selection_row: int = 0
+
+    def entering(self, group: Group) -> Tensor:
+        """Which patches of this visual the layers of `group` see: their numbers, ascending, [k] on the host."""
+        if group.source is None:
+            return torch.arange(len(self.patches))
+        source = group.source[self.row].cpu()
+        if group.valid is not None:
+            source = source[group.valid[self.row].cpu()]
+        return torch.isin(self.patches, source).nonzero()[:, 0]
+
+
+@dataclass
+class CallRecord:
+    """One forward pass with visuals. `groups[i]` holds from layer `groups[i].start` on; `seconds` by part."""
+
+    batch: int
+    length: int
+    counts: list[int]
+    spans: list[Span] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    signals: dict[str, str] = field(default_factory=dict)
+    vision_tokens: list[int] | None = None

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selection: which tokens stay, what they stand for, and how anything else follows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `x` [U, N, ...] at `index` [U, k]: [U, k, ...]."""
+    index = index.to(x.device)
+    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a stage decided for U visuals of N tokens each.
+
+    keep    [U, k] int64: the slot that each output token stands for, in output order, no slot twice.
+    assign  [U, N] int64, optional: the output token that each slot went into, -1 for slots that are gone.
+    weight  [U, N], optional: the share of each slot in its output token; output j is the sum of weight * token over its
+            slots. Without weights an output token is the token of its slot in `keep`.
+    rows    [U, k, D], optional: the output tokens themselves, where they are not a weighted sum of the input tokens.
+    scores  [U, N], optional: what the choice was made by, for pictures.
+    """
+
+    keep: Tensor
+    assign: Tensor | None = None
+    weight: Tensor | None = None
+    rows: Tensor | None = None
+    scores: Tensor | None = None
+
+    @staticmethod
+    def of(keep: Tensor, scores: Tensor | None = None) -> Selection:
+        """Keep the slots `keep` [U, k], given in any order, in ascending order."""
+        return Selection(keep.sort(dim=1).values, scores=scores)
+
+    @staticmethod
+    def top(scores: Tensor, k: int) -> Selection:
+        """Keep the `k` best of `scores` [U, N]; ties go to the lower slot; output in ascending order."""
+        scores = scores.float()
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return Selection.of(best, scores)
+
+    @staticmethod
+    def of_clusters(clusters: Tensor, k: int) -> Selection:
+        """One output token per cluster: `clusters` [U, N] holds the cluster of every slot, `k` different ones per row.
+
+        A cluster stands at its median member (the lower of two); output in ascending order.
+        """
+        rows, tokens = clusters.shape
+        place = torch.arange(tokens, device=clusters.device).expand(rows, -1)
+        by_cluster = clusters.sort(dim=1, stable=True)
+        size = torch.zeros(rows, tokens, dtype=torch.int64, device=clusters.device)
+        size = size.scatter_add(1, clusters, torch.ones_like(clusters))
+        rank = place - (size.cumsum(1) - size).gather(1, by_cluster.values)
+        median = rank == (size.gather(1, by_cluster.values) - 1) // 2
+        chosen = torch.zeros_like(median).scatter(1, by_cluster.indices, median)
+        keep = chosen.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        output = torch.zeros_like(size).scatter(1, clusters.gather(1, keep), place[:, :k])
+        return Selection(keep, output.gather(1, clusters))
+
+    @property
+    def k(self) -> int:
+        return self.keep.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The companion tensor `x` [U, N, ...] of the output tokens: [U, k, ...], gathered or merged."""
+        if self.weight is None or self.assign is None or not x.is_floating_point():
+            return gather(x, self.keep)
+        gone = self.assign < 0
+        weight = self.weight.masked_fill(gone, 0).to(x.dtype)
+        weighted = x * weight.view(*weight.shape, *[1] * (x.dim() - 2))
+        target = self.assign.clamp_min(0)
+        index = target.view(*target.shape, *[1] * (x.dim() - 2)).expand_as(x)
+        return x.new_zeros(x.shape[0], self.k, *x.shape[2:]).scatter_add(1, index, weighted)
+
+    def then(self, later: Selection, tokens: int) -> Selection:
+        """This selection of `tokens` slots followed by `later`, which chose among the output tokens of this one.
+
+        The result says where every original slot went. It carries no `rows` or `weight`: output tokens are made stage by
+        stage with `apply`, which is exact; a product of two weight tables is not where tokens were replaced by `rows`.
+        """
+        keep = gather(self.keep, later.keep)
+        if self.assign is None and later.assign is None:
+            return Selection(keep)
+        first, second = self.assignment(tokens), later.assignment(self.k)
+        return Selection(keep, torch.where(first < 0, -1, second.gather(1, first.clamp_min(0))))
+
+    def scatter(self, values: Tensor, tokens: int) -> Tensor:
+        """`values` [U, k], one per output token, back on all slots [U, tokens]; NaN where a slot is gone.
+
+        Merged slots all show the value of their output token.
+        """
+        assign = self.assignment(tokens)
+        spread = values.float().gather(1, assign.clamp_min(0).to(values.device))
+        return spread.masked_fill((assign < 0).to(values.device), float("nan"))
+
+    def assignment(self, tokens: int) -> Tensor:
+        """`assign` [U, tokens] in every case: without merging each kept slot went into its own output token."""
+        if self.assign is not None:
+            return self.assign
+        order = torch.arange(self.k, device=self.keep.device).expand_as(self.keep)
+        gone = torch.full((self.keep.shape[0], tokens), -1, dtype=torch.int64, device=self.keep.device)
+        return gone.scatter(1, self.keep, order)
+
+    def cpu(self) -> Selection:
+        """The same selection on the CPU, without `rows`."""
+        move = {n: t.detach().cpu() for n in ("keep", "assign", "weight", "scores") if (t := getattr(self, n)) is not None}
+        return replace(self, rows=None, **move)

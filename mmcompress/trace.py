@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trace: what happened in a call; and the arithmetic of FLOPs and KV bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Pipeline
+from .runtime.record import CallRecord, Span
+from .selection import Selection
+from .visuals import Layout
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a decoder stack depends on (Llama, Mistral, Qwen2, Qwen3: gated MLP, grouped queries)."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @staticmethod
+    def of(config: Any) -> Shape:
+        """From the text config of a Hugging Face model."""
+        heads = config.num_attention_heads
+        return Shape(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_hidden_layers,
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+
+
+def prefill_flops(shape: Shape, tokens: Sequence[int]) -> int:
+    """FLOPs (2 per multiply-add) of one prefill, `tokens[l]` being the tokens that enter layer l; without lm_head.
+
+    Projections, gated MLP, and attention over all n^2 pairs (no causal discount): what torch's FLOP counter counts.
+    """
+    d, m = shape.hidden, shape.intermediate
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return sum(2 * (2 * n * d * query + 2 * n * d * key + 2 * n * n * query + 3 * n * d * m) for n in tokens)
+
+
+def kv_bytes(shape: Shape, tokens: Sequence[int], bytes_per_value: int = 2) -> int:
+    """Bytes of keys and values after a prefill in which `tokens[l]` tokens entered layer l."""
+    return 2 * sum(tokens) * shape.kv_heads * shape.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True)
+class VisualTrace:
+    """What became of one visual. tokens: patch tokens it had; kept: how many entered the LLM."""
+
+    row: int
+    index: int
+    modality: str
+    layout: Layout
+    tokens: int
+    kept: int
+    span: Span = field(repr=False)
+    call: CallRecord = field(repr=False)
+
+    @property
+    def selection(self) -> Selection:
+        """The decision before the LLM for this visual alone (U = 1), on the CPU."""
+        if self.span.selection is None:
+            return Selection(torch.arange(self.tokens)[None])
+        row = slice(self.span.selection_row, self.span.selection_row + 1)
+        chosen = self.span.selection
+        return Selection(chosen.keep[row], None if chosen.assign is None else chosen.assign[row]).cpu()
+
+    def kept_cells(self, layer: int = 0) -> Tensor:
+        """Numbers of the cells of `layout` whose tokens enter LLM layer `layer`, ascending, [k] int64."""
+        group = [g for g in self.call.groups if g.start <= layer][-1]
+        return self.span.entering(group)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass with visuals."""
+
+    call: CallRecord
+    plan: Pipeline
+    text_config: Any
+
+    @property
+    def visuals(self) -> list[VisualTrace]:
+        return [
+            VisualTrace(s.row, s.index, s.modality, s.layout, s.layout.cells, s.kept, s, self.call) for s in self.call.spans
+        ]
+
+    def tokens_per_layer(self, row: int = 0) -> list[int]:
+        """How many tokens of batch row `row` (padding not counted) entered each LLM layer."""
+        layers = self.text_config.num_hidden_layers
+        return [[g for g in self.call.groups if g.start <= i][-1].counts[row] for i in range(layers)]
+
+    def report(self, bytes_per_value: int = 2) -> Report:
+        shape = Shape.of(self.text_config)
+        rows = range(self.call.batch)
+        now = [self.tokens_per_layer(row) for row in rows]
+        full = [[self.call.counts[row]] * shape.layers for row in rows]
+        return Report(
+            plan=repr(self.plan),
+            visuals=[(v.row, v.index, v.modality, v.tokens, v.kept) for v in self.visuals],
+            layers=[sum(row[i] for row in now) for i in range(shape.layers)],
+            full_tokens=sum(self.call.counts),
+            flops=sum(prefill_flops(shape, row) for row in now),
+            full_flops=sum(prefill_flops(shape, row) for row in full),
+            kv_bytes=sum(kv_bytes(shape, row, bytes_per_value) for row in now),
+            full_kv_bytes=sum(kv_bytes(shape, row, bytes_per_value) for row in full),
+            milliseconds={part: 1000 * s for part, s in self.call.seconds.items() if not math.isnan(s)},
+            substitutes={want: got for want, got in self.call.signals.items() if want != got},
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """A call in numbers. FLOPs (2 per multiply-add) and KV bytes are those of the LLM prefill, computed from the tokens
+    that really entered each layer; `full_...` is the same call without compression. Milliseconds are measured."""
+
+    plan: str
+    visuals: list[tuple[int, int, str, int, int]]
+    """(batch row, number of the visual, modality, tokens, tokens that entered the LLM)"""
+    layers: list[int]
+    """tokens that entered each layer, all rows together"""
+    full_tokens: int
+    flops: int
+    full_flops: int
+    kv_bytes: int
+    full_kv_bytes: int
+    milliseconds: dict[str, float]
+    substitutes: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"plan      {self.plan}"]
+        for row, index, modality, tokens, kept in self.visuals:
+            lines.append(f"{modality:<9} row {row} no. {index}: {kept} of {tokens} tokens enter the LLM")
+        steps = [i for i, n in enumerate(self.layers) if i == 0 or n != self.layers[i - 1]]
+        shown = ", ".join(f"{self.layers[i]} from layer {i}" for i in steps)
+        lines.append(f"layers    {shown} (of {self.full_tokens} tokens, text included)")
+        lines.append(f"prefill   {_si(self.flops, 'FLOP')} of {_si(self.full_flops, 'FLOP')} ({_part(self.flops, self.full_flops)})")
+        lines.append(f"KV cache  {_si(self.kv_bytes, 'B')} of {_si(self.full_kv_bytes, 'B')} ({_part(self.kv_bytes, self.full_kv_bytes)})")
+        if self.milliseconds:
+            lines.append("time      " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in self.milliseconds.items()))
+        for want, got in self.substitutes.items():
+            lines.append(f"note      {got} stands for {want}, which this model cannot give")
+        return "\n".join(lines)
+
+
+def _part(value: float, full: float) -> str:
+    return f"{100 * value / full:.1f} %"
+
+
+def _si(value: float, unit: str) -> str:
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.2f} {prefix}{unit}"
+    return f"{value:.0f} {unit}"

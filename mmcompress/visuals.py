@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Visuals and Layout: what a method sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .selection import Selection, gather
+
+PER_VISUAL = frozenset({"cls_feature"})
+"""Signals that have one value per visual, not one per token."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of one visual lie.
+
+    grid        frames, rows, columns of the token grid; raster order, frame after frame.
+    structural  indices of tokens that are no patches (CLS, newline, separator). They are never pruned, no method sees
+                them, and they do not count towards a budget. All other tokens are the cells of `grid`, in order.
+    """
+
+    grid: tuple[int, int, int]
+    structural: tuple[int, ...] = ()
+
+    @property
+    def cells(self) -> int:
+        """Number of patch tokens, N in the docstrings of the methods."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def tokens(self) -> int:
+        """Number of all tokens, structural ones included."""
+        return self.cells + len(self.structural)
+
+    def patch_tokens(self) -> list[int]:
+        """Indices (among all tokens of the visual) of the tokens that are patches."""
+        structural = set(self.structural)
+        return [i for i in range(self.tokens) if i not in structural]
+
+    def boxes(self) -> Tensor:
+        """Box of every cell in its frame, [N, 4] as left, top, right, bottom in parts of the encoded view (0 to 1)."""
+        frames, rows, columns = self.grid
+        y, x = torch.meshgrid(torch.arange(rows) / rows, torch.arange(columns) / columns, indexing="ij")
+        one = torch.stack([x, y, x + 1 / columns, y + 1 / rows], -1).flatten(0, 1)
+        return one.repeat(frames, 1)
+
+
+def _no_road(x: Tensor) -> Tensor:
+    raise NotImplementedError("this family has no road from encoder features to LLM tokens, which the method needs")
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """A dense batch of U visuals (images or videos) with the same layout and the same budget.
+
+    features  [U, N, D]: the patch tokens as they are about to enter the LLM (or, in an LLM layer, their hidden states).
+    layout    how the N tokens lie before any stage has acted.
+    k         exact number of tokens to keep.
+    signals   by name: `cls_attention` [U, N], `received_attention` [U, N], `keys` [U, N, d] (mean over heads),
+              `encoder_features` [U, N, De], `cls_feature` [U, De], `last_attention` [U, N] (of the last prompt token),
+              `mean_attention` [U, N] (of all prompt tokens). Only what the stages of a plan ask for is computed.
+    slots     [U, N]: which cell of `layout` each token is; the cells in order as long as no stage has acted.
+    """
+
+    features: Tensor
+    layout: Layout
+    k: int
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    slots: Tensor | None = None
+    road: Callable[[Tensor], Tensor] = _no_road
+
+    @property
+    def n(self) -> int:
+        """Number of tokens, N."""
+        return self.features.shape[1]
+
+    def __getitem__(self, names: str | tuple[str, ...]) -> Tensor:
+        """The signal of that name, or the first there is of several that may stand for each other."""
+        wanted = (names,) if isinstance(names, str) else names
+        for name in wanted:
+            if name in self.signals:
+                return self.signals[name]
+        raise ValueError(f"signal {' or '.join(wanted)} is not available here; there is: {', '.join(self.signals) or 'none'}")
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Encoder features [U, m, De] sent down the family's own road to the LLM: [U, m, D]."""
+        return self.road(rows)
+
+    def take(self, selection: Selection) -> Visuals:
+        """What the next stage sees: the output tokens of `selection`, and the signals of the slots they stand for."""
+        features = selection.rows if selection.rows is not None else selection.apply(self.features)
+        signals = {n: s if n in PER_VISUAL else gather(s, selection.keep) for n, s in self.signals.items()}
+        slots = self.slots if self.slots is not None else torch.arange(self.n, device=features.device).expand(len(features), -1)
+        return replace(self, features=features, signals=signals, slots=gather(slots, selection.keep))
