@@ -27,9 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from .data import PATCH_LABELS, Encoder, conversation, normalize, patch_labels, pictures, scene_labels
-from .model import HIDDEN, make_model, make_processor
+from .model import GRID, HIDDEN, make_model, make_processor
 from .questions import KINDS
-from .scenes import CHARACTERS, CODE_LENGTH, COLORS, SHAPES, Scene, scenes
+from .scenes import BOARD, CHARACTERS, CODE_LENGTH, COLORS, COLUMNS, ROWS, SHAPES, scenes
 
 STAGES = ("vision", "align", "language")
 
@@ -43,7 +43,7 @@ class Recipe:
     vision_steps: int = 2000
     vision_batch: int = 64
     align_steps: int = 600
-    language_steps: int = 4000
+    language_steps: int = 3500
     language_batch: int = 32
     turns: int = 12
     vision_rate: float = 1.5e-3
@@ -196,8 +196,8 @@ class Trainer:
 
     # ------------------------------------------------------------------ stage 2
     def align_loss(self, rows: list[int], step: int) -> Tensor:
-        """Squared distance between a projected patch and the sum of the word embeddings of what it shows (background:
-        the word "picture"), relative to the size of a word embedding."""
+        """Squared distance between a projected patch and the sum of the word embeddings of what it shows and where
+        (background: the word "picture"), relative to the size of a word embedding."""
         labels = torch.from_numpy(np.stack([patch_labels(self.train[row]) for row in rows])).to(self.device)
         vocabulary, words = self.encode.vocabulary, self.model.get_input_embeddings().weight.detach()
         shown = (labels[:, :3] > 0).any(1)
@@ -205,6 +205,12 @@ class Trainer:
         for i, names in ((0, list(COLORS)), (1, list(SHAPES)), (2, list(CHARACTERS))):
             table = torch.cat([torch.zeros_like(words[:1]), words[torch.tensor([vocabulary[n] for n in names])]])
             target = target + table[labels[:, i]]
+        rows_of, columns_of = (
+            torch.tensor([vocabulary[name] for name in names], device=self.device).repeat_interleave(GRID // BOARD)
+            for names in (ROWS, COLUMNS)
+        )
+        place = words[rows_of][:, None] + words[columns_of][None]
+        target = target + place.flatten(0, 1) * shown[..., None]
         with torch.no_grad(), self.precision():
             features, _ = self.run_tower(self.pixels(rows, augment=False))
         error = (self.model.model.multi_modal_projector(features.float()) - target).square().mean(-1)

@@ -103,6 +103,7 @@ class Engine:
         self.handles: list[RemovableHandle] = []
         self.wrapped: list[tuple[str, Any]] = []
         self.encoding = False
+        self.encoded_last: dict[str, Encoded] = {}
         self.call: Call | None = None
         self.last: CallRecord | None = None
         self.vision_seconds = float("nan")
@@ -193,17 +194,27 @@ class Engine:
     # ------------------------------------------------------------------ base model
     def _base_pre(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}  # some families pass input_ids by position
-        outputs = [o for o in (given.get("mm_encoder_outputs") or {}).values() if o is not None]
-        if any(not hasattr(output, "mmcompress") for output in outputs):
-            raise NotImplementedError(
-                "mm_encoder_outputs that were not made by this compressed model: generate(prefill_chunk_size=...) cuts them "
-                "into chunks, which compression does not support (budgets are per image, not per chunk); leave it out. "
-                "Features encoded before compress() have to be encoded again"
-            )
-        self.call = Call(given.get("input_ids"), given.get("inputs_embeds"), [o.mmcompress for o in outputs])
+        outputs = {m: o for m, o in (given.get("mm_encoder_outputs") or {}).items() if o is not None}
+        encoded = [self._encoded_before(modality, output) for modality, output in outputs.items()]
+        self.call = Call(given.get("input_ids"), given.get("inputs_embeds"), encoded)
+
+    def _encoded_before(self, modality: str, output: Any) -> Encoded:
+        """The record of features that `generate` encoded before the forward pass."""
+        if hasattr(output, "mmcompress"):
+            return output.mmcompress
+        last = self.encoded_last.get(modality)
+        # accelerate's hooks copy outputs from device to device, and only the tensors in them
+        if last is not None and hasattr(self.adapter.model, "_hf_hook"):
+            return last
+        raise NotImplementedError(
+            "mm_encoder_outputs that were not made by this compressed model: generate(prefill_chunk_size=...) cuts them into "
+            "chunks, which compression does not support (budgets are per image, not per chunk); leave it out. Features "
+            "encoded before compress() have to be encoded again"
+        )
 
     def _base_post(self, module: Any, args: tuple, output: Any) -> None:
         self.call = None
+        self.encoded_last.clear()
 
     def _encode(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """Runs an encoder method and records what it encoded, on its output: `generate` may call it before the forward."""
@@ -228,6 +239,7 @@ class Engine:
         encoded = Encoded(self.adapter.encoders[name], layouts, signals)
         if self.facade is not None and (clusters := self.facade.clusters()) is not None:
             encoded.clusters, encoded.left = clusters, self.facade.left(layouts[0].cells)
+        self.encoded_last[encoded.modality] = encoded
         if hasattr(output, "pooler_output"):
             output.mmcompress = encoded
         if self.call is not None:
@@ -239,7 +251,6 @@ class Engine:
         call = self.call
         if call is None or kwargs.get("inputs_embeds") is None:
             return None
-        call.start = self._now()
         call.cache = kwargs.get("past_key_values")
         if not call.encoded and not is_pruned(call.cache):
             return None  # no visuals in call or cache: the stock path, untouched
@@ -279,6 +290,7 @@ class Engine:
 
     def _compress(self, call: Call, kwargs: dict[str, Any], valid: Tensor | None) -> bool:
         """Run the stages before the LLM and pack what is left; False (and nothing changed) if no stage drops anything."""
+        call.start = self._now()
         embeds: Tensor = kwargs["inputs_embeds"]
         device = embeds.device
         host_valid, spans = self._spans(call, embeds, valid)
@@ -633,6 +645,8 @@ class Engine:
     # ------------------------------------------------------------------ timing
     def _now(self) -> float | None:
         """Seconds on a clock: always on the CPU; on an accelerator, which has to be waited for, only with timing=True."""
+        if torch.compiler.is_compiling():
+            return None
         device = next(self.base.parameters()).device
         if device.type not in ("cpu", "meta"):
             if not self.timing:

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Budget, plans, selections, shared operations: properties and exact cases."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mmcompress as mm
+from mmcompress.budget import exact_merge_schedule, merge_schedule, resolve
+from mmcompress.ops import argmax_first, bipartite_match, max_min_diverse, merge_mean
+from mmcompress.trace import Shape, kv_bytes, prefill_flops
+
+INPUT_METHODS = ["random", "uniform", "divprune", "visionzip"]
+
+
+def some_visuals(u: int, n: int, k: int, seed: int = 0, cls: bool = True, equal: bool = False) -> mm.Visuals:
+    g = torch.Generator().manual_seed(seed)
+    features = torch.ones(u, n, 6) if equal else torch.randn(u, n, 6, generator=g)
+    encoder = torch.ones(u, n, 5) if equal else torch.randn(u, n, 5, generator=g)
+    attention = torch.ones(u, n) if equal else torch.rand(u, n, generator=g)
+    signals = {"cls_attention": attention, "keys": encoder, "encoder_features": encoder}
+    if cls:
+        signals["cls_feature"] = torch.randn(u, 5, generator=g)
+    return mm.Visuals(features, mm.Layout((1, 1, n)), k, signals, road=lambda x: torch.cat([x, x[..., :1]], -1))
+
+
+# ---------------------------------------------------------------------- budget
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 5000))
+def test_a_ratio_is_rounded_half_to_even_and_keeps_one_at_least(keep: float, tokens: int) -> None:
+    assert resolve(keep, tokens) == max(1, round(keep * tokens))
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000))
+def test_a_count_is_the_count(keep: int, more: int) -> None:
+    assert resolve(keep, keep + more) == keep
+
+
+def test_budget_rounding_cases() -> None:
+    assert [resolve(0.5, n) for n in (1, 3, 5, 576)] == [1, 2, 2, 288]
+    assert resolve(0.098, 576) == 56
+    assert resolve(1.0, 7) == 7
+
+
+@given(st.integers(1, 700), st.integers(1, 30), st.integers(0, 1), st.data())
+@settings(deadline=None)
+def test_merge_schedules_are_exact(tokens: int, blocks: int, protected: int, data: st.DataObject) -> None:
+    keep = data.draw(st.integers(1, tokens))
+    fewest = tokens
+    for _ in range(blocks):
+        fewest -= fewest // 2
+    if keep < fewest:
+        with pytest.raises(ValueError, match=f"keep at least {fewest}"):
+            exact_merge_schedule(tokens, keep, blocks, protected)
+        return
+    schedule = exact_merge_schedule(tokens, keep, blocks, protected)
+    now = tokens
+    for r in schedule:
+        assert 0 <= r <= now // 2
+        now -= r
+    assert (now, len(schedule)) == (keep, blocks)
+
+
+def test_an_even_schedule_is_even() -> None:
+    assert exact_merge_schedule(576, 64, 23, 1) == [23] * 6 + [22] * 17
+    assert merge_schedule((5, 4), 3) == [5, 4, 0]
+
+
+# ---------------------------------------------------------------------- methods alone
+@pytest.mark.parametrize("method", INPUT_METHODS)
+@given(st.data())
+@settings(deadline=None, max_examples=40)
+def test_exact_budget_order_and_no_slot_twice(method: str, data: st.DataObject) -> None:
+    n = data.draw(st.integers(2, 40))
+    k = data.draw(st.integers(1, n - 1))
+    equal, cls = data.draw(st.booleans()), data.draw(st.booleans())
+    stage = mm.Pipeline.of(method, keep=k).input_stages[0]
+    both = stage.select(some_visuals(2, n, k, seed=n, cls=cls, equal=equal))
+    assert both.keep.shape == (2, k)
+    assert both.keep.min() >= 0 and both.keep.max() < n
+    for row in both.keep:
+        assert len(set(row.tolist())) == k
+        if method != "visionzip":
+            assert row.tolist() == sorted(row.tolist())
+    assert torch.equal(stage.select(some_visuals(2, n, k, seed=n, cls=cls, equal=equal)).keep, both.keep)
+    if both.assign is not None:
+        assert set(both.assign.unique().tolist()) <= set(range(-1, k))
+        own = both.assign.gather(1, both.keep)
+        assert (own[:, 1 if cls else 0 :] == torch.arange(1 if cls else 0, k)).all()
+    assert both.rows is None or both.rows.isfinite().all()
+
+
+@pytest.mark.parametrize("method", INPUT_METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features(method: str, dtype: torch.dtype) -> None:
+    visuals = some_visuals(2, 20, 6)
+    signals = {name: signal.to(dtype) for name, signal in visuals.signals.items()}
+    visuals = mm.Visuals(visuals.features.to(dtype), visuals.layout, 6, signals, road=visuals.road)
+    stage = mm.Pipeline.of(method, keep=6).input_stages[0]
+    selection = stage.select(visuals)
+    taken = visuals.take(selection)
+    assert taken.features.dtype == dtype and taken.features.isfinite().all()
+
+
+def test_visionzip_merges_by_mean_or_sum() -> None:
+    visuals = some_visuals(1, 12, 5)
+    features = visuals["encoder_features"]
+    for merge in ("sum", "mean"):
+        selection = mm.VisionZip(keep=5, contextual=2, merge=merge).select(visuals)
+        assert selection.rows is not None and selection.assign is not None
+        for j in (3, 4):
+            target = int(selection.keep[0, j])
+            others = [i for i in range(12) if int(selection.assign[0, i]) == j and i != target]
+            own = features[0, target]
+            if others:
+                mean = features[0, others].mean(0)
+                own = own + mean if merge == "sum" else (own + features[0, others].sum(0)) / (1 + len(others))
+            assert torch.allclose(selection.rows[0, j, :5], own, atol=1e-6)
+        assert torch.equal(selection.rows[0, 0, :5], visuals["cls_feature"][0])
+
+
+def test_gradients_flow_through_kept_tokens() -> None:
+    for method in INPUT_METHODS:
+        visuals = some_visuals(1, 12, 5)
+        signals = {name: signal.clone().requires_grad_() for name, signal in visuals.signals.items()}
+        features = visuals.features.clone().requires_grad_()
+        visuals = mm.Visuals(features, visuals.layout, 5, signals, road=visuals.road)
+        stage = mm.Pipeline.of(method, keep=5).input_stages[0]
+        visuals.take(stage.select(visuals)).features.sum().backward()
+        source = signals["encoder_features"] if method == "visionzip" else features
+        assert source.grad is not None and source.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------------- shared operations
+def test_ties_go_to_the_lower_index() -> None:
+    assert argmax_first(torch.tensor([[1.0, 3, 3], [2, 2, 2], [float("-inf")] * 3])).tolist() == [1, 0, 0]
+    assert mm.Selection.top(torch.zeros(1, 6), 3).keep.tolist() == [[0, 1, 2]]
+    assert max_min_diverse(torch.ones(1, 5, 3), 3).tolist() == [[0, 1, 2]]
+
+
+@given(st.integers(2, 30), st.integers(1, 30), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=50)
+def test_max_min_equals_its_naive_twin(n: int, k: int, seed: int) -> None:
+    k = min(k, n)
+    x = torch.randn(1, n, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+    unit = torch.nn.functional.normalize(x[0].double(), dim=-1)
+    distance = 1 - unit @ unit.T
+    picked = [max(range(n), key=lambda i: min((distance[i, j].item() for j in range(n) if j != i), default=0.0))]
+    while len(picked) < k:
+        picked.append(max((i for i in range(n) if i not in picked), key=lambda i: min(distance[i, j].item() for j in picked)))
+    assert max_min_diverse(x, k)[0].tolist() == picked
+
+
+def test_max_min_above_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmcompress.ops import diversity
+
+    x = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(1))
+    expected = max_min_diverse(x, 20)
+    monkeypatch.setattr(diversity, "_BLOCK", 16)
+    assert torch.equal(max_min_diverse(x, 20), expected)
+
+
+@given(st.integers(2, 33), st.integers(0, 1), st.integers(0, 99), st.data())
+@settings(deadline=None, max_examples=60)
+def test_bipartite_match_and_merge(tokens: int, protected: int, seed: int, data: st.DataObject) -> None:
+    r = data.draw(st.integers(0, (tokens - protected) // 2))
+    g = torch.Generator().manual_seed(seed)
+    keys, x, size = torch.randn(2, tokens, 4, generator=g), torch.randn(2, tokens, 3, generator=g), torch.rand(2, tokens, generator=g) + 1
+    target, count = bipartite_match(keys, r, protected)
+    assert count == tokens - r
+    for row in target:
+        assert set(row.tolist()) == set(range(count))
+        if protected:
+            assert row[0] == 0 and (row[1:] > 0).all()
+    merged, total = merge_mean(x, size, target, count)
+    assert torch.allclose(total.sum(1), size.sum(1), atol=1e-4)
+    assert torch.allclose((merged * total[..., None]).sum(1), (x * size[..., None]).sum(1), atol=1e-4)
+
+
+def test_selection_follows_companions() -> None:
+    x = torch.arange(12.0).view(1, 6, 2)
+    chosen = mm.Selection.of(torch.tensor([[4, 1, 5]]))
+    assert chosen.keep.tolist() == [[1, 4, 5]]
+    assert torch.equal(chosen.apply(x), x[:, [1, 4, 5]])
+    both = chosen.then(mm.Selection.of(torch.tensor([[0, 2]])), 6)
+    assert both.keep.tolist() == [[1, 5]]
+    spread = both.scatter(torch.tensor([[10.0, 20.0]]), 6)[0]
+    assert spread.isnan().tolist() == [True, False, True, True, True, False]
+    merged = mm.Selection(torch.tensor([[0, 3]]), torch.tensor([[0, 0, -1, 1, 1, 1]]))
+    after = chosen.then(mm.Selection(torch.tensor([[0]]), torch.tensor([[0, -1, 0]])), 6)
+    assert after.assign is not None and after.assign.tolist() == [[-1, 0, -1, -1, -1, 0]]
+    assert merged.scatter(torch.tensor([[1.0, 2.0]]), 6)[0, [0, 1, 3, 4, 5]].tolist() == [1, 1, 2, 2, 2]
+
+
+# ---------------------------------------------------------------------- plans
+@pytest.mark.parametrize(
+    "text",
+    [
+        "visionzip(keep=0.25)",
+        "visionzip(keep=0.25) >> fastv(layer=3, keep=0.5)",
+        "tome(keep=0.5) >> divprune(keep=64) >> fastv(keep=0.5)",
+        "plan(random(keep=0.25, seed=7) >> uniform(keep=3), positions='keep')",
+        "tome(keep=None, r=(4, 3))",
+    ],
+)
+def test_plan_strings_round_trip(text: str) -> None:
+    plan = mm.Pipeline.of(text)
+    assert repr(plan) == text
+    assert mm.Pipeline.of(repr(plan)) == plan
+    assert mm.Pipeline.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_operators_and_defaults() -> None:
+    plan = mm.VisionZip(keep=0.25) >> mm.FastV(layer=2, keep=0.5)
+    assert plan == mm.Pipeline.of("visionzip(keep=0.25) >> fastv(layer=2, keep=0.5)")
+    assert mm.Pipeline.of("visionzip").position_policy() == "reindex"
+    assert mm.Pipeline.of("fastv").position_policy() == "keep"
+    assert mm.Pipeline.of("visionzip", positions="keep").position_policy() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("visionzap(keep=0.25)", "unknown method 'visionzap': did you mean 'visionzip'"),
+        ("visionzip(kep=0.25)", "no option 'kep': did you mean 'keep'"),
+        ("visionzip(0.25)", "options by name"),
+        ("visionzip(keep=__import__('os'))", "plain values"),
+        ("visionzip(keep=", "cannot read the plan"),
+        ("visionzip + fastv", "cannot read"),
+        ("fastv(layer=2) >> visionzip(keep=0.5)", "encoder >> input >> layer"),
+        ("tome >> tome", "one encoder stage"),
+        ("fastv(layer=3) >> fastv(layer=3)", "ascending order"),
+        ("plan(visionzip, positions='none')", "choose 'keep', 'reindex'"),
+        ("", "cannot read the plan"),
+    ],
+)
+def test_bad_plans(plan: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("+", r"\+")):
+        mm.Pipeline.of(plan)
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.5, 0, -3, True, "0.5", None, float("nan"), float("inf")])
+def test_bad_keep(keep: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="keep="):
+        mm.VisionZip(keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mm.FastV(layer=0), "layer=0"),
+        (lambda: mm.FastV(query="first"), "query='first'"),
+        (lambda: mm.VisionZip(merge="max"), "merge='max'"),
+        (lambda: mm.VisionZip(contextual=1.5), "contextual=1.5"),
+        (lambda: mm.ToMe(keep=0.5, r=3), "give one of them"),
+        (lambda: mm.Pipeline(()), "at least one stage"),
+        (lambda: mm.Pipeline.of(mm.FastV(), keep=0.3), "into the stage"),
+        (lambda: mm.Pipeline.of("fastv >> fastv(layer=3)", keep=0.3), "inside the plan string"),
+        (lambda: mm.Pipeline.of(3), "plan=3"),
+    ],
+)
+def test_bad_options(make: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+# ---------------------------------------------------------------------- arithmetic
+def test_flops_and_kv_of_published_models() -> None:
+    """Totals of LLaVA-1.5-7B at 576, 192 and 64 visual tokens, and of Qwen2.5-7B (grouped queries)."""
+    vicuna = Shape(4096, 11008, 32, 32, 32, 128)
+    assert [round(prefill_flops(vicuna, [n] * 32) / 1e12, 3) for n in (576, 192, 64)] == [7.634, 2.506, 0.831]
+    assert prefill_flops(vicuna, [64] * 32) == 831076171776
+    assert kv_bytes(vicuna, [576] * 32) == 288 * 2**20
+    qwen = Shape(3584, 18944, 28, 28, 4, 128)
+    assert prefill_flops(qwen, [64] * 28) == 836881088512

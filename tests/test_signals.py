@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals against the weights of the model's own eager attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers.models.clip import modeling_clip
+from transformers.models.siglip import modeling_siglip
+
+import mmcompress as mm
+from mmcompress.ops import attention_received, attention_rows
+
+from .tiny import ALIKE, GREEDY, OLDEST, RAGGED, build, prompts
+
+SEEN: dict[str, Any] = {}
+
+
+@mm.register("spy")
+@dataclass(frozen=True, repr=False)
+class Spy(mm.InputStage):
+    """Keeps what it is shown, for the tests."""
+
+    keep: float | int = 0.5
+    needs: ClassVar[tuple] = (("cls_attention", "received_attention"), "received_attention", "keys", "encoder_features", ("cls_feature", None))
+
+    def select(self, visuals: mm.Visuals) -> mm.Selection:
+        SEEN["visuals"] = visuals
+        return mm.Selection.top(visuals["cls_attention", "received_attention"], visuals.k)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_vision_signals_equal_eager_weights(tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tower)
+    inputs = prompts(model, ALIKE)
+    mm.compress(model, "spy")
+    model(**inputs)
+    mm.uncompress(model)
+    visuals: mm.Visuals = SEEN["visuals"]
+
+    model.set_attn_implementation("eager")
+    module = {"clip": modeling_clip, "siglip": modeling_siglip}[tower]
+    weights, eager = [], module.eager_attention_forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        out = eager(*args, **kwargs)
+        weights.append(out[1])
+        return out
+
+    monkeypatch.setattr(module, "eager_attention_forward", spy)
+    tower_out = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    w, first = weights[2], 1 if tower == "clip" else 0  # block 2 of 4 makes hidden_states[-2]
+    assert torch.allclose(visuals["received_attention"], w.mean(2).mean(1)[:, first:], atol=1e-5)
+    states = tower_out.hidden_states[-2]
+    assert torch.allclose(visuals["encoder_features"], states[:, first:], atol=1e-5)
+    layer = model.model.vision_tower.encoder.layers[2]
+    keys = layer.self_attn.k_proj(layer.layer_norm1(tower_out.hidden_states[2])).unflatten(-1, (4, -1)).mean(2)
+    assert torch.allclose(visuals["keys"], keys[:, first:], atol=1e-5)
+    if tower == "clip":
+        assert torch.allclose(visuals["cls_attention"], w.mean(1)[:, 0, 1:], atol=1e-5)
+        assert torch.allclose(visuals["cls_feature"], states[:, 0], atol=1e-5)
+    else:
+        assert "cls_attention" not in visuals.signals
+
+
+def test_the_report_names_a_substitute() -> None:
+    model = mm.compress(build("siglip"), "visionzip", keep=0.5)
+    with torch.no_grad():
+        model(**prompts(model, ALIKE))
+    assert "received_attention stands for cls_attention" in str(mm.report(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
+def test_repeated_rows_get_the_signals_of_their_own_sample(options: dict[str, Any]) -> None:
+    model = mm.compress(build(), "visionzip", keep=0.5)
+    inputs = prompts(model, ALIKE if OLDEST else RAGGED)
+    model(**inputs)
+    plain = {(v.row, v.index): v.kept_cells().tolist() for v in mm.trace(model).visuals}
+    model.generate(**inputs, **{**GREEDY, **options})
+    for visual in mm.trace(model).visuals:
+        index = visual.index if not OLDEST else visual.index // 3  # 5.17 encodes the repeated pixels
+        assert visual.kept_cells().tolist() == plain[visual.row // 3, index]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("query", ["last", "all"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_fastv_keeps_what_eager_attention_says(side: str, query: str, attention: str) -> None:
+    model = build(attention="eager")
+    inputs = prompts(model, RAGGED, side=side)
+    w = model(**inputs, output_attentions=True).attentions[1].mean(1)
+    model.set_attn_implementation(attention)
+    mm.compress(model, "fastv", layer=2, keep=0.5, query=query)
+    model(**inputs)
+    for row in range(2):
+        valid = inputs["attention_mask"][row].bool()
+        last = int(valid.nonzero().max())
+        score = w[row, last] if query == "last" else w[row][valid].mean(0)
+        visuals = [v for v in mm.trace(model).visuals if v.row == row]
+        places = torch.cat([v.span.patches for v in visuals])
+        expected = sorted(places[score[places].sort(descending=True).indices[: len(places) // 2]].tolist())
+        found = torch.cat([v.span.patches[v.kept_cells(layer=2)] for v in visuals]).tolist()
+        assert found == expected
+        assert all(v.kept == 16 and len(v.kept_cells(layer=1)) == 16 for v in visuals)
+
+
+@torch.no_grad()
+def test_fastv_in_a_later_turn_sees_the_keys_of_the_cache() -> None:
+    """The softmax runs over old and new keys, as in one call with everything."""
+    model = build()
+    one, two = prompts(model, [[7]], mask=False), prompts(model, [[3, "image", 4]], seed=5, mask=False)
+    mm.compress(model, "fastv", layer=2, keep=0.5)
+    model(input_ids=torch.cat([one["input_ids"], two["input_ids"]], 1), pixel_values=two["pixel_values"])
+    whole = mm.trace(model).visuals[0].kept_cells(layer=2).tolist()
+    cache = model(**one, use_cache=True).past_key_values
+    model(**two, past_key_values=cache)
+    assert mm.trace(model).visuals[0].kept_cells(layer=2).tolist() == whole
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block", [1, 3, 256])
+def test_attention_received_in_blocks_equals_the_whole_map(causal: bool, block: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 11, 8, generator=generator), torch.randn(2, 2, 11, 8, generator=generator)
+    seen = torch.rand(2, 1, 1, 11, generator=generator) < 0.7
+    seen[..., 0] = True
+    visible = seen & torch.ones(11, 11, dtype=torch.bool).tril() if causal else seen.expand(2, 1, 11, 11)
+    whole = attention_rows(q, k, 0.3, visible).mean(1)
+    rows = seen[:, 0, 0, :, None]
+    expected = (whole * rows).sum(1) / rows.sum(1)
+    assert torch.allclose(attention_received(q, k, 0.3, seen, causal, block), expected, atol=1e-6)
