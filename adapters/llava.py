@@ -26,7 +26,9 @@ class LlavaAdapter(Adapter):
             return False
         tower = config.vision_config.model_type
         if tower not in TOWERS:
-            raise NotImplementedError(f"LLaVA with a {tower} vision tower is not supported; supported towers: {', '.join(TOWERS)}")
+            raise NotImplementedError(
+                f"LLaVA with a {tower} vision tower is not supported; supported towers: {', '.join(TOWERS)}"
+            )
         return True
 
     @property
@@ -43,7 +45,10 @@ class LlavaAdapter(Adapter):
 
     @property
     def blocks(self) -> list[Block]:
-        return [Block(layer, layer.self_attn, layer.layer_norm2, layer.mlp) for layer in self.base.vision_tower.encoder.layers]
+        return [
+            Block(layer, layer.self_attn, layer.layer_norm2, layer.mlp)
+            for layer in self.base.vision_tower.encoder.layers
+        ]
 
     @property
     def feature_blocks(self) -> list[int]:

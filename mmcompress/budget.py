@@ -16,7 +16,8 @@ def check_keep(keep: float | int) -> float | int:
     if isinstance(keep, int) and keep < 1:
         raise ValueError(f"keep={keep}: a count must be at least 1; for a ratio write a float in (0, 1]")
     if isinstance(keep, float) and not 0.0 < keep <= 1.0:
-        raise ValueError(f"keep={keep}: a ratio must lie in (0, 1]; for a count write an int, e.g. keep={max(1, round(keep)) if math.isfinite(keep) else 64}")
+        count = max(1, round(keep)) if math.isfinite(keep) else 64
+        raise ValueError(f"keep={keep}: a ratio must lie in (0, 1]; for a count write an int, e.g. keep={count}")
     return keep
 
 
@@ -59,7 +60,8 @@ def exact_merge_schedule(tokens: int, keep: int, blocks: int, protected: int) ->
     Raises ValueError if no schedule reaches `keep`.
     """
     for extra in range(tokens + 1):
-        left, schedule = tokens - keep, []
+        left = tokens - keep
+        schedule: list[int] = []
         for block in range(blocks):
             now = tokens + protected - sum(schedule)
             even = -(-left // (blocks - block))

@@ -114,7 +114,7 @@ class Pipeline:
 
     def position_policy(self) -> str:
         """The policy in force: the plan's own, else that of its first stage before the LLM."""
-        early = [*self.encoder_stages, *self.input_stages]
+        early: tuple[EncoderStage | InputStage, ...] = (*self.encoder_stages, *self.input_stages)
         return self.positions or (early[0].positions if early else "keep")
 
     def __rshift__(self, other: Stage | Pipeline) -> Pipeline:
@@ -146,7 +146,9 @@ def _parse(text: str) -> Pipeline:
     try:
         return _read(ast.parse(text.strip(), mode="eval").body, text)
     except SyntaxError as error:
-        raise ValueError(f"cannot read the plan {text!r}: write it like 'visionzip(keep=0.25) >> fastv(layer=2, keep=0.5)'") from error
+        raise ValueError(
+            f"cannot read the plan {text!r}: write it like 'visionzip(keep=0.25) >> fastv(layer=2, keep=0.5)'"
+        ) from error
 
 
 def _read(node: ast.expr, text: str) -> Pipeline:

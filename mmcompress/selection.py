@@ -109,5 +109,7 @@ class Selection:
 
     def cpu(self) -> Selection:
         """The same selection on the CPU, without `rows`."""
-        move = {n: t.detach().cpu() for n in ("keep", "assign", "weight", "scores") if (t := getattr(self, n)) is not None}
+        move = {
+            n: t.detach().cpu() for n in ("keep", "assign", "weight", "scores") if (t := getattr(self, n)) is not None
+        }
         return replace(self, rows=None, **move)

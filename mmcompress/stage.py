@@ -90,7 +90,9 @@ class LayerStage(Selecting):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise ValueError(f"layer={self.layer!r}: the cut comes before an LLM layer and reads the attention of the layer before: at least 1")
+            raise ValueError(
+                f"layer={self.layer!r}: the cut comes before an LLM layer and reads the attention of the layer before: at least 1"
+            )
 
 
 class EncoderStage(Stage):

@@ -96,7 +96,8 @@ class Trace:
     @property
     def visuals(self) -> list[VisualTrace]:
         return [
-            VisualTrace(s.row, s.index, s.modality, s.layout, s.layout.cells, s.kept, s, self.call) for s in self.call.spans
+            VisualTrace(s.row, s.index, s.modality, s.layout, s.layout.cells, s.kept, s, self.call)
+            for s in self.call.spans
         ]
 
     def tokens_per_layer(self, row: int = 0) -> list[int]:
@@ -148,8 +149,12 @@ class Report:
         steps = [i for i, n in enumerate(self.layers) if i == 0 or n != self.layers[i - 1]]
         shown = ", ".join(f"{self.layers[i]} from layer {i}" for i in steps)
         lines.append(f"layers    {shown} (of {self.full_tokens} tokens, text included)")
-        lines.append(f"prefill   {_si(self.flops, 'FLOP')} of {_si(self.full_flops, 'FLOP')} ({_part(self.flops, self.full_flops)})")
-        lines.append(f"KV cache  {_si(self.kv_bytes, 'B')} of {_si(self.full_kv_bytes, 'B')} ({_part(self.kv_bytes, self.full_kv_bytes)})")
+        lines.append(
+            f"prefill   {_si(self.flops, 'FLOP')} of {_si(self.full_flops, 'FLOP')} ({_part(self.flops, self.full_flops)})"
+        )
+        lines.append(
+            f"KV cache  {_si(self.kv_bytes, 'B')} of {_si(self.full_kv_bytes, 'B')} ({_part(self.kv_bytes, self.full_kv_bytes)})"
+        )
         if self.milliseconds:
             lines.append("time      " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in self.milliseconds.items()))
         for want, got in self.substitutes.items():

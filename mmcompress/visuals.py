@@ -85,7 +85,9 @@ class Visuals:
         for name in wanted:
             if name in self.signals:
                 return self.signals[name]
-        raise ValueError(f"signal {' or '.join(wanted)} is not available here; there is: {', '.join(self.signals) or 'none'}")
+        raise ValueError(
+            f"signal {' or '.join(wanted)} is not available here; there is: {', '.join(self.signals) or 'none'}"
+        )
 
     def project(self, rows: Tensor) -> Tensor:
         """Encoder features [U, m, De] sent down the family's own road to the LLM: [U, m, D]."""
@@ -95,5 +97,9 @@ class Visuals:
         """What the next stage sees: the output tokens of `selection`, and the signals of the slots they stand for."""
         features = selection.rows if selection.rows is not None else selection.apply(self.features)
         signals = {n: s if n in PER_VISUAL else gather(s, selection.keep) for n, s in self.signals.items()}
-        slots = self.slots if self.slots is not None else torch.arange(self.n, device=features.device).expand(len(features), -1)
+        slots = (
+            self.slots
+            if self.slots is not None
+            else torch.arange(self.n, device=features.device).expand(len(features), -1)
+        )
         return replace(self, features=features, signals=signals, slots=gather(slots, selection.keep))

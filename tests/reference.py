@@ -94,7 +94,9 @@ def live_after_input(model: Any, inputs: dict[str, Tensor], keep: float, size: i
 
 
 @torch.no_grad()
-def stock_on_kept(model: Any, live: Tensor, embeds: Tensor, positions: str, start: Tensor | None = None) -> list[Tensor]:
+def stock_on_kept(
+    model: Any, live: Tensor, embeds: Tensor, positions: str, start: Tensor | None = None
+) -> list[Tensor]:
     """Logits of the stock language model run, sample by sample, on the kept rows alone: [kept, V] each."""
     logits = []
     for row in range(len(live)):
@@ -111,7 +113,9 @@ def stock_on_kept(model: Any, live: Tensor, embeds: Tensor, positions: str, star
     return logits
 
 
-def masked_keys(model: Any, inputs: dict[str, Tensor], cuts: dict[int, float], live: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def masked_keys(
+    model: Any, inputs: dict[str, Tensor], cuts: dict[int, float], live: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Reference of layer cuts in which nothing is removed: keys of dropped tokens are masked from the cut on.
 
     Returns (alive [B, S], logits [B, S, V]); logits of dropped rows mean nothing. `cuts` gives the ratio per layer of

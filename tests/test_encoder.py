@@ -79,7 +79,9 @@ def test_blocks_run_on_fewer_tokens() -> None:
     model = mm.compress(build(), mm.ToMe(r=(3, 4, 2)))
     lengths: list[int] = []
     for layer in model.model.vision_tower.encoder.layers:
-        layer.self_attn.register_forward_pre_hook(lambda m, a, k: lengths.append(k["hidden_states"].shape[1]), with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(
+            lambda m, a, k: lengths.append(k["hidden_states"].shape[1]), with_kwargs=True
+        )
         layer.mlp.register_forward_pre_hook(lambda m, a: lengths.append(a[0].shape[1]))
     model(**prompts(model, RAGGED))
     assert lengths == [17, 14, 14, 10, 10, 8, 8, 8]

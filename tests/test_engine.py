@@ -224,7 +224,8 @@ def test_batch_equals_single_runs(method: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}]
+    "options",
+    [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}],
 )
 def test_beams_and_sampling(plan: str, options: dict[str, Any]) -> None:
     model = mm.compress(build(), plan)
@@ -334,7 +335,9 @@ def test_one_unpadded_sample_needs_no_mask() -> None:
     model = mm.compress(build(), BOTH_PLAN)
     seen = []
     for layer in model.model.language_model.layers:
-        layer.register_forward_pre_hook(lambda m, a, k: seen.append((k.get("attention_mask") is None, a[0].shape[1])), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda m, a, k: seen.append((k.get("attention_mask") is None, a[0].shape[1])), with_kwargs=True
+        )
     model.generate(**prompts(model, RAGGED[1:]), **GREEDY)
     assert all(none for none, _ in seen)
     assert {length for _, length in seen[LAYERS:]} == {1}
@@ -361,7 +364,10 @@ def test_outputs_in_every_form() -> None:
     model = mm.compress(build(), BOTH_PLAN)
     inputs = prompts(model, RAGGED)
     logits = model(**inputs).logits
-    assert any(torch.is_tensor(x) and x.shape == logits.shape and torch.equal(x, logits) for x in model(**inputs, return_dict=False))
+    assert any(
+        torch.is_tensor(x) and x.shape == logits.shape and torch.equal(x, logits)
+        for x in model(**inputs, return_dict=False)
+    )
     close(model(**inputs, logits_to_keep=3).logits, logits[:, -3:], 1e-5)
     assert len(model(**inputs, output_hidden_states=True).hidden_states) == LAYERS + 1
     close(model.forward(**inputs).logits, logits, 1e-6)  # wrappers call .forward of the top model, past its hooks

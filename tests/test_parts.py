@@ -152,7 +152,9 @@ def test_max_min_equals_its_naive_twin(n: int, k: int, seed: int) -> None:
     distance = 1 - unit @ unit.T
     picked = [max(range(n), key=lambda i: min((distance[i, j].item() for j in range(n) if j != i), default=0.0))]
     while len(picked) < k:
-        picked.append(max((i for i in range(n) if i not in picked), key=lambda i: min(distance[i, j].item() for j in picked)))
+        picked.append(
+            max((i for i in range(n) if i not in picked), key=lambda i: min(distance[i, j].item() for j in picked))
+        )
     assert max_min_diverse(x, k)[0].tolist() == picked
 
 
@@ -170,7 +172,11 @@ def test_max_min_above_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bipartite_match_and_merge(tokens: int, protected: int, seed: int, data: st.DataObject) -> None:
     r = data.draw(st.integers(0, (tokens - protected) // 2))
     g = torch.Generator().manual_seed(seed)
-    keys, x, size = torch.randn(2, tokens, 4, generator=g), torch.randn(2, tokens, 3, generator=g), torch.rand(2, tokens, generator=g) + 1
+    keys, x, size = (
+        torch.randn(2, tokens, 4, generator=g),
+        torch.randn(2, tokens, 3, generator=g),
+        torch.rand(2, tokens, generator=g) + 1,
+    )
     target, count = bipartite_match(keys, r, protected)
     assert count == tokens - r
     for row in target:

@@ -25,7 +25,13 @@ class Spy(mm.InputStage):
     """Keeps what it is shown, for the tests."""
 
     keep: float | int = 0.5
-    needs: ClassVar[tuple] = (("cls_attention", "received_attention"), "received_attention", "keys", "encoder_features", ("cls_feature", None))
+    needs: ClassVar[tuple] = (
+        ("cls_attention", "received_attention"),
+        "received_attention",
+        "keys",
+        "encoder_features",
+        ("cls_feature", None),
+    )
 
     def select(self, visuals: mm.Visuals) -> mm.Selection:
         SEEN["visuals"] = visuals

@@ -26,7 +26,9 @@ def text_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
-def build(tower: str = "clip", seed: int = 0, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+def build(
+    tower: str = "clip", seed: int = 0, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **config: Any
+) -> Any:
     """A random LLaVA whose tokens really differ, so that a wrong row or position shows in the logits."""
     torch.manual_seed(seed)
     sizes = {
@@ -45,7 +47,13 @@ def build(tower: str = "clip", seed: int = 0, attention: str = "sdpa", dtype: to
     model = model.to(dtype).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
-        wide = 0.5 if "lm_head" in name or "embed_tokens" in name else 0.3 if "vision" in name or "projector" in name else 0.25
+        wide = (
+            0.5
+            if "lm_head" in name or "embed_tokens" in name
+            else 0.3
+            if "vision" in name or "projector" in name
+            else 0.25
+        )
         if parameter.dim() >= 2:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * wide
     model.generation_config.eos_token_id = None
@@ -54,7 +62,9 @@ def build(tower: str = "clip", seed: int = 0, attention: str = "sdpa", dtype: to
     return model
 
 
-def prompts(model: Any, samples: list[list[int | str]], seed: int = 0, side: str = "left", mask: bool = True) -> dict[str, Tensor]:
+def prompts(
+    model: Any, samples: list[list[int | str]], seed: int = 0, side: str = "left", mask: bool = True
+) -> dict[str, Tensor]:
     """Inputs for `samples`: an int is that many text tokens, "image" is an image."""
     generator = torch.Generator().manual_seed(seed)
     rows, pixels = [], []
@@ -63,7 +73,12 @@ def prompts(model: Any, samples: list[list[int | str]], seed: int = 0, side: str
         for part in sample:
             if part == "image":
                 pixels.append(torch.randn(3, 28, 28, generator=generator))
-                extra = 1 if "full" in model.config.vision_feature_select_strategy and "clip" in model.config.vision_config.model_type else 0
+                extra = (
+                    1
+                    if "full" in model.config.vision_feature_select_strategy
+                    and "clip" in model.config.vision_config.model_type
+                    else 0
+                )
                 ids += [IMAGE] * (TOKENS + extra)
             else:
                 ids += torch.randint(5, 140, (int(part),), generator=generator).tolist()

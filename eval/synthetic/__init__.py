@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A synthetic VQA benchmark drawn by this project, and the training of the embedded model on it."""
+
+from .benchmark import Item, Score, evaluate, items
+from .questions import CHANCE, KINDS, Question, ask
+from .scenes import Scene, draw, make_scene, scenes
+
+__all__ = [
+    "CHANCE",
+    "KINDS",
+    "Item",
+    "Question",
+    "Scene",
+    "Score",
+    "ask",
+    "draw",
+    "evaluate",
+    "items",
+    "make_scene",
+    "scenes",
+]

@@ -34,7 +34,8 @@ CHAT_TEMPLATE = (
 )
 _SPECIAL = ("<pad>", "</s>", "<s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
 _WORDS = (
-    "what color is the shape how many shapes there a where of above below does sign say and in picture yes no , . ?".split()
+    *("what", "color", "is", "the", "shape", "how", "many", "shapes", "there", "a", "where", "of", "above", "below"),
+    *("does", "sign", "say", "and", "in", "picture", "yes", "no", ",", ".", "?"),
 )
 
 

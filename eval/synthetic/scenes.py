@@ -124,7 +124,12 @@ def make_scene(seed: int) -> Scene:
         )
         made.append(
             Thing(
-                str(rng.choice(palette)), str(rng.choice(shapes)), int(cell), center, radius, float(rng.uniform(-12, 12))
+                str(rng.choice(palette)),
+                str(rng.choice(shapes)),
+                int(cell),
+                center,
+                radius,
+                float(rng.uniform(-12, 12)),
             )
         )
     row, column = divmod(int(cells[count]), BOARD)
@@ -156,9 +161,12 @@ def _background(rng: np.random.Generator) -> Image.Image:
     base = rng.integers(70, 130, size=3)
     coarse = rng.normal(0, 14, size=(5, 5, 3)) + base
     size = SIDE * SCALE
-    field = np.asarray(Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC))
+    field = np.asarray(
+        Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    )
     grain = np.asarray(
-        Image.fromarray(rng.integers(0, 256, size=(size // 4, size // 4), dtype=np.uint8)).resize((size, size)), np.float32
+        Image.fromarray(rng.integers(0, 256, size=(size // 4, size // 4), dtype=np.uint8)).resize((size, size)),
+        np.float32,
     )
     texture = field + (grain[..., None] - 128) * float(rng.uniform(0.02, 0.12))
     if rng.random() < 0.5:

@@ -50,6 +50,8 @@ class Recipe:
     language_rate: float = 1.5e-3
     few_objects: float = 0.15
     """Part of the language stage that uses only pictures with at most three objects."""
+    save_every: int = 250
+    """Steps between checkpoints, each with an evaluation on held-out scenes."""
     seed: int = 0
 
 
@@ -122,15 +124,24 @@ class Trainer:
                 module.load_state_dict(weights)
             optimizer.load_state_dict(state["optimizer"])
             start = state["step"]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console) as progress:
             bar = progress.add_task(stage, total=steps, completed=start)
             pool: list[int] | range = range(len(self.train))
-            for step, rows in self.batches(self.recipe.vision_batch if stage == "vision" else self.recipe.language_batch, start, pool):
+            for step, rows in self.batches(
+                self.recipe.vision_batch if stage == "vision" else self.recipe.language_batch, start, pool
+            ):
                 if step >= steps:
                     break
                 if stage == "language" and step < self.recipe.few_objects * steps:
                     rows = [self.few[row % len(self.few)] for row in rows]
+                torch.manual_seed(self.recipe.seed * 1_000_003 + step)  # augmentation of this step, restarted or not
                 for group in optimizer.param_groups:
                     warm = min(1.0, (step + 1) / 200)
                     group["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -141,10 +152,14 @@ class Trainer:
                 optimizer.step()
                 progress.update(bar, advance=1, description=f"{stage} loss {loss.item():.3f}")
                 done = step + 1
-                if done % 250 == 0 or done == steps:
+                if done % self.recipe.save_every == 0 or done == steps:
                     scores = getattr(self, f"{stage}_scores")()
                     self.record(stage, done, loss.item(), scores)
-                    state = {"modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict(), "step": done}
+                    state = {
+                        "modules": [m.state_dict() for m in modules],
+                        "optimizer": optimizer.state_dict(),
+                        "step": done,
+                    }
                     torch.save(state, path.with_suffix(".tmp"))
                     path.with_suffix(".tmp").replace(path)
 
@@ -168,12 +183,16 @@ class Trainer:
         picked = [self.train[row] for row in rows]
         labels = torch.from_numpy(np.stack([patch_labels(s) for s in picked])).to(self.device)
         loss = patch.new_zeros((), dtype=torch.float32)
-        for i, (name, logits) in enumerate(zip(PATCH_LABELS, patch.float().split(list(PATCH_LABELS.values()), -1), strict=True)):
+        for i, (name, logits) in enumerate(
+            zip(PATCH_LABELS, patch.float().split(list(PATCH_LABELS.values()), -1), strict=True)
+        ):
             weight = torch.ones(logits.shape[-1], device=self.device)
             weight[0] = 0.2
             part = F.cross_entropy(logits.flatten(0, 1), labels[:, i].flatten(), weight)
             loss = loss + (0.3 if name.startswith(("left", "right", "above", "below")) else 1.0) * part
-        pairs, codes = (torch.from_numpy(np.stack(t)).to(self.device) for t in zip(*map(scene_labels, picked), strict=True))
+        pairs, codes = (
+            torch.from_numpy(np.stack(t)).to(self.device) for t in zip(*map(scene_labels, picked), strict=True)
+        )
         loss = loss + 4 * F.binary_cross_entropy_with_logits(present.float(), pairs)
         return loss + 0.3 * F.cross_entropy(code.float().view(-1, len(CHARACTERS)), codes.flatten())
 
@@ -187,11 +206,15 @@ class Trainer:
                 features, pooled = self.run_tower(self.pixels(rows, augment=False, test=True))
                 patch, code = self.heads.patch(features), self.heads.code(pooled)
             labels = torch.from_numpy(np.stack([patch_labels(self.test[r]) for r in rows])).to(self.device)
-            for i, (name, logits) in enumerate(zip(PATCH_LABELS, patch.split(list(PATCH_LABELS.values()), -1), strict=True)):
+            for i, (name, logits) in enumerate(
+                zip(PATCH_LABELS, patch.split(list(PATCH_LABELS.values()), -1), strict=True)
+            ):
                 there = labels[:, i] > 0
                 right[name] += (logits.argmax(-1) == labels[:, i])[there].float().tolist()
             codes = torch.from_numpy(np.stack([scene_labels(self.test[r])[1] for r in rows])).to(self.device)
-            right["cls code"] += (code.view(-1, CODE_LENGTH, len(CHARACTERS)).argmax(-1) == codes).float().flatten().tolist()
+            right["cls code"] += (
+                (code.view(-1, CODE_LENGTH, len(CHARACTERS)).argmax(-1) == codes).float().flatten().tolist()
+            )
         return {name: float(np.mean(values)) for name, values in right.items()}
 
     # ------------------------------------------------------------------ stage 2

@@ -22,7 +22,9 @@ def bipartite_match(metric: Tensor, r: int, protected: int = 0) -> tuple[Tensor,
     if protected not in (0, 1):
         raise NotImplementedError(f"protected={protected}: only a CLS token can be protected")
     if not 0 <= r <= (tokens - protected) // 2:
-        raise ValueError(f"r={r}: {tokens} tokens, {protected} of them protected, can lose at most {(tokens - protected) // 2}")
+        raise ValueError(
+            f"r={r}: {tokens} tokens, {protected} of them protected, can lose at most {(tokens - protected) // 2}"
+        )
     unit = F.normalize(metric.float(), dim=-1)
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
     if protected:

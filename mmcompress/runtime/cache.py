@@ -143,7 +143,7 @@ def book(
             if shift is not None:
                 books[key].shift = shift
         if old is None:  # same state, new type: assigning __class__ fails where the object layouts differ
-            cls = _pruned_class(type(layer))
+            cls: Any = _pruned_class(type(layer))
             pruned = cls.__new__(cls)
             pruned.__dict__.update(layer.__dict__)
             cache.layers[i] = layer = pruned

@@ -88,7 +88,9 @@ class EncoderFacade:
     def _block_pre(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         hidden = args[0]
         if self.schedule is None:
-            planned = self.stage.schedule(hidden.shape[1] - self.adapter.prefix, self.active_blocks, self.adapter.prefix)
+            planned = self.stage.schedule(
+                hidden.shape[1] - self.adapter.prefix, self.active_blocks, self.adapter.prefix
+            )
             self.schedule = planned + [0] * (len(self.states) - 1 - self.active_blocks)
         state = self.states[i]
         if state.representative is None or state.size is None:

@@ -122,13 +122,17 @@ class Engine:
         layers = len(self.language_model.layers)
         for stage in self.plan.layer_stages:
             if stage.layer >= layers:
-                raise ValueError(f"{stage!r}: the language model has {layers} layers, cut before one of 1 to {layers - 1}")
+                raise ValueError(
+                    f"{stage!r}: the language model has {layers} layers, cut before one of 1 to {layers - 1}"
+                )
 
     def _position_policy(self) -> str:
         if self.adapter.reindexes:
             return self.plan.position_policy()
         if self.plan.positions == "reindex":
-            raise NotImplementedError(f"positions='reindex' is not defined for {self.adapter.family}: use positions='keep'")
+            raise NotImplementedError(
+                f"positions='reindex' is not defined for {self.adapter.family}: use positions='keep'"
+            )
         return "keep"
 
     @staticmethod
@@ -253,6 +257,7 @@ class Engine:
             return None
         call.cache = kwargs.get("past_key_values")
         if not call.encoded and not is_pruned(call.cache):
+            self._check_text(call)
             return None  # no visuals in call or cache: the stock path, untouched
         kwargs = dict(kwargs)
         call.batch, length, _ = kwargs["inputs_embeds"].shape
@@ -267,6 +272,18 @@ class Engine:
         if self._layers_differ(call, length):
             kwargs[CALL] = call
         return args, kwargs
+
+    def _check_text(self, call: Call) -> None:
+        """A prompt with placeholders but without features would run uncompressed, on the embeddings of the placeholders."""
+        ids = call.input_ids
+        if ids is None or ids.shape[1] == 1 or torch.compiler.is_compiling():
+            return
+        for modality, token in self.adapter.placeholders.items():
+            if bool((ids == token).any()):
+                raise ValueError(
+                    f"the prompt has {modality} placeholders, but no {modality} came with it: pass its pixels. "
+                    f"generate(prefill_chunk_size=...), which loses them, is not supported"
+                )
 
     def _validity(self, call: Call, mask: Any, length: int) -> Tensor | None:
         """Which of the `length` new tokens are real, [B, length] or None for all, from whatever mask was given; the
@@ -383,7 +400,9 @@ class Engine:
             return []
         copies, rest = divmod(total, features)
         if rest or mask.shape[0] % max(copies, 1):
-            raise ValueError(f"the prompt has {total} {modality} placeholders, but {features} {modality} features were encoded")
+            raise ValueError(
+                f"the prompt has {total} {modality} placeholders, but {features} {modality} features were encoded"
+            )
         spans: list[Span] = []
         index = 0
         for row in range(0, mask.shape[0], copies):
@@ -477,7 +496,9 @@ class Engine:
             )
         return selection
 
-    def _packed_positions(self, call: Call, positions: Any, places: Tensor, packed: Any, valid: Tensor | None) -> Tensor:
+    def _packed_positions(
+        self, call: Call, positions: Any, places: Tensor, packed: Any, valid: Tensor | None
+    ) -> Tensor:
         """Position ids of the packed tokens, by the policy of the plan; also the new total shift for the cache."""
         device, length = places.device, places.shape[1]
         if positions is None:
@@ -637,7 +658,7 @@ class Engine:
         """Whether layers need masks of their own in a call that drops nothing: not if all share one ledger, and not for
         a single query without padding."""
         assert call.cache is not None
-        leaders = [layer for layer in call.cache.layers if getattr(layer, "leads", False)]
+        leaders: list[Any] = [layer for layer in call.cache.layers if getattr(layer, "leads", False)]
         if len(leaders) == 1:
             return False
         return length > 1 or any(leader.ledger.valid is not None or leader.is_compileable for leader in leaders)

@@ -140,7 +140,11 @@ class LayerTap:
         batch, length, _ = hidden.shape
         cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
         k = self._heads("k", hidden, cos, sin)
-        visible = torch.ones(batch, length, dtype=torch.bool, device=hidden.device) if valid is None else valid.to(hidden.device)
+        visible = (
+            torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+            if valid is None
+            else valid.to(hidden.device)
+        )
         new = visible
         past = self._past_keys(cache, length, past_valid)
         if past is not None:
@@ -153,7 +157,9 @@ class LayerTap:
             return attention_rows(q, k, scale, visible[:, None, None]).mean(1)[:, 0, -length:]
         if name == "mean_attention":
             if past is not None:
-                raise NotImplementedError("mean_attention (fastv query='all') in a later turn on a cache: use query='last'")
+                raise NotImplementedError(
+                    "mean_attention (fastv query='all') in a later turn on a cache: use query='last'"
+                )
             q = self._heads("q", hidden, cos, sin)
             return attention_received(q, k, scale, new[:, None, None], causal=True)
         raise ValueError(f"unknown attention signal {name!r}: there is last_attention and mean_attention")
@@ -169,7 +175,7 @@ class LayerTap:
         """Keys [B, kv_heads, P, d] that the cache held before this call, and which of them are real [B or 1, P]."""
         if cache is None:
             return None
-        layer = cache.layers[self.index]
+        layer: Any = cache.layers[self.index]
         stored = int(layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length())
         before = stored - new  # this layer has run already
         if before <= 0:

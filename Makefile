@@ -1,0 +1,44 @@
+# Everything here works on a fresh machine with Python (3.10 or newer) and make; each target does its own set-up.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# transformers 5.17 with what it needs beside the installed packages, laid over them: no second torch
+OLDEST := .overlay-oldest
+OLDEST_PACKAGES := transformers==5.17.0 "huggingface-hub>=1.5,<2" httpx httpcore anyio certifi h11 hf-xet idna typer
+
+.PHONY: demo test test-all test-oldest lint bench train clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable ".[test,viz]"
+	touch $@
+
+demo: $(READY)  ## the embedded model answers questions with all and with some of its visual tokens
+	$(RUN) -m mmcompress demo
+
+test: $(READY)  ## the test suite (without tests marked slow)
+	$(RUN) -m pytest -q -m "not slow"
+
+test-all: $(READY)  ## the test suite with slow tests
+	$(RUN) -m pytest -q
+
+test-oldest: $(READY)  ## the test suite on transformers 5.17
+	test -d $(OLDEST) || $(RUN) -m pip install --quiet --no-deps --target $(OLDEST) $(OLDEST_PACKAGES)
+	PYTHONPATH=$(OLDEST) $(RUN) -c "import transformers; assert transformers.__version__ == '5.17.0', transformers.__version__"
+	PYTHONPATH=$(OLDEST) $(RUN) -m pytest -q -m "not slow"
+
+lint: $(READY)  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy -p mmcompress
+
+bench: $(READY)  ## prefill, decode and memory on a mid-size random LLaVA
+	$(RUN) -m mmcompress bench --out results/bench.json
+
+train: $(READY)  ## train the embedded model again (restartable)
+	$(RUN) -m mmcompress train --out runs/llava-shapes
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

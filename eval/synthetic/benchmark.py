@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark: held-out scenes, one question each, answered through processor and `generate` as a user would."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .questions import KINDS, Question, ask
+from .scenes import Scene, draw, scenes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one held-out scene."""
+
+    scene: Scene
+    question: Question
+
+    @property
+    def picture(self) -> Image.Image:
+        return draw(self.scene)
+
+
+def items(count: int, start: int = 1_000_000) -> list[Item]:
+    """`count` questions on held-out scenes from seed `start` on, the types in turn, one question per scene.
+
+    Training used scenes from seed 0 on, and the held-out scores during training from seed 0 of the test split; the
+    default start is far from both. The splits are disjoint in what scenes show (`Scene.held_out`).
+    """
+    kinds = list(KINDS)
+    found: list[Item] = []
+    for scene in scenes("test", 3 * count, start):
+        kind = kinds[len(found) % len(kinds)]
+        question = ask(scene, kind, np.random.default_rng((7003, scene.seed)))
+        if question is not None:
+            found.append(Item(scene, question))
+        if len(found) == count:
+            return found
+    raise AssertionError("too few scenes with an answerable question")
+
+
+@dataclass
+class Score:
+    """Right answers by question type."""
+
+    right: dict[str, list[bool]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    answers: list[str] = field(default_factory=list)
+
+    def accuracy(self, kind: str | None = None) -> float:
+        """Part of the answers that are right: of one type, or the mean of all types."""
+        if kind is not None:
+            return sum(self.right[kind]) / len(self.right[kind]) if self.right[kind] else math.nan
+        return float(np.nanmean([self.accuracy(k) for k in KINDS]))
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over all answers, in the binomial approximation."""
+        flat = [r for rights in self.right.values() for r in rights]
+        p = sum(flat) / len(flat)
+        return math.sqrt(p * (1 - p) / len(flat))
+
+
+def prompt(processor: Any, text: str, images: int = 1) -> str:
+    """A single-turn prompt in the chat format of the model."""
+    content: list[dict[str, str]] = [{"type": "image"}] * images
+    message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    return processor.apply_chat_template([message], add_generation_prompt=True)
+
+
+def encode(processor: Any, batch: Sequence[Item]) -> Any:
+    """Model inputs of a batch of items."""
+    return processor(
+        images=[item.picture for item in batch],
+        text=[prompt(processor, item.question.text) for item in batch],
+        padding=True,
+        return_tensors="pt",
+    )
+
+
+def same(answer: str, expected: str) -> bool:
+    """Exact match of the words, whatever the case."""
+    return answer.lower().split() == expected.lower().split()
+
+
+@torch.no_grad()
+def evaluate(model: Any, processor: Any, questions: Sequence[Item], batch: int = 50) -> Score:
+    """Greedy answers of `model` (compressed or not) to `questions`."""
+    score = Score()
+    for first in range(0, len(questions), batch):
+        part = questions[first : first + batch]
+        inputs = encode(processor, part).to(model.device, model.dtype)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for item, text in zip(part, texts, strict=True):
+            score.answers.append(text.strip())
+            score.right[item.question.kind].append(same(text, item.question.answer))
+    return score

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mmcompress command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+class UserError(Exception):
+    """A mistake of the user: one line, exit status 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        options.run(options, console)
+    except (UserError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+        print(f"mmcompress: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mmcompress", description="fewer visual tokens for vision-language models")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    demo = command("demo", _demo, "the embedded model with all and with some of its visual tokens: table and pictures")
+    demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of pictures and record")
+    demo.add_argument("--questions", type=int, default=200, help="how many held-out questions (default 200)")
+    demo.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="keep ratios")
+
+    run = command("run", _run, "ask a checkpoint about images, with and without compression")
+    run.add_argument("model", help="folder or hub name of a supported checkpoint, or 'embedded'")
+    run.add_argument("--image", type=Path, action="append", default=[], help="picture; may be given several times")
+    run.add_argument("--question", required=True)
+    run.add_argument(
+        "--plan", default="visionzip(keep=0.25)", help="e.g. 'visionzip(keep=0.25) >> fastv(layer=2, keep=0.5)'"
+    )
+    run.add_argument(
+        "--positions", choices=("keep", "reindex"), help="position ids of kept tokens (default: the method's)"
+    )
+    run.add_argument("--max-new-tokens", type=int, default=64)
+    run.add_argument("--device", default=None, help="default: cuda where there is one")
+    run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    run.add_argument("--out", type=Path, help="also write a PNG of the kept tokens")
+
+    command("methods", _methods, "all methods with kind, paper and options")
+
+    bench = command(
+        "bench", _bench, "prefill, decode and memory of a mid-size random LLaVA, stock and compressed in one run"
+    )
+    bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
+    bench.add_argument("--repeats", type=int, default=20)
+    bench.add_argument("--no-memory", action="store_true", help="skip the peak memory runs (one process per plan)")
+    bench.add_argument("--out", type=Path, help="JSON record")
+
+    train = command("train", _train, "train the embedded model on the synthetic benchmark (restartable)")
+    train.add_argument("--out", type=Path, default=Path("runs/llava-shapes"))
+    train.add_argument("--device", default=None)
+    return parser
+
+
+def _demo(options: argparse.Namespace, console: Console) -> None:
+    from .budget import check_keep
+    from .demo import run
+
+    if options.questions < 7:
+        raise UserError(f"--questions {options.questions}: at least 7, one of each type")
+    run(options.out, options.questions, [float(check_keep(keep)) for keep in options.keep], console)
+
+
+def _open_image(path: Path) -> Any:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise UserError(f"--image {path}: no such file")
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"--image {path}: not a readable picture ({error})") from error
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from .assets import model_path
+
+    name = str(model_path()) if options.model == "embedded" else options.model
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=options.dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load {name!r} as an image-text model: {str(error).splitlines()[0]}") from error
+    if device == "cpu" and options.dtype == "auto":
+        model = model.float()
+    return model.to(device).eval(), processor, device
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    import torch
+
+    from . import api
+    from .plan import Pipeline
+    from .visualize import Panel, encoded_view, kept_figure, kept_overlay
+
+    pictures = [_open_image(path) for path in options.image]
+    plan = Pipeline.of(options.plan, positions=options.positions)
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1")
+    model, processor, device = _load(options)
+    content: list[dict[str, str]] = [{"type": "image"}] * len(pictures)
+    message = {"role": "user", "content": [*content, {"type": "text", "text": options.question}]}
+    if getattr(processor, "chat_template", None) is None:
+        raise UserError(
+            f"{options.model}: the checkpoint has no chat template, so there is no way to know its prompt format"
+        )
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    inputs = processor(images=pictures or None, text=text, return_tensors="pt").to(device)
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+    def answer() -> str:
+        with torch.no_grad():
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=options.max_new_tokens)
+        return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    console.print(f"stock       {answer()}", markup=False)
+    api.compress(model, plan, timing=True)
+    console.print(f"compressed  {answer()}", markup=False)
+    if not pictures:
+        console.print("no --image: nothing to compress, the stock model ran")
+        return
+    console.print(str(api.report(model)), highlight=False, markup=False)
+    if options.out:
+        visuals = api.trace(model).visuals
+        views = [encoded_view(processor, pixels) for pixels in inputs["pixel_values"]]
+        panels = [
+            Panel(
+                kept_overlay(view, visual),
+                f"image {visual.index}",
+                f"{len(visual.kept_cells(10**6))} of {visual.tokens} tokens",
+            )
+            for view, visual in zip(views, visuals, strict=True)
+        ]
+        console.print(f"kept tokens: {kept_figure([panels], repr(plan), options.out)}", markup=False)
+
+
+def _methods(options: argparse.Namespace, console: Console) -> None:
+    from . import methods as _registers_all_methods  # noqa: F401
+    from .plan import methods
+
+    table = Table(title="methods")
+    for heading in ("method", "acts", "paper", "options", "idea"):
+        table.add_column(heading, overflow="fold")
+    for name, cls in methods().items():
+        fields = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls))
+        idea = (cls.__doc__ or "").strip().splitlines()[0]
+        table.add_row(name, cls.kind, cls.paper or "baseline", fields, idea)
+    console.print(table)
+
+
+BENCH_PLANS = (
+    "uniform(keep=0.25)",
+    "visionzip(keep=0.25)",
+    "divprune(keep=0.25)",
+    "fastv(layer=2, keep=0.25)",
+    "tome(keep=0.25)",
+    "uniform(keep=575)",
+)
+
+
+def _bench(options: argparse.Namespace, console: Console) -> None:
+    from .eval.latency import machine, measure, midsize_llava, peak_memory, record
+
+    plans = ["stock", *(options.plan or BENCH_PLANS)]
+    if options.repeats < 1:
+        raise UserError(f"--repeats {options.repeats}: at least 1")
+    console.print(
+        "building a random LLaVA (CLIP-L/14-336 shapes, 4 layers; LLaMA 1024 x 12; 576 visual + 40 text tokens) ..."
+    )
+    model = midsize_llava()
+    rows = measure(model, plans, options.repeats)
+    if not options.no_memory:
+        del model
+        for row in rows:
+            row.peak_rss_mib = peak_memory(row.plan)
+    here = machine()
+    table = Table(
+        title=f"batch 1, float32, medians of {options.repeats} interleaved rounds, {here['device']}, {here['threads']} threads"
+    )
+    for heading in (
+        "plan",
+        "prefill ms",
+        "speed-up",
+        "FLOPs ratio",
+        "reached",
+        "selection ms",
+        "decode ms/token",
+        "decode overhead",
+        "peak MiB",
+    ):
+        table.add_column(heading, justify="left" if heading == "plan" else "right")
+    for row in rows:
+        memory = "" if row.peak_rss_mib is None else f"{row.peak_rss_mib:.0f}"
+        table.add_row(
+            row.plan,
+            f"{row.prefill_ms:.0f} ± {row.prefill_iqr_ms / 2:.0f}",
+            f"{row.prefill_speedup:.2f}x",
+            f"{row.flops_ratio:.2f}x",
+            f"{100 * row.speedup_over_flops_ratio:.0f} %",
+            f"{row.select_ms:.1f}",
+            f"{row.decode_ms_per_token:.2f}",
+            f"{row.decode_overhead_percent:+.1f} %",
+            memory,
+        )
+    console.print(table)
+    console.print(
+        "[dim]FLOPs ratio: stock over compressed, vision tower included, computed from the tokens of every layer; reached: "
+        "measured speed-up over that ratio; uniform(keep=575) drops one token: its decode step shows the hooks alone[/dim]"
+    )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        content = record(rows, batch=1, dtype="float32", attention="sdpa", repeats=options.repeats, text_tokens=40)
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        console.print(f"record: {options.out}")
+
+
+def _train(options: argparse.Namespace, console: Console) -> None:
+    from .eval.synthetic.train import Trainer
+
+    Trainer(options.out, device=options.device).run()

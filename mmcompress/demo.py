@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mmcompress demo`: the embedded model with all and with some of its visual tokens, in a table and in pictures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .api import compress, compressed, report, trace, uncompress
+from .assets import model_path
+from .eval.latency import machine, synchronize
+from .eval.synthetic import CHANCE, KINDS, Item, Score, evaluate, items
+from .eval.synthetic.benchmark import encode, same
+from .trace import Shape, kv_bytes, prefill_flops
+from .visualize import Panel, kept_figure, kept_overlay
+
+PLANS = {
+    "random": "random(keep={keep})",
+    "uniform": "uniform(keep={keep})",
+    "visionzip": "visionzip(keep={keep})",
+    "divprune": "divprune(keep={keep})",
+    "tome": "tome(keep={keep})",
+    "fastv": "fastv(layer=2, keep={keep})",
+    "visionzip >> fastv": "visionzip(keep={double}) >> fastv(layer=2, keep=0.5)",
+}
+"""What the demo compares at each keep ratio; in the row of two stages both together leave that ratio."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. FLOPs and KV bytes are those of the visual tokens of one image in the LLM (computed);
+    prefill is the median of single forward passes with one image, vision tower included (measured)."""
+
+    method: str
+    plan: str
+    keep: float
+    tokens: int
+    accuracy: float
+    by_type: dict[str, float]
+    standard_error: float
+    visual_flops: int
+    visual_kv_bytes: int
+    prefill_ms: float
+
+
+def load(path: Path | str) -> tuple[Any, Any]:
+    """Model and processor of a checkpoint, as any user of transformers loads them."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval(), AutoProcessor.from_pretrained(
+        path
+    )
+
+
+def sweep(
+    model: Any, processor: Any, questions: Sequence[Item], ratios: Sequence[float], show: Progress | None = None
+) -> Iterator[Row]:
+    """The stock model and every plan at every ratio on the same questions."""
+    plans = [("none", "", 1.0)]
+    for keep in ratios:
+        plans += [
+            (name, text.format(keep=keep, double=round(2 * keep, 4)), keep)
+            for name, text in PLANS.items()
+            if "{double}" not in text or 2 * keep <= 1
+        ]
+    bar = show.add_task("questions", total=len(plans)) if show else None
+    alone = [encode(processor, [item]).to(model.device) for item in questions[:10]]
+    tokens = int((alone[0]["input_ids"] == model.config.image_token_id).sum())
+    shape = Shape.of(model.config.text_config)
+    width = next(model.language_model.parameters()).dtype.itemsize if hasattr(model, "language_model") else 4
+    for name, plan, keep in plans:
+        if show and bar is not None:
+            show.update(bar, description=f"{name} {keep:.0%}")
+        if plan:
+            compress(model, plan)
+        score: Score = evaluate(model, processor, questions)
+        milliseconds = prefill_milliseconds(model, alone)
+        per_layer = visual_tokens_per_layer(model) if plan else [tokens] * shape.layers
+        uncompress(model)
+        if show and bar is not None:
+            show.advance(bar)
+        yield Row(
+            name, plan, keep, per_layer[-1], score.accuracy(), {kind: score.accuracy(kind) for kind in KINDS},
+            score.standard_error, prefill_flops(shape, per_layer), kv_bytes(shape, per_layer, width), milliseconds,
+        )  # fmt: skip
+
+
+def visual_tokens_per_layer(model: Any) -> list[int]:
+    """Visual tokens of the first row of the last call that entered each LLM layer."""
+    last = trace(model)
+    text = last.call.counts[0] - sum(v.tokens for v in last.visuals if v.row == 0)
+    return [count - text for count in last.tokens_per_layer(0)]
+
+
+@torch.no_grad()
+def prefill_milliseconds(model: Any, inputs: Sequence[Any], rounds: int = 3) -> float:
+    """Median of single prefills, synchronised, after a warm-up round."""
+    times = []
+    for round_ in range(rounds + 1):
+        for one in inputs:
+            synchronize()
+            start = time.perf_counter()
+            model(**one, use_cache=True, logits_to_keep=1)
+            synchronize()
+            if round_:
+                times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def accuracy_table(rows: Sequence[Row], questions: int) -> Table:
+    stock = rows[0]
+    table = Table(title=f"embedded LLaVA on {questions} held-out questions (one image each)")
+    for heading in ("method", "tokens kept", "accuracy", "of stock", "visual FLOPs", "visual KV", "prefill ms"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    previous = 1.0
+    for row in rows:
+        if row.keep != previous:
+            table.add_section()
+            previous = row.keep
+        table.add_row(
+            row.method if row.plan else "stock model",
+            f"{row.tokens} ({row.tokens / stock.tokens:.0%})",
+            f"{100 * row.accuracy:.1f} %",
+            f"{100 * row.accuracy / stock.accuracy:.1f} %",
+            f"{row.visual_flops / 1e6:.0f} M",
+            f"{row.visual_kv_bytes / 1024:.0f} KiB",
+            f"{row.prefill_ms:.1f}",
+        )
+    return table
+
+
+def type_table(rows: Sequence[Row]) -> Table:
+    table = Table(title="accuracy by question type, %")
+    table.add_column("method")
+    table.add_column("kept", justify="right")
+    for kind in KINDS:
+        table.add_column(kind, justify="right")
+    for row in rows:
+        table.add_row(
+            row.method if row.plan else "stock model",
+            f"{row.keep:.0%}",
+            *(f"{100 * row.by_type[k]:.0f}" for k in KINDS),
+        )
+    table.add_section()
+    table.add_row("chance", "", *(f"{100 * CHANCE[k]:.1f}" for k in KINDS), style="dim")
+    return table
+
+
+@torch.no_grad()
+def draw_method(
+    model: Any, processor: Any, shown: Sequence[Item], name: str, ratios: Sequence[float], path: Path
+) -> Path:
+    """One PNG: a row per picture, the stock answer and then what `name` keeps and answers at each ratio."""
+    rows = []
+    for item in shown:
+        inputs = encode(processor, [item]).to(model.device)
+        panels = []
+        for keep in (1.0, *ratios):
+            text = PLANS[name].format(keep=keep, double=round(2 * keep, 4))
+            with compressed(model, text if keep < 1 else "uniform(keep=1.0)"):
+                out = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+                (visual,) = trace(model).visuals
+                left = visual_tokens_per_layer(model)[-1]
+                picture = kept_overlay(item.picture, visual) if keep < 1 else item.picture
+            answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            above = item.question.text if keep == 1 else f"{left} of {visual.tokens} tokens"
+            panels.append(Panel(picture, above, answer, same(answer, item.question.answer)))
+        rows.append(panels)
+    return kept_figure(rows, f"{name}: kept tokens bright, merged dimmed, dropped dark", path)
+
+
+def run(
+    out: Path, count: int = 200, ratios: Sequence[float] = (0.5, 0.25, 0.1), console: Console | None = None
+) -> Path:
+    """The whole demo; returns the path of the JSON record."""
+    console = console or Console()
+    console.print("loading the embedded model (LLaVA-1.5 architecture, trained by this project) ...")
+    model, processor = load(model_path())
+    questions = items(count)
+    with Progress(console=console, transient=True) as progress:
+        rows = list(sweep(model, processor, questions, ratios, progress))
+    console.print(accuracy_table(rows, count))
+    console.print(type_table(rows))
+    console.print(
+        f"[dim]accuracy: mean over question types, standard error about {100 * rows[0].standard_error:.1f} (stock) to "
+        f"{100 * max(r.standard_error for r in rows):.1f} points; tokens kept: after the last stage; FLOPs and KV: visual tokens "
+        f"in the LLM, computed; prefill: measured, batch 1, median, vision tower included (so small a model is all overhead: see "
+        f"mmcompress bench for speed)[/dim]"
+    )
+    by_kind = {item.question.kind: item for item in reversed(questions)}
+    shown = [by_kind[kind] for kind in ("relation", "reading", "count")]
+    for name in PLANS:
+        path = draw_method(model, processor, shown, name, ratios, out / f"{name.replace(' >> ', '_')}.png")
+        console.print(f"kept tokens: {path}")
+    with compressed(model, "visionzip(keep=0.25)"), torch.no_grad():
+        model.generate(**encode(processor, questions[:1]).to(model.device), do_sample=False, max_new_tokens=8)
+        console.print("\nwhat mm.report(model) says after a call:", report(model), sep="\n", highlight=False)
+    record = out / "demo.json"
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine(), "questions": count, "chance": CHANCE, "rows": [asdict(row) for row in rows]}
+    record.write_text(json.dumps(content, indent=1) + "\n")
+    console.print(f"record: {record}")
+    return record
