@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 OLDEST := .overlay-oldest
 OLDEST_PACKAGES := transformers==5.17.0 "huggingface-hub>=1.5,<2" httpx httpcore anyio certifi h11 hf-xet idna typer
 
-.PHONY: demo test test-all test-oldest lint bench train clean
+.PHONY: demo test test-all test-oldest lint results bench train clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,11 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy -p mmcompress
+
+results: $(READY)  ## measure again what the README shows (about half an hour on two cores) and fill it in
+	$(RUN) -m mmcompress demo --questions 1400 --out results
+	$(RUN) -m mmcompress bench --out results/bench.json
+	$(RUN) -m mmcompress.eval.readme
 
 bench: $(READY)  ## prefill, decode and memory on a mid-size random LLaVA
 	$(RUN) -m mmcompress bench --out results/bench.json

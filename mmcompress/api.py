@@ -24,6 +24,19 @@ def _stock(model: Any) -> Any:
     return inner() if callable(inner) else model
 
 
+def _put_in(stock: Any, engine: Engine) -> None:
+    engine.install()
+    setattr(stock, _ATTRIBUTE, engine)
+
+
+def _take_out(stock: Any) -> Engine | None:
+    engine: Engine | None = stock.__dict__.get(_ATTRIBUTE)
+    if engine is not None:
+        engine.remove()
+        delattr(stock, _ATTRIBUTE)
+    return engine
+
+
 def compress(
     model: M, plan: str | Stage | Pipeline, *, positions: str | None = None, timing: bool = False, **options: Any
 ) -> M:
@@ -40,34 +53,34 @@ def compress(
     stock = _stock(model)
     pipeline = Pipeline.of(plan, positions=positions, **options)
     engine = Engine(adapter_for(stock), pipeline, timing)
-    uncompress(model)
-    engine.install()
-    setattr(stock, _ATTRIBUTE, engine)
+    before = _take_out(stock)
+    try:
+        _put_in(stock, engine)
+    except BaseException:
+        if before is not None:
+            _put_in(stock, before)
+        raise
     return model
 
 
 def uncompress(model: M) -> M:
     """Take the compression out again; the model is exactly as before. Nothing happens if there is none."""
-    stock = _stock(model)
-    engine = stock.__dict__.get(_ATTRIBUTE)
-    if engine is not None:
-        engine.remove()
-        delattr(stock, _ATTRIBUTE)
+    _take_out(_stock(model))
     return model
 
 
 @contextmanager
 def compressed(model: M, plan: str | Stage | Pipeline, **options: Any) -> Iterator[M]:
     """`with compressed(model, plan):` compresses for a block; afterwards the plan from before, if any, is back."""
-    before: Engine | None = _stock(model).__dict__.get(_ATTRIBUTE)
+    stock = _stock(model)
+    before: Engine | None = stock.__dict__.get(_ATTRIBUTE)
     compress(model, plan, **options)
     try:
         yield model
     finally:
-        uncompress(model)
+        _take_out(stock)
         if before is not None:
-            before.install()
-            setattr(_stock(model), _ATTRIBUTE, before)
+            _put_in(stock, before)
 
 
 def _engine(model: Any) -> Engine:

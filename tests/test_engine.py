@@ -12,6 +12,7 @@ import torch
 import mmcompress as mm
 from mmcompress.runtime.cache import is_pruned
 
+from .flash import FlashStandIn
 from .reference import live_after_input, masked_keys, stock_on_kept
 from .tiny import ALIKE, GREEDY, IMAGE, LAYERS, OLDEST, RAGGED, VOCABULARY, build, prompts, single
 
@@ -500,3 +501,40 @@ def test_peft_wrapped_model() -> None:
     close(wrapped(**inputs).logits, logits, 1e-5)  # LoRA starts as zero
     assert mm.report(wrapped).visuals[0][-1] == 10
     mm.uncompress(wrapped)
+
+
+# ---------------------------------------------------------------------- other attention back ends, compiled prefill
+@torch.no_grad()
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("positions", ["keep", "reindex"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_flash_attention_path_equals_sdpa(
+    plan: str, positions: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mm.compress(build(), plan, positions=positions)
+    inputs = prompts(model, RAGGED[-rows:], mask=rows == 2)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    expected = [model(**inputs, use_cache=cached).logits for cached in (True, False)]
+    out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    turn = follow_up(out.sequences, real.long())
+    again = model.generate(**turn, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)
+    flash = FlashStandIn(monkeypatch)
+    flash.enable(model)
+    for cached, logits in zip((True, False), expected, strict=True):
+        close(model(**inputs, use_cache=cached).logits[real], logits[real])
+    found = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, out.sequences)
+    if rows == 1:
+        assert set(flash.calls) == {"dense"}  # gaps in the positions are not taken for packed sequences
+    assert torch.equal(model.generate(**turn, past_key_values=found.past_key_values, **GREEDY), again)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
+def test_compiled_prefill_gives_the_same_logits(plan: str) -> None:
+    model = mm.compress(build(), plan)
+    inputs = prompts(model, RAGGED)
+    expected = model(**inputs).logits
+    torch._dynamo.reset()
+    close(torch.compile(model, backend="aot_eager")(**inputs).logits, expected)
