@@ -82,10 +82,14 @@ def scene_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return present, np.array([CHARACTERS.index(c) for c in scene.sign.code], dtype=np.int64)
 
 
-def conversation(scene: Scene, turns: int, rng: np.random.Generator) -> list[Question]:
-    """`turns` random questions about one scene, every type as likely as the others where it can be asked."""
+HARD = ("count", "place", "relation")
+"""Question types that training asks twice as often: they are learned last."""
+
+
+def conversation(scene: Scene, turns: int, rng: np.random.Generator, twice: tuple[str, ...] = ()) -> list[Question]:
+    """`turns` random questions about one scene: every type as likely as the others, those in `twice` twice as likely."""
     asked: list[Question] = []
-    kinds = list(KINDS)
+    kinds = [*KINDS, *twice]
     while len(asked) < turns:
         question = ask(scene, kinds[int(rng.integers(len(kinds)))], rng)
         if question is not None:

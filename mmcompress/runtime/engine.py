@@ -16,13 +16,12 @@ import functools
 import inspect
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from ..plan import Pipeline
@@ -30,8 +29,10 @@ from ..selection import Selection, gather
 from ..stage import LayerStage, Selecting
 from ..visuals import Layout, Visuals
 from .adapter import Adapter
-from .cache import Ledger, PrunedLayer, book, is_pruned, ledger_of
+from .cache import Ledger, book, is_pruned, ledger_of
+from .call import Call, Encoded, alike, locate, placeholder_masks
 from .encoder import EncoderFacade
+from .masks import layers_differ, logical_mask, validity
 from .packing import Group, pack, take, take_last
 from .record import CallRecord, Span
 from .signals import LayerTap, VisionTap
@@ -42,43 +43,6 @@ with their keywords when the call is over; engine state would be gone then."""
 
 VISION_SIGNALS = ("cls_attention", "received_attention", "keys", "encoder_features", "cls_feature")
 LAYER_SIGNALS = ("last_attention", "mean_attention")
-
-
-@dataclass
-class Encoded:
-    """What one call of an encoder method gave: the layouts of its visuals, their signals ([visuals, N, ...] each), the
-    clusters that an encoder stage made ([visuals, N]) and how many there are in each visual."""
-
-    modality: str
-    layouts: list[Layout]
-    signals: dict[str, Tensor] = field(default_factory=dict)
-    clusters: Tensor | None = None
-    left: int = 0
-
-
-@dataclass
-class Call:
-    """State of one forward pass of the base model."""
-
-    input_ids: Tensor | None
-    inputs_embeds: Tensor | None
-    encoded: list[Encoded]
-    cache: Cache | None = None
-    batch: int = 0
-    past: int = 0
-    past_valid: Tensor | None = None
-    shift: Tensor | None = None
-    groups: list[Group] = field(default_factory=list)
-    patches: Tensor | None = None
-    """[B, physical] bool of the last group: which slots hold patch tokens."""
-    patch_counts: list[int] = field(default_factory=list)
-    cuts: set[int] = field(default_factory=set)
-    masks: dict[tuple[int, int], Any] = field(default_factory=dict)
-    record: CallRecord | None = None
-    start: float | None = None
-
-    def group_of(self, layer: int) -> Group:
-        return [group for group in self.groups if group.start <= layer][-1]
 
 
 class Engine:
@@ -262,55 +226,36 @@ class Engine:
         kwargs = dict(kwargs)
         call.batch, length, _ = kwargs["inputs_embeds"].shape
         call.past = call.cache.get_seq_length() if call.cache is not None else 0
-        valid = self._validity(call, kwargs.get("attention_mask"), length)
+        valid, call.past_valid = validity(call, kwargs.get("attention_mask"), length)
         if call.encoded and self._compress(call, kwargs, valid):
             kwargs[CALL] = call
             return args, kwargs
         if not is_pruned(call.cache):
             return None
         self._follow(call, kwargs, valid)
-        if self._layers_differ(call, length):
+        if layers_differ(call, length):
             kwargs[CALL] = call
         return args, kwargs
 
     def _check_text(self, call: Call) -> None:
         """A prompt with placeholders but without features would run uncompressed, on the embeddings of the placeholders."""
-        ids = call.input_ids
-        if ids is None or ids.shape[1] == 1 or torch.compiler.is_compiling():
+        if call.input_ids is None or call.input_ids.shape[1] == 1 or torch.compiler.is_compiling():
             return
-        for modality, token in self.adapter.placeholders.items():
-            if bool((ids == token).any()):
+        for modality, mask in placeholder_masks(call, self.adapter).items():
+            if bool(mask.any()):
                 raise ValueError(
                     f"the prompt has {modality} placeholders, but no {modality} came with it: pass its pixels. "
                     f"generate(prefill_chunk_size=...), which loses them, is not supported"
                 )
-
-    def _validity(self, call: Call, mask: Any, length: int) -> Tensor | None:
-        """Which of the `length` new tokens are real, [B, length] or None for all, from whatever mask was given; the
-        same for the past goes to `call.past_valid`. A decode step on a pruned cache is always real: no mask is read."""
-        pruned = is_pruned(call.cache)
-        if isinstance(mask, dict):
-            mask = next(iter(mask.values()))
-        if mask is None or (pruned and length == 1):
-            return None
-        if mask.dim() == 4:  # static caches: generate() has made the full mask already
-            if pruned:
-                return None
-            row = mask[:, 0, -1]
-            row = row if row.dtype == torch.bool else row == 0
-            new, past = row[:, call.past : call.past + length], row[:, : call.past]
-        else:
-            new, past = mask[:, -length:].bool(), mask[:, :-length].bool()
-        if not pruned and past.shape[1] and not bool(past.all()):
-            call.past_valid = past
-        return new
 
     def _compress(self, call: Call, kwargs: dict[str, Any], valid: Tensor | None) -> bool:
         """Run the stages before the LLM and pack what is left; False (and nothing changed) if no stage drops anything."""
         call.start = self._now()
         embeds: Tensor = kwargs["inputs_embeds"]
         device = embeds.device
-        host_valid, spans = self._spans(call, embeds, valid)
+        host_valid, spans = locate(call, self.adapter, valid, device)
+        for span in spans:
+            span.kept = self._budget(call, span)
         counts = host_valid.sum(1).tolist()
         call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
         call.record.seconds = {"vision": self.vision_seconds, "select": 0.0}
@@ -328,7 +273,7 @@ class Engine:
             places[span.row, span.patches] = -1
             counts[span.row] += span.kept - len(span.patches)
         places, patches = places.to(device), patches.to(device)
-        for batch in self._alike(spans).values():
+        for batch in alike(spans):
             places, embeds = self._select(call, batch, places, embeds)
         packed = pack(places, counts)
         call.record.seconds["select"] = self._since(start)
@@ -345,7 +290,7 @@ class Engine:
         call.patch_counts = [sum(s.kept for s in spans if s.row == row) for row in range(call.batch)]
         kwargs["position_ids"] = self._packed_positions(call, kwargs.get("position_ids"), places, packed, valid)
         kwargs["inputs_embeds"] = take(embeds, packed.source)
-        kwargs["attention_mask"] = self._mask(call, group, 0, device)
+        kwargs["attention_mask"] = logical_mask(call, group, 0, device)
         for tap in self.layer_taps.values():
             tap.armed = True
         return True
@@ -356,7 +301,7 @@ class Engine:
         if valid is not None and bool(valid.all()):
             valid = None
         call.groups = [Group(0, length, length, [length] * call.batch, valid)]
-        kwargs["attention_mask"] = self._mask(call, call.groups[0], 0, device)
+        kwargs["attention_mask"] = logical_mask(call, call.groups[0], 0, device)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = (torch.arange(length, device=device) + call.past)[None]
@@ -366,60 +311,10 @@ class Engine:
         kwargs["position_ids"] = positions
 
     # ------------------------------------------------------------------ visuals of a call
-    def _spans(self, call: Call, embeds: Tensor, valid: Tensor | None) -> tuple[Tensor, list[Span]]:
-        """Validity [B, S] on the host, and where each visual lies. The one wait for the device of a prefill."""
-        kinds = torch.zeros(embeds.shape[:2], dtype=torch.int8, device=embeds.device)
-        modalities = list(self.adapter.placeholders)
-        for code, modality in enumerate(modalities, start=1):
-            token = self.adapter.placeholders[modality]
-            if call.input_ids is not None:
-                here = call.input_ids == token
-            else:  # embeddings were given: the same rule as transformers'
-                table = self.adapter.model.get_input_embeddings()
-                assert call.inputs_embeds is not None
-                here = (call.inputs_embeds == table(torch.tensor(token, device=call.inputs_embeds.device))).all(-1)
-            kinds[here.to(kinds.device)] = code
-        if valid is not None:
-            kinds[~valid.to(kinds.device)] = -1
-        host = kinds.cpu()
-        spans: list[Span] = []
-        for code, modality in enumerate(modalities, start=1):
-            encoded = [e for e in call.encoded if e.modality == modality]
-            layouts = [layout for e in encoded for layout in e.layouts]
-            spans += self._spans_of(modality, layouts, host == code)
-        for span in spans:
-            span.kept = self._budget(span, call)
-        return host >= 0, spans
-
-    @staticmethod
-    def _spans_of(modality: str, layouts: list[Layout], mask: Tensor) -> list[Span]:
-        """Deal the visuals of one modality, in encoding order, to the placeholders in `mask` [B, S]. `generate` may have
-        repeated every row after encoding (beams, several return sequences)."""
-        total, features = int(mask.sum()), sum(layout.tokens for layout in layouts)
-        if not layouts or not total:
-            return []
-        copies, rest = divmod(total, features)
-        if rest or mask.shape[0] % max(copies, 1):
-            raise ValueError(
-                f"the prompt has {total} {modality} placeholders, but {features} {modality} features were encoded"
-            )
-        spans: list[Span] = []
-        index = 0
-        for row in range(0, mask.shape[0], copies):
-            places = mask[row].nonzero()[:, 0]
-            first = 0
-            while first < len(places):
-                layout = layouts[index]
-                mine = places[first : first + layout.tokens][layout.patch_tokens()]
-                spans += [Span(row + copy, index, modality, layout, mine, 0) for copy in range(copies)]
-                first += layout.tokens
-                index += 1
-        return spans
-
-    def _budget(self, span: Span, call: Call) -> int:
+    def _budget(self, call: Call, span: Span) -> int:
         """How many tokens of a visual enter the LLM: known before anything is computed."""
         tokens = span.layout.cells
-        encoded, _ = self._encoded(call, span)
+        encoded, _ = call.origin(span)
         if encoded.clusters is not None:
             tokens = encoded.left
         for stage in self.plan.input_stages:
@@ -434,31 +329,12 @@ class Engine:
             left[span.row] += span.kept
         return any(stage.budget(n) < n for stage in self.plan.layer_stages for n in left.values())
 
-    @staticmethod
-    def _encoded(call: Call, span: Span) -> tuple[Encoded, int]:
-        """The encoder call that a span came from, and its number there."""
-        index = span.index
-        for encoded in call.encoded:
-            if encoded.modality == span.modality:
-                if index < len(encoded.layouts):
-                    return encoded, index
-                index -= len(encoded.layouts)
-        raise AssertionError("a span without an encoder call")
-
-    @staticmethod
-    def _alike(spans: list[Span]) -> dict[Any, list[Span]]:
-        """Spans that can be decided as one dense batch."""
-        batches: dict[Any, list[Span]] = defaultdict(list)
-        for span in spans:
-            batches[span.modality, span.layout].append(span)
-        return batches
-
     def _select(self, call: Call, spans: list[Span], places: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Run encoder clusters and input stages on visuals of one layout; returns the new `places` and `embeds`."""
         device = embeds.device
         rows = torch.tensor([span.row for span in spans], device=device)[:, None]
         at = torch.stack([span.patches for span in spans]).to(device)
-        origin = [self._encoded(call, span) for span in spans]
+        origin = [call.origin(span) for span in spans]
         first = origin[0][0]
         signals = {
             name: torch.stack([encoded.signals[name][i] for encoded, i in origin]).to(device) for name in first.signals
@@ -615,53 +491,18 @@ class Engine:
         )  # fmt: skip
         call.groups.append(group)
 
-    # ------------------------------------------------------------------ masks
-    def _mask(self, call: Call, group: Group, layer: int, device: torch.device) -> Tensor | None:
-        """2-D mask of logical width for a layer: [zeros for what its cache dropped | what it holds | the new tokens].
-        None where all are real, except without a cache: with neither mask nor cache, transformers takes gaps in position
-        ids for packed sequences."""
-        ledger = ledger_of(call.cache, layer)
-        past = ledger.valid if ledger is not None else call.past_valid
-
-        def ones(count: int) -> Tensor:
-            return torch.ones(call.batch, count, dtype=torch.bool, device=device)
-
-        if past is None and group.valid is None:
-            return None if call.cache is not None else ones(group.physical)
-        length, dropped = int(call.past) + group.physical, 0
-        if ledger is not None:
-            assert call.cache is not None
-            cached = call.cache.layers[layer]
-            if not isinstance(cached, PrunedLayer):
-                cached = next(other for other in call.cache.layers if isinstance(other, PrunedLayer))
-            length, dropped = cached.get_mask_sizes(group.physical)
-        past = past.to(device) if past is not None else ones(0)
-        new = group.valid.to(device) if group.valid is not None else ones(0)
-        between = length - past.shape[1] - new.shape[1]  # decoded tokens, all real
-        return torch.cat([~ones(dropped), past, ones(between), new], 1)
-
     def _layer_mask(self, call: Call, group: Group, index: int, ledger: Ledger | None, hidden: Tensor) -> Any:
         key = (id(group), id(ledger))
         if key not in call.masks:
             call.masks[key] = create_causal_mask(
                 config=self.language_model.config,
                 inputs_embeds=hidden,
-                attention_mask=self._mask(call, group, index, hidden.device),
+                attention_mask=logical_mask(call, group, index, hidden.device),
                 past_key_values=call.cache,
                 position_ids=None,
                 layer_idx=index,
             )
         return call.masks[key]
-
-    @staticmethod
-    def _layers_differ(call: Call, length: int) -> bool:
-        """Whether layers need masks of their own in a call that drops nothing: not if all share one ledger, and not for
-        a single query without padding."""
-        assert call.cache is not None
-        leaders: list[Any] = [layer for layer in call.cache.layers if getattr(layer, "leads", False)]
-        if len(leaders) == 1:
-            return False
-        return length > 1 or any(leader.ledger.valid is not None or leader.is_compileable for leader in leaders)
 
     # ------------------------------------------------------------------ timing
     def _now(self) -> float | None:
