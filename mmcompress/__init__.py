@@ -3,9 +3,9 @@
 
 from .api import compress, compressed, report, trace, uncompress
 from .methods import DivPrune, FastV, Random, ToMe, Uniform, VisionZip
-from .plan import Pipeline, methods, register
+from .plan import as_pipeline, methods, register
 from .selection import Selection
-from .stage import EncoderStage, InputStage, LayerStage, Stage
+from .stage import EncoderStage, InputStage, LayerStage, Pipeline, Stage
 from .trace import Report, Trace
 from .visuals import Layout, Visuals
 
@@ -28,6 +28,7 @@ __all__ = [
     "Uniform",
     "VisionZip",
     "Visuals",
+    "as_pipeline",
     "compress",
     "compressed",
     "methods",

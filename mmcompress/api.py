@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from . import methods as _registers_all_methods  # noqa: F401
 from .adapters import adapter_for
-from .plan import Pipeline
+from .plan import as_pipeline
 from .runtime.engine import Engine
-from .stage import Stage
+from .stage import Pipeline, Stage
 from .trace import Report, Trace
 
 M = TypeVar("M")
@@ -51,7 +51,7 @@ def compress(
     NotImplementedError for a model that cannot be compressed so; the model is then as it was before the call.
     """
     stock = _stock(model)
-    pipeline = Pipeline.of(plan, positions=positions, **options)
+    pipeline = as_pipeline(plan, positions=positions, **options)
     engine = Engine(adapter_for(stock), pipeline, timing)
     before = _take_out(stock)
     try:

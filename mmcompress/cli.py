@@ -120,11 +120,11 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     import torch
 
     from . import api
-    from .plan import Pipeline
+    from .plan import as_pipeline
     from .visualize import Panel, encoded_view, kept_figure, kept_overlay
 
     pictures = [_open_image(path) for path in options.image]
-    plan = Pipeline.of(options.plan, positions=options.positions)
+    plan = as_pipeline(options.plan, positions=options.positions)
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1")
     model, processor, device = _load(options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: stages in a row, their strings, and the registry of methods."""
+"""Plans as users write them, and the registry of methods."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import ast
 import dataclasses
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from .stage import EncoderStage, InputStage, LayerStage, Stage
+from .stage import Pipeline, Stage
 
-POSITIONS = ("keep", "reindex")
-_ORDER: dict[type[Stage], int] = {EncoderStage: 0, InputStage: 1, LayerStage: 2}
 _registry: dict[str, type[Stage]] = {}
 S = TypeVar("S", bound=type[Stage])
 
@@ -59,86 +56,34 @@ def make(name: str, options: dict[str, Any]) -> Stage:
     return cls(**options)
 
 
-@dataclass(frozen=True, repr=False)
-class Pipeline:
-    """Stages in a row. Every `keep` refers to the tokens that enter its stage.
+def as_pipeline(
+    plan: str | Stage | Pipeline | dict[str, Any], positions: str | None = None, **options: Any
+) -> Pipeline:
+    """A pipeline from what users write: a method name with its options, a plan string, a stage, a pipeline, or the plain
+    values of `Pipeline.to_dict`. Raises ValueError or TypeError that says what is wrong and what is allowed."""
+    made: Stage | Pipeline
+    if isinstance(plan, str) and plan.strip().isidentifier():
+        made = make(plan.strip(), options)
+    elif options:
+        raise TypeError(f"options {sorted(options)} go into the stage or inside the plan string: {plan!r}")
+    elif isinstance(plan, str):
+        made = _parse(plan)
+    elif isinstance(plan, dict):
+        made = _from_dict(plan)
+    elif isinstance(plan, (Stage, Pipeline)):
+        made = plan
+    else:
+        raise TypeError(f"plan={plan!r}: give a method name, a plan string, a stage or a pipeline")
+    pipeline = made if isinstance(made, Pipeline) else Pipeline((made,))
+    return dataclasses.replace(pipeline, positions=positions) if positions is not None else pipeline
 
-    positions: "keep" leaves the kept tokens their position ids in the full prompt, "reindex" numbers what is left
-    without gaps; None takes the default of the first stage before the LLM (see its paper) and of the family.
-    """
 
-    stages: tuple[Stage, ...]
-    positions: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.positions not in (None, *POSITIONS):
-            raise ValueError(f"positions={self.positions!r}: choose 'keep', 'reindex' or None (the method's default)")
-        if not self.stages:
-            raise ValueError("a plan needs at least one stage")
-        ranks = [next(rank for kind, rank in _ORDER.items() if isinstance(stage, kind)) for stage in self.stages]
-        if ranks != sorted(ranks):
-            raise ValueError(f"{self!r}: stages must follow the way of a token: encoder >> input >> layer")
-        if len(self.encoder_stages) > 1:
-            raise ValueError(f"{self!r}: a plan can have one encoder stage")
-        layers = [stage.layer for stage in self.layer_stages]
-        if layers != sorted(set(layers)):
-            raise ValueError(f"{self!r}: layer stages must come in ascending order, one per layer")
-
-    @staticmethod
-    def of(plan: str | Stage | Pipeline, positions: str | None = None, **options: Any) -> Pipeline:
-        """A pipeline from what users write: a method name with options, a plan string, a stage, or a pipeline."""
-        if isinstance(plan, str):
-            made = make(plan.strip(), options) if plan.strip().isidentifier() else _parse(plan)
-            if options and not plan.strip().isidentifier():
-                raise TypeError(f"options {sorted(options)} go inside the plan string: {plan!r}")
-        elif isinstance(plan, (Stage, Pipeline)):
-            made = plan
-            if options:
-                raise TypeError(f"options {sorted(options)} go into the stage: {plan!r}")
-        else:
-            raise TypeError(f"plan={plan!r}: give a method name, a plan string, a stage or a pipeline")
-        pipeline = made if isinstance(made, Pipeline) else Pipeline((made,))
-        return dataclasses.replace(pipeline, positions=positions) if positions is not None else pipeline
-
-    @property
-    def encoder_stages(self) -> tuple[EncoderStage, ...]:
-        return tuple(s for s in self.stages if isinstance(s, EncoderStage))
-
-    @property
-    def input_stages(self) -> tuple[InputStage, ...]:
-        return tuple(s for s in self.stages if isinstance(s, InputStage))
-
-    @property
-    def layer_stages(self) -> tuple[LayerStage, ...]:
-        return tuple(s for s in self.stages if isinstance(s, LayerStage))
-
-    def position_policy(self) -> str:
-        """The policy in force: the plan's own, else that of its first stage before the LLM."""
-        early: tuple[EncoderStage | InputStage, ...] = (*self.encoder_stages, *self.input_stages)
-        return self.positions or (early[0].positions if early else "keep")
-
-    def __rshift__(self, other: Stage | Pipeline) -> Pipeline:
-        after = other if isinstance(other, Pipeline) else Pipeline((other,))
-        if self.positions and after.positions and self.positions != after.positions:
-            raise ValueError(f"positions={self.positions!r} and positions={after.positions!r} in one plan")
-        return Pipeline(self.stages + after.stages, self.positions or after.positions)
-
-    def __repr__(self) -> str:
-        row = " >> ".join(map(repr, self.stages))
-        return f"plan({row}, positions={self.positions!r})" if self.positions else row
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `Pipeline.from_dict` reads them back."""
-        stages = [{"method": stage.name, **stage.options()} for stage in self.stages]
-        return {"stages": stages, "positions": self.positions}
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> Pipeline:
-        stages = []
-        for entry in values["stages"]:
-            options = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "method"}
-            stages.append(make(entry["method"], options))
-        return Pipeline(tuple(stages), values.get("positions"))
+def _from_dict(values: dict[str, Any]) -> Pipeline:
+    stages = []
+    for entry in values["stages"]:
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "method"}
+        stages.append(make(entry["method"], options))
+    return Pipeline(tuple(stages), values.get("positions"))
 
 
 def _parse(text: str) -> Pipeline:

@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage and its kinds: the places where a method can act."""
+"""Stage and its kinds, the places where a method can act; Pipeline, stages in a row."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
 from .budget import check_keep, resolve
 from .selection import Selection
 from .visuals import Visuals
-
-if TYPE_CHECKING:
-    from .plan import Pipeline
 
 Need: TypeAlias = str | tuple[str | None, ...]
 """A signal by name, or several of which the first that the model can give is taken (the order that the paper or its
@@ -34,9 +31,7 @@ class Stage:
     needs: ClassVar[tuple[Need, ...]] = ()
 
     def __rshift__(self, other: Stage | Pipeline) -> Pipeline:
-        from .plan import Pipeline
-
-        return Pipeline.of(self) >> other
+        return Pipeline((self,)) >> other
 
     def __repr__(self) -> str:
         shown = [
@@ -116,3 +111,65 @@ class EncoderStage(Stage):
     def budget(self, tokens: int, blocks: int, protected: int) -> int:
         """How many of `tokens` patch tokens are left after the last block."""
         return tokens - sum(self.schedule(tokens, blocks, protected))
+
+
+POSITIONS = ("keep", "reindex")
+_ORDER: dict[type[Stage], int] = {EncoderStage: 0, InputStage: 1, LayerStage: 2}
+
+
+@dataclass(frozen=True, repr=False)
+class Pipeline:
+    """Stages in a row. Every `keep` refers to the tokens that enter its stage.
+
+    positions: "keep" leaves the kept tokens their position ids in the full prompt, "reindex" numbers what is left
+    without gaps; None takes the default of the first stage before the LLM (see its paper) and of the family.
+    """
+
+    stages: tuple[Stage, ...]
+    positions: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions not in (None, *POSITIONS):
+            raise ValueError(f"positions={self.positions!r}: choose 'keep', 'reindex' or None (the method's default)")
+        if not self.stages:
+            raise ValueError("a plan needs at least one stage")
+        ranks = [next(rank for kind, rank in _ORDER.items() if isinstance(stage, kind)) for stage in self.stages]
+        if ranks != sorted(ranks):
+            raise ValueError(f"{self!r}: stages must follow the way of a token: encoder >> input >> layer")
+        if len(self.encoder_stages) > 1:
+            raise ValueError(f"{self!r}: a plan can have one encoder stage")
+        layers = [stage.layer for stage in self.layer_stages]
+        if layers != sorted(set(layers)):
+            raise ValueError(f"{self!r}: layer stages must come in ascending order, one per layer")
+
+    @property
+    def encoder_stages(self) -> tuple[EncoderStage, ...]:
+        return tuple(s for s in self.stages if isinstance(s, EncoderStage))
+
+    @property
+    def input_stages(self) -> tuple[InputStage, ...]:
+        return tuple(s for s in self.stages if isinstance(s, InputStage))
+
+    @property
+    def layer_stages(self) -> tuple[LayerStage, ...]:
+        return tuple(s for s in self.stages if isinstance(s, LayerStage))
+
+    def position_policy(self) -> str:
+        """The policy in force: the plan's own, else that of its first stage before the LLM."""
+        early: tuple[EncoderStage | InputStage, ...] = (*self.encoder_stages, *self.input_stages)
+        return self.positions or (early[0].positions if early else "keep")
+
+    def __rshift__(self, other: Stage | Pipeline) -> Pipeline:
+        after = other if isinstance(other, Pipeline) else Pipeline((other,))
+        if self.positions and after.positions and self.positions != after.positions:
+            raise ValueError(f"positions={self.positions!r} and positions={after.positions!r} in one plan")
+        return Pipeline(self.stages + after.stages, self.positions or after.positions)
+
+    def __repr__(self) -> str:
+        row = " >> ".join(map(repr, self.stages))
+        return f"plan({row}, positions={self.positions!r})" if self.positions else row
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `as_pipeline` reads them back."""
+        stages = [{"method": stage.name, **stage.options()} for stage in self.stages]
+        return {"stages": stages, "positions": self.positions}

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Pipeline
 from .runtime.record import CallRecord, Span
 from .selection import Selection
+from .stage import Pipeline
 from .visuals import Layout
 
 

@@ -79,7 +79,7 @@ def test_exact_budget_order_and_no_slot_twice(method: str, data: st.DataObject) 
     n = data.draw(st.integers(2, 40))
     k = data.draw(st.integers(1, n - 1))
     equal, cls = data.draw(st.booleans()), data.draw(st.booleans())
-    stage = mm.Pipeline.of(method, keep=k).input_stages[0]
+    stage = mm.as_pipeline(method, keep=k).input_stages[0]
     both = stage.select(some_visuals(2, n, k, seed=n, cls=cls, equal=equal))
     assert both.keep.shape == (2, k)
     assert both.keep.min() >= 0 and both.keep.max() < n
@@ -101,7 +101,7 @@ def test_half_precision_features(method: str, dtype: torch.dtype) -> None:
     visuals = some_visuals(2, 20, 6)
     signals = {name: signal.to(dtype) for name, signal in visuals.signals.items()}
     visuals = mm.Visuals(visuals.features.to(dtype), visuals.layout, 6, signals, road=visuals.road)
-    stage = mm.Pipeline.of(method, keep=6).input_stages[0]
+    stage = mm.as_pipeline(method, keep=6).input_stages[0]
     selection = stage.select(visuals)
     taken = visuals.take(selection)
     assert taken.features.dtype == dtype and taken.features.isfinite().all()
@@ -130,7 +130,7 @@ def test_gradients_flow_through_kept_tokens() -> None:
         signals = {name: signal.clone().requires_grad_() for name, signal in visuals.signals.items()}
         features = visuals.features.clone().requires_grad_()
         visuals = mm.Visuals(features, visuals.layout, 5, signals, road=visuals.road)
-        stage = mm.Pipeline.of(method, keep=5).input_stages[0]
+        stage = mm.as_pipeline(method, keep=5).input_stages[0]
         visuals.take(stage.select(visuals)).features.sum().backward()
         source = signals["encoder_features"] if method == "visionzip" else features
         assert source.grad is not None and source.grad.abs().sum() > 0
@@ -215,18 +215,18 @@ def test_selection_follows_companions() -> None:
     ],
 )
 def test_plan_strings_round_trip(text: str) -> None:
-    plan = mm.Pipeline.of(text)
+    plan = mm.as_pipeline(text)
     assert repr(plan) == text
-    assert mm.Pipeline.of(repr(plan)) == plan
-    assert mm.Pipeline.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert mm.as_pipeline(repr(plan)) == plan
+    assert mm.as_pipeline(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 def test_operators_and_defaults() -> None:
     plan = mm.VisionZip(keep=0.25) >> mm.FastV(layer=2, keep=0.5)
-    assert plan == mm.Pipeline.of("visionzip(keep=0.25) >> fastv(layer=2, keep=0.5)")
-    assert mm.Pipeline.of("visionzip").position_policy() == "reindex"
-    assert mm.Pipeline.of("fastv").position_policy() == "keep"
-    assert mm.Pipeline.of("visionzip", positions="keep").position_policy() == "keep"
+    assert plan == mm.as_pipeline("visionzip(keep=0.25) >> fastv(layer=2, keep=0.5)")
+    assert mm.as_pipeline("visionzip").position_policy() == "reindex"
+    assert mm.as_pipeline("fastv").position_policy() == "keep"
+    assert mm.as_pipeline("visionzip", positions="keep").position_policy() == "keep"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_operators_and_defaults() -> None:
 )
 def test_bad_plans(plan: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("+", r"\+")):
-        mm.Pipeline.of(plan)
+        mm.as_pipeline(plan)
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.5, 0, -3, True, "0.5", None, float("nan"), float("inf")])
@@ -265,9 +265,9 @@ def test_bad_keep(keep: Any) -> None:
         (lambda: mm.VisionZip(contextual=1.5), "contextual=1.5"),
         (lambda: mm.ToMe(keep=0.5, r=3), "give one of them"),
         (lambda: mm.Pipeline(()), "at least one stage"),
-        (lambda: mm.Pipeline.of(mm.FastV(), keep=0.3), "into the stage"),
-        (lambda: mm.Pipeline.of("fastv >> fastv(layer=3)", keep=0.3), "inside the plan string"),
-        (lambda: mm.Pipeline.of(3), "plan=3"),
+        (lambda: mm.as_pipeline(mm.FastV(), keep=0.3), "into the stage or inside"),
+        (lambda: mm.as_pipeline("fastv >> fastv(layer=3)", keep=0.3), "into the stage or inside"),
+        (lambda: mm.as_pipeline(3), "plan=3"),
     ],
 )
 def test_bad_options(make: Any, message: str) -> None:

@@ -77,6 +77,14 @@ def test_no_import_points_upwards() -> None:
     assert not wrong, wrong
 
 
+def test_no_imports_run_in_a_circle() -> None:
+    left = {name: imported(name, path) - {name} for name, path in modules().items()}
+    while free := [name for name, targets in left.items() if not targets & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, f"a circle among {sorted(left)}"
+
+
 @pytest.mark.parametrize("lower", ["kernels", "ops", "methods"])
 def test_methods_and_ops_need_no_transformers(lower: str) -> None:
     for name, path in modules().items():

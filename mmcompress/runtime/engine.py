@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_causal_mask
 
-from ..plan import Pipeline
 from ..selection import Selection, gather
-from ..stage import LayerStage, Selecting
+from ..stage import LayerStage, Pipeline, Selecting
 from ..visuals import Layout, Visuals
 from .adapter import Adapter
 from .cache import Ledger, book, is_pruned, ledger_of
