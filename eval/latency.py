@@ -21,6 +21,7 @@ import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import mmcompress as mm
+from mmcompress.trace import Shape, kv_bytes, prefill_flops
 
 
 def midsize_llava(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -88,13 +89,20 @@ def _milliseconds(run: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def vision_flops(config: Any) -> int:
-    """FLOPs of a CLIP-style tower and a two-layer projector for one image (all blocks, patch embedding included)."""
+def vision_flops(config: Any, merged: Sequence[int] | None = None) -> int:
+    """FLOPs of a CLIP-style tower and a two-layer projector for one image, all blocks and the patch embedding included.
+
+    merged: tokens that an encoder stage merges away between attention and MLP of each block.
+    """
     v, width = config.vision_config, config.text_config.hidden_size
     patches = (v.image_size // v.patch_size) ** 2
     n, d, m = patches + 1, v.hidden_size, v.intermediate_size
-    blocks = v.num_hidden_layers * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
-    return 2 * (patches * 3 * v.patch_size**2 * d + blocks + patches * (d * width + width * width))
+    macs = patches * (3 * v.patch_size**2 * d + d * width + width * width)
+    for gone in merged or [0] * v.num_hidden_layers:
+        macs += 4 * n * d * d + 2 * n * n * d
+        n -= gone
+        macs += 2 * n * d * m
+    return 2 * macs
 
 
 @torch.no_grad()
@@ -108,7 +116,7 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 3
     prefill: dict[str, list[float]] = {plan: [] for plan in plans}
     decode: dict[str, list[float]] = {plan: [] for plan in plans}
     select: dict[str, list[float]] = {plan: [] for plan in plans}
-    cost: dict[str, tuple[int, int, int]] = {}
+    cost: dict[str, tuple[int, int]] = {}
     for round_ in range(warmup + repeats):
         for plan in plans:
             if plan != "stock":
@@ -128,7 +136,8 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 3
             first = _milliseconds(run_prefill)
             if plan != "stock":
                 report = mm.report(model)
-                cost[plan] = (report.flops, report.full_flops, report.kv_bytes)
+                vision = vision_flops(model.config, mm.trace(model).call.merged)
+                cost[plan] = (vision + report.flops, report.kv_bytes)
                 chosen = report.milliseconds["select"]
             else:
                 chosen = 0.0
@@ -138,11 +147,13 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 3
                 decode[plan].append(steps)
                 select[plan].append(chosen)
             mm.uncompress(model)
-    vision = vision_flops(model.config)
-    full_flops, full_kv = next((full, round(kv * full / flops)) for flops, full, kv in cost.values())
+    shape, length = Shape.of(model.config.text_config), inputs["input_ids"].shape[1]
+    width = next(model.parameters()).dtype.itemsize
+    stock_cost = vision_flops(model.config) + prefill_flops(shape, [length] * shape.layers)
+    stock_kv = kv_bytes(shape, [length] * shape.layers, width)
     rows = []
     for plan in plans:
-        flops, _, kv = cost.get(plan, (full_flops, full_flops, full_kv))
+        flops, kv = cost.get(plan, (stock_cost, stock_kv))
         rows.append(
             Timing(
                 plan,
@@ -151,7 +162,7 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 3
                 statistics.median(decode[plan]),
                 _iqr(decode[plan]),
                 statistics.median(select[plan]),
-                (vision + full_flops) / (vision + flops),
+                stock_cost / flops,
                 kv,
             )
         )

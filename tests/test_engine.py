@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mmcompress as mm
+from mmcompress.budget import resolve
 from mmcompress.runtime.cache import is_pruned
 
 from .flash import FlashStandIn
@@ -48,6 +49,22 @@ def test_keep_all_is_bit_identical(method: str, tower: str) -> None:
     out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     assert torch.equal(out.sequences, generated)
     assert not is_pruned(out.past_key_values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("keep", [1, 2, 7, 15, 0.03, 0.2, 0.37, 0.5, 0.97])
+def test_budgets_are_exact(method: str, keep: float | int) -> None:
+    """What enters the LLM (or is left after the cut) is `resolve(keep, N)`, for every method, ratio and count."""
+    if method == "tome" and resolve(keep, 16) < 2:
+        pytest.skip("three blocks can at most halve 16 tokens three times")
+    model = mm.compress(build(), method, keep=keep)
+    model(**prompts(model, ALIKE))
+    for visual in mm.trace(model).visuals:
+        assert len(visual.kept_cells(LAYERS - 1)) == resolve(keep, 16)
+    text = [7, 8]
+    for row in range(2):
+        assert mm.trace(model).tokens_per_layer(row)[-1] == text[row] + resolve(keep, 16)
 
 
 @torch.no_grad()
@@ -456,8 +473,11 @@ def test_deepcopy_and_save_while_compressed(plan: str, tmp_path: Any) -> None:
         parameter.zero_()  # the copy must not look back at the original
     close(other(**inputs).logits, logits, 1e-5)
     other.generate(**inputs, **GREEDY)
-    assert "visionzip" in repr(other) or mm.report(other).plan == mm.report(model).plan
+    assert mm.report(other).plan == mm.report(model).plan
     other.save_pretrained(tmp_path)
+    mm.uncompress(other)  # takes out the hooks of the copy, not those of the original
+    assert not any(module._forward_pre_hooks for module in other.modules())
+    assert any(module._forward_pre_hooks for module in model.modules())
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert not any(module._forward_pre_hooks for module in loaded.modules())
     mm.compress(loaded, plan)

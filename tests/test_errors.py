@@ -144,6 +144,16 @@ def test_the_model_works_after_a_failed_call() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("plan", ["visionzip(keep=0.5)", "tome(keep=0.5)"])
+def test_no_images_where_some_were_promised(plan: str) -> None:
+    model = mm.compress(build(), plan)
+    with pytest.raises((ValueError, RuntimeError)):
+        model(input_ids=torch.tensor([[5, 6, 7]]), pixel_values=torch.zeros(0, 3, 28, 28))
+    with pytest.raises(ValueError, match="the prompt has image placeholders, but no image came with it"):
+        model(input_ids=torch.tensor([[5, *[IMAGE] * 16, 7]]))
+
+
+@torch.no_grad()
 def test_prefill_chunk_size_is_refused() -> None:
     model = mm.compress(build(), "visionzip", keep=0.5)
     inputs = prompts(model, RAGGED[:1])

@@ -41,8 +41,12 @@ def pictures(scenes: list[Scene], cache: Path | None = None) -> Tensor:
         drawn = np.load(cache)
         if len(drawn) == len(scenes):
             return torch.from_numpy(drawn)
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        drawn = np.stack(pool.map(small_picture, scenes, chunksize=256)).transpose(0, 3, 1, 2).copy()
+    if len(scenes) < 2000:  # starting processes takes longer than drawing
+        rows = [small_picture(scene) for scene in scenes]
+    else:
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            rows = pool.map(small_picture, scenes, chunksize=256)
+    drawn = np.stack(rows).transpose(0, 3, 1, 2).copy()
     if cache is not None:
         np.save(cache, drawn)
     return torch.from_numpy(drawn)

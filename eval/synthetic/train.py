@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the embedded model, in three stages that can be stopped and restarted at any time.
+"""Training of the embedded model, in four stages that can be stopped and restarted at any time.
 
 1. vision: the CLIP tower learns to tell colour, shape, character and neighbours of every patch (from the layer that
    LLaVA reads), and its CLS token what the whole picture shows (so that CLS attention means something, as in CLIP);
-2. align: the projector learns to turn a patch into the sum of the word embeddings of its attributes, place and neighbours;
-3. language: the language model learns to answer, several questions per picture in one sequence, at first from pictures
-   with few objects. Tower and projector stay frozen: a projector that is trained along forgets what the questions that are
-   learned last need (it lost the columns of the picture, and places and relations stayed at 30 and 44 %).
+2. align: the projector learns to turn a patch into the sum of the word embeddings of its attributes and its place;
+3. language: projector and language model learn to answer, several questions per picture in one sequence, at first from
+   pictures with few objects. The tower stays frozen;
+4. finish: the same with the hard question types asked twice as often, while linear probes keep in the projected patches
+   what the tower knows. Without them the projector forgets what the questions that are learned last need: it lost the
+   columns of the picture, and places and relations stayed at 30 and 44 %.
 """
 
 from __future__ import annotations
@@ -27,15 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .data import HARD, PATCH_LABELS, Encoder, conversation, normalize, patch_labels, pictures, scene_labels
+from .data import HARD, PATCH_LABELS, Encoder, Tokens, conversation, normalize, patch_labels, pictures, scene_labels
 from .model import GRID, HIDDEN, make_model, make_processor
 from .questions import KINDS
 from .scenes import BOARD, CHARACTERS, CODE_LENGTH, COLORS, COLUMNS, ROWS, SHAPES, scenes
-
-ALIGNED = {"color": tuple(COLORS), "shape": SHAPES, "character": tuple(CHARACTERS)}
-"""Labels that are words of the language."""
-ROLL = {"": 0, "left of": 16, "right of": 48, "above": 80, "below": 112}
-"""By how many places the embedding of a neighbour's attribute is rolled."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +43,31 @@ class Recipe:
     test_scenes: int = 512
     vision_steps: int = 2000
     vision_batch: int = 64
-    align_steps: int = 1000
-    language_steps: int = 2800
+    align_steps: int = 600
+    language_steps: int = 1500
     language_batch: int = 32
+    finish_steps: int = 3400
+    finish_batch: int = 20
     turns: int = 12
     vision_rate: float = 1.5e-3
     language_rate: float = 1.5e-3
-    few_objects: float = 0.1
+    language_horizon: int = 3500
+    """Where the cosine of the language stage would reach its end."""
+    finish_rate: float = 1.2e-3
+    few_objects: float = 0.35
     """Part of the language stage that uses only pictures with at most three objects."""
     save_every: int = 250
     """Steps between checkpoints, each with an evaluation on held-out scenes."""
     seed: int = 0
+
+
+class Probes(nn.Module):
+    """Linear read-outs of the projected patches in the last stage: labels, row and column; thrown away afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [*PATCH_LABELS.values(), BOARD, BOARD]
+        self.read = nn.Linear(HIDDEN, sum(self.sizes))
 
 
 class Heads(nn.Module):
@@ -82,7 +93,7 @@ class Trainer:
         if self.device.type == "cpu":  # the backward pass of sdpa in bfloat16 is slow there
             self.model.set_attn_implementation({"vision_config": "eager"})
         torch.manual_seed(self.recipe.seed + 1)
-        self.heads = Heads().to(self.device)
+        self.heads, self.probes = Heads().to(self.device), Probes().to(self.device)
         self.encode = Encoder(self.processor.tokenizer)
         self.log = (folder / "log.jsonl").open("a")
 
@@ -94,6 +105,15 @@ class Trainer:
         self.train_pixels = pictures(self.train, self.folder / "train.npy")
         self.test_pixels = pictures(self.test, self.folder / "test.npy")
         self.few = [i for i, scene in enumerate(self.train) if len(scene.things) <= 3]
+
+    def labels(self, rows: list[int]) -> Tensor:
+        """Patch labels of training scenes, [n, labels, patches]."""
+        return torch.from_numpy(np.stack([patch_labels(self.train[row]) for row in rows])).to(self.device)
+
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """Row and column of the board cell of every patch, counted from 1, [patches] each."""
+        cell = torch.arange(GRID, device=self.device) // (GRID // BOARD) + 1
+        return cell.repeat_interleave(GRID), cell.repeat(GRID)
 
     def precision(self) -> AbstractContextManager[Any]:
         fast = self.device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -116,8 +136,11 @@ class Trainer:
             step += 1
 
     # ------------------------------------------------------------------ the loop that all stages share
-    def run_stage(self, stage: str, modules: list[nn.Module], steps: int, rate: float) -> None:
-        """Train `modules` with the loss of `stage`: AdamW, warm-up and cosine, clipping, checkpoints, evaluation."""
+    def run_stage(
+        self, stage: str, modules: list[nn.Module], steps: int, size: int, rate: float, horizon: int | None = None
+    ) -> None:
+        """Train `modules` with the loss of `stage` on batches of `size`: AdamW, warm-up and cosine (to its end at `horizon`,
+        `steps` by default), clipping, checkpoints, evaluation."""
         path = self.folder / f"{stage}.pt"
         parameters = [p for module in modules for p in module.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
@@ -138,9 +161,7 @@ class Trainer:
         with Progress(*columns, console=self.console) as progress:
             bar = progress.add_task(stage, total=steps, completed=start)
             pool: list[int] | range = range(len(self.train))
-            for step, rows in self.batches(
-                self.recipe.vision_batch if stage == "vision" else self.recipe.language_batch, start, pool
-            ):
+            for step, rows in self.batches(size, start, pool):
                 if step >= steps:
                     break
                 if stage == "language" and step < self.recipe.few_objects * steps:
@@ -148,7 +169,9 @@ class Trainer:
                 torch.manual_seed(self.recipe.seed * 1_000_003 + step)  # augmentation of this step, restarted or not
                 for group in optimizer.param_groups:
                     warm = min(1.0, (step + 1) / 200)
-                    group["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+                    group["lr"] = (
+                        rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / (horizon or steps))))
+                    )
                 loss = getattr(self, f"{stage}_loss")(rows, step)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -185,7 +208,7 @@ class Trainer:
             features, pooled = self.run_tower(self.pixels(rows, augment=True))
             patch, present, code = self.heads.patch(features), self.heads.present(pooled), self.heads.code(pooled)
         picked = [self.train[row] for row in rows]
-        labels = torch.from_numpy(np.stack([patch_labels(s) for s in picked])).to(self.device)
+        labels = self.labels(rows)
         loss = patch.new_zeros((), dtype=torch.float32)
         for i, (name, logits) in enumerate(
             zip(PATCH_LABELS, patch.float().split(list(PATCH_LABELS.values()), -1), strict=True)
@@ -222,45 +245,36 @@ class Trainer:
         return {name: float(np.mean(values)) for name, values in right.items()}
 
     # ------------------------------------------------------------------ stage 2
-    def align_target(self, labels: Tensor) -> Tensor:
-        """What a projected patch shall be, [n, patches, HIDDEN], from labels [n, labels, patches]: the sum of the word
-        embeddings of its colour, shape, character and place, and of colour and shape of the four neighbours of its
-        object, their embeddings rolled by a different step for each direction; the word "picture" for background."""
-        words, vocabulary = self.model.get_input_embeddings().weight.detach(), self.encode.vocabulary
+    def align_loss(self, rows: list[int], step: int) -> Tensor:
+        """Squared distance between a projected patch and the sum of the word embeddings of what it shows and where
+        (background: the word "picture"), relative to the size of a word embedding."""
+        labels = self.labels(rows)
+        vocabulary, words = self.encode.vocabulary, self.model.get_input_embeddings().weight.detach()
 
         def table(names: Iterable[str]) -> Tensor:
             return torch.stack([torch.zeros_like(words[0]), *(words[vocabulary[name]] for name in names)])
 
-        shown = (labels[:, :3] > 0).any(1)[..., None]
-        target = words[vocabulary["picture"]] * ~shown
-        for i, name in enumerate(PATCH_LABELS):
-            what = name.split()[-1]
-            if what in ALIGNED:
-                direction = name.removesuffix(what).strip()
-                rolled = table(ALIGNED[what]).roll(ROLL[direction], dims=1)
-                target = target + rolled[labels[:, i]]
-        cells = torch.arange(GRID, device=self.device) // (GRID // BOARD) + 1
-        place = table(ROWS)[cells][:, None] + table(COLUMNS)[cells][None]
-        return target + place.flatten(0, 1) * shown
-
-    def align_loss(self, rows: list[int], step: int) -> Tensor:
-        """Squared distance of projected patches to their targets, relative to the size of a word embedding."""
-        labels = torch.from_numpy(np.stack([patch_labels(self.train[row]) for row in rows])).to(self.device)
+        shown = (labels[:, :3] > 0).any(1)
+        target = words[vocabulary["picture"]] * ~shown[..., None]
+        for i, names in enumerate((COLORS, SHAPES, CHARACTERS)):
+            target = target + table(names)[labels[:, i]]
+        row, column = self.cells()
+        target = target + (table(ROWS)[row] + table(COLUMNS)[column]) * shown[..., None]
         with torch.no_grad(), self.precision():
             features, _ = self.run_tower(self.pixels(rows, augment=False))
-        shown = (labels[:, :3] > 0).any(1)
-        error = (self.model.model.multi_modal_projector(features.float()) - self.align_target(labels)).square().mean(-1)
-        size = self.model.get_input_embeddings().weight.detach().square().mean()
-        return (error[shown].mean() + error[~shown].mean()) / size
+        error = (self.model.model.multi_modal_projector(features.float()) - target).square().mean(-1)
+        return (error[shown].mean() + error[~shown].mean()) / words.square().mean()
 
     def align_scores(self) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------------ stage 3
-    def language_logits(self, pixels: Tensor, batch: Any) -> Tensor:
+    def language_logits(self, pixels: Tensor, batch: Tokens) -> tuple[Tensor, Tensor]:
+        """Logits of all tokens [n, length, words], and the projected patches [n, patches, HIDDEN]."""
         with self.precision():
             with torch.no_grad():
-                visual = self.model.model.multi_modal_projector(self.run_tower(pixels)[0])
+                features, _ = self.run_tower(pixels)
+            visual = self.model.model.multi_modal_projector(features)
             ids = batch.input_ids.to(self.device)
             embeds = self.model.get_input_embeddings()(ids)
             mask = (ids == self.model.config.image_token_id)[..., None].expand_as(embeds)
@@ -268,14 +282,18 @@ class Trainer:
             hidden = self.model.model.language_model(
                 inputs_embeds=embeds, attention_mask=batch.attention_mask.to(self.device), use_cache=False
             ).last_hidden_state
-            return self.model.lm_head(hidden)
+            return self.model.lm_head(hidden), visual
+
+    def answer_loss(self, rows: list[int], step: int, twice: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the answers of one conversation per picture, and the projected patches."""
+        rng = np.random.default_rng((self.recipe.seed, 2, step))
+        batch = self.encode([conversation(self.train[row], self.recipe.turns, rng, twice) for row in rows])
+        logits, visual = self.language_logits(self.pixels(rows, augment=True), batch)
+        labels = batch.labels.to(self.device)[:, 1:]
+        return F.cross_entropy(logits[:, :-1][labels >= 0].float(), labels[labels >= 0]), visual
 
     def language_loss(self, rows: list[int], step: int) -> Tensor:
-        rng = np.random.default_rng((self.recipe.seed, 2, step))
-        batch = self.encode([conversation(self.train[row], self.recipe.turns, rng, HARD) for row in rows])
-        logits = self.language_logits(self.pixels(rows, augment=True), batch)
-        labels = batch.labels.to(self.device)[:, 1:]
-        return F.cross_entropy(logits[:, :-1][labels >= 0].float(), labels[labels >= 0])
+        return self.answer_loss(rows, step, ())[0]
 
     @torch.no_grad()
     def language_scores(self) -> dict[str, float]:
@@ -286,7 +304,7 @@ class Trainer:
             rows = list(range(first, min(first + 64, len(self.test))))
             asked = [conversation(self.test[row], 6, rng) for row in rows]
             batch = self.encode(asked)
-            logits = self.language_logits(self.pixels(rows, augment=False, test=True), batch)
+            logits, _ = self.language_logits(self.pixels(rows, augment=False, test=True), batch)
             wrong = (logits[:, :-1].argmax(-1).cpu() != batch.labels[:, 1:]) & (batch.labels[:, 1:] >= 0)
             for b, questions in enumerate(asked):
                 for i, question in enumerate(questions):
@@ -294,15 +312,40 @@ class Trainer:
         scores = {kind: float(np.mean(values)) for kind, values in right.items()}
         return {**scores, "mean": float(np.mean(list(scores.values())))}
 
+    # ------------------------------------------------------------------ stage 4
+    def finish_loss(self, rows: list[int], step: int) -> Tensor:
+        loss, visual = self.answer_loss(rows, step + self.recipe.language_steps, HARD)
+        labels = self.labels(rows)
+        shown = (labels[:, :3] > 0).any(1)
+        row, column = (cell.expand(len(rows), -1)[shown] - 1 for cell in self.cells())
+        wanted = [*(labels[:, i][shown] for i in range(labels.shape[1])), row, column]
+        read = self.probes.read(F.rms_norm(visual.float(), (HIDDEN,)))[shown].split(self.probes.sizes, -1)
+        return loss + 0.05 * sum(F.cross_entropy(r, w) for r, w in zip(read, wanted, strict=True))
+
+    def finish_scores(self) -> dict[str, float]:
+        return self.language_scores()
+
     # ------------------------------------------------------------------ all
     def run(self) -> Path:
         """Run what is left of the three stages and save the checkpoint; returns its folder."""
         self.load_data()
         base, recipe = self.model.model, self.recipe
-        self.run_stage("vision", [base.vision_tower, self.heads], recipe.vision_steps, recipe.vision_rate)
-        self.run_stage("align", [base.multi_modal_projector], recipe.align_steps, 5e-3)
-        language = [base.language_model, self.model.lm_head]
-        self.run_stage("language", language, recipe.language_steps, recipe.language_rate)
+        answering = [base.multi_modal_projector, base.language_model, self.model.lm_head]
+        self.run_stage(
+            "vision", [base.vision_tower, self.heads], recipe.vision_steps, recipe.vision_batch, recipe.vision_rate
+        )
+        self.run_stage("align", [base.multi_modal_projector], recipe.align_steps, recipe.language_batch, 5e-3)
+        self.run_stage(
+            "language",
+            answering,
+            recipe.language_steps,
+            recipe.language_batch,
+            recipe.language_rate,
+            recipe.language_horizon,
+        )
+        self.run_stage(
+            "finish", [*answering, self.probes], recipe.finish_steps, recipe.finish_batch, recipe.finish_rate
+        )
         return self.save()
 
     def save(self) -> Path:

@@ -203,6 +203,8 @@ class Engine:
         self.vision_seconds = self._since(start)
         features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
         layouts = self.adapter.layouts(f.numel() // f.shape[-1] for f in features)
+        if not layouts:
+            raise ValueError(f"{name} was given no images: leave the pixels out for a text-only prompt")
         encoded = Encoded(self.adapter.encoders[name], layouts, signals)
         if self.facade is not None and (clusters := self.facade.clusters()) is not None:
             encoded.clusters, encoded.left = clusters, self.facade.left(layouts[0].cells)
@@ -259,7 +261,7 @@ class Engine:
         call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
         call.record.seconds = {"vision": self.vision_seconds, "select": 0.0}
         if self.facade is not None:
-            call.record.vision_tokens = self.facade.schedule
+            call.record.merged = self.facade.schedule
         if not self._drops_anything(spans):
             call.record.groups = [Group(0, embeds.shape[1], embeds.shape[1], counts)]
             return False

@@ -45,7 +45,8 @@ class Span:
 
 @dataclass
 class CallRecord:
-    """One forward pass with visuals. `groups[i]` holds from layer `groups[i].start` on; `seconds` by part."""
+    """One forward pass with visuals. `groups[i]` holds from layer `groups[i].start` on; `seconds` by part; `merged`: how
+    many tokens each block of the vision encoder merged away, None without an encoder stage."""
 
     batch: int
     length: int
@@ -54,4 +55,4 @@ class CallRecord:
     groups: list[Group] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     signals: dict[str, str] = field(default_factory=dict)
-    vision_tokens: list[int] | None = None
+    merged: list[int] | None = None
