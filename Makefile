@@ -35,7 +35,7 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m mypy -p mmcompress
 
 results: $(READY)  ## measure again what the README shows (about half an hour on two cores) and fill it in
-	$(RUN) -m mmcompress demo --questions 1400 --out results
+	$(RUN) -m mmcompress demo --questions 700 --out results
 	$(RUN) -m mmcompress bench --out results/bench.json
 	$(RUN) -m mmcompress.eval.readme
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from .api import compress, compressed, report, trace, uncompress
 from .assets import model_path
 from .eval.latency import machine, synchronize
-from .eval.synthetic import CHANCE, KINDS, Item, Score, evaluate, items
+from .eval.synthetic import CHANCE, KINDS, Item, Score, evaluate, items, prepare
 from .eval.synthetic.benchmark import encode, same
 from .trace import Shape, kv_bytes, prefill_flops
 from .visualize import Panel, kept_figure, kept_overlay
@@ -74,6 +74,7 @@ def sweep(
             if "{double}" not in text or 2 * keep <= 1
         ]
     bar = show.add_task("questions", total=len(plans)) if show else None
+    batches = prepare(processor, questions)
     alone = [encode(processor, [item]).to(model.device) for item in questions[:10]]
     tokens = int((alone[0]["input_ids"] == model.config.image_token_id).sum())
     shape = Shape.of(model.config.text_config)
@@ -83,7 +84,7 @@ def sweep(
             show.update(bar, description=f"{name} {keep:.0%}")
         if plan:
             compress(model, plan)
-        score: Score = evaluate(model, processor, questions)
+        score: Score = evaluate(model, processor, batches)
         milliseconds = prefill_milliseconds(model, alone)
         per_layer = visual_tokens_per_layer(model) if plan else [tokens] * shape.layers
         uncompress(model)

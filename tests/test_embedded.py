@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmcompress.assets import model_path
-from mmcompress.eval.synthetic import CHANCE, KINDS, Item, draw, evaluate, items, make_scene, scenes
+from mmcompress.eval.synthetic import CHANCE, KINDS, draw, evaluate, items, make_scene, prepare, scenes
 from mmcompress.eval.synthetic.benchmark import prompt
 from mmcompress.eval.synthetic.data import Encoder, patch_labels, small_picture
 from mmcompress.eval.synthetic.model import GRID, make_tokenizer
@@ -111,7 +111,7 @@ def test_size_of_the_embedded_model(embedded: tuple[Any, Any]) -> None:
 
 def test_the_embedded_model_works(embedded: tuple[Any, Any]) -> None:
     """At least 90 % over types and no type under 80 % (600 questions; the README has more)."""
-    score = evaluate(*embedded, items(602))
+    score = evaluate(*embedded, prepare(embedded[1], items(602)))
     by_type = {kind: score.accuracy(kind) for kind in KINDS}
     assert score.accuracy() >= 0.90, by_type
     assert min(by_type.values()) >= 0.80, by_type
@@ -120,7 +120,7 @@ def test_the_embedded_model_works(embedded: tuple[Any, Any]) -> None:
 def test_compression_costs_what_it_should(embedded: tuple[Any, Any]) -> None:
     """All tokens: the same answers. Half the tokens by a method: better than chance, worse or equal to stock."""
     model, processor = embedded
-    questions = items(70)
+    questions = prepare(processor, items(70))
     stock = evaluate(model, processor, questions)
     with mm.compressed(model, "visionzip", keep=1.0):
         assert evaluate(model, processor, questions).answers == stock.answers
@@ -130,10 +130,10 @@ def test_compression_costs_what_it_should(embedded: tuple[Any, Any]) -> None:
 
 def test_padded_batch_equals_single_runs_on_real_pictures(embedded: tuple[Any, Any]) -> None:
     model, processor = embedded
-    batch: list[Item] = items(14)
+    batch = items(14)
     with mm.compressed(model, "visionzip(keep=0.25) >> fastv(layer=2, keep=0.5)"):
-        together = evaluate(model, processor, batch, batch=14).answers
-        alone = evaluate(model, processor, batch, batch=1).answers
+        together = evaluate(model, processor, prepare(processor, batch, 14)).answers
+        alone = evaluate(model, processor, prepare(processor, batch, 1)).answers
     assert together == alone
 
 

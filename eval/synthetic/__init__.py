@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A synthetic VQA benchmark drawn by this project, and the training of the embedded model on it."""
 
-from .benchmark import Item, Score, evaluate, items
+from .benchmark import Batch, Item, Score, evaluate, items, prepare
 from .questions import CHANCE, KINDS, Question, ask
 from .scenes import Scene, draw, make_scene, scenes
 
 __all__ = [
     "CHANCE",
     "KINDS",
+    "Batch",
     "Item",
     "Question",
     "Scene",
@@ -17,5 +18,6 @@ __all__ = [
     "evaluate",
     "items",
     "make_scene",
+    "prepare",
     "scenes",
 ]

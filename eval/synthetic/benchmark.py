@@ -89,16 +89,29 @@ def same(answer: str, expected: str) -> bool:
     return answer.lower().split() == expected.lower().split()
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Items with their model inputs, made once for many evaluations."""
+
+    items: Sequence[Item]
+    inputs: Any
+
+
+def prepare(processor: Any, questions: Sequence[Item], size: int = 50) -> list[Batch]:
+    """Questions in batches of `size`, drawn and processed."""
+    parts = [questions[first : first + size] for first in range(0, len(questions), size)]
+    return [Batch(part, encode(processor, part)) for part in parts]
+
+
 @torch.no_grad()
-def evaluate(model: Any, processor: Any, questions: Sequence[Item], batch: int = 50) -> Score:
-    """Greedy answers of `model` (compressed or not) to `questions`."""
+def evaluate(model: Any, processor: Any, batches: Sequence[Batch]) -> Score:
+    """Greedy answers of `model` (compressed or not)."""
     score = Score()
-    for first in range(0, len(questions), batch):
-        part = questions[first : first + batch]
-        inputs = encode(processor, part).to(model.device, model.dtype)
+    for batch in batches:
+        inputs = batch.inputs.to(model.device, model.dtype)
         out = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for item, text in zip(part, texts, strict=True):
+        for item, text in zip(batch.items, texts, strict=True):
             score.answers.append(text.strip())
             score.right[item.question.kind].append(same(text, item.question.answer))
     return score
