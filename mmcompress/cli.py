@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ class UserError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     options = _parser().parse_args(arguments)
     console = Console()
     try:
@@ -77,10 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _quiet() -> None:
+    """No bars of transformers between our lines; for the process of the command only."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _demo(options: argparse.Namespace, console: Console) -> None:
     from .budget import check_keep
     from .demo import run
 
+    _quiet()
     if options.questions < 7:
         raise UserError(f"--questions {options.questions}: at least 7, one of each type")
     run(options.out, options.questions, [float(check_keep(keep)) for keep in options.keep], console)
@@ -103,6 +109,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:
 
     from .assets import model_path
 
+    _quiet()
     name = str(model_path()) if options.model == "embedded" else options.model
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any

@@ -90,10 +90,10 @@ HARD = ("count", "place", "relation")
 """Question types that training asks twice as often: they are learned last."""
 
 
-def conversation(scene: Scene, turns: int, rng: np.random.Generator, twice: tuple[str, ...] = ()) -> list[Question]:
-    """`turns` random questions about one scene: every type as likely as the others, those in `twice` twice as likely."""
+def conversation(scene: Scene, turns: int, rng: np.random.Generator, more: tuple[str, ...] = ()) -> list[Question]:
+    """`turns` random questions about one scene: all types alike, and as much again for each time a type is in `more`."""
     asked: list[Question] = []
-    kinds = [*KINDS, *twice]
+    kinds = [*KINDS, *more]
     while len(asked) < turns:
         question = ask(scene, kinds[int(rng.integers(len(kinds)))], rng)
         if question is not None:
