@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "the embedded model with all and with some of its visual tokens: table and pictures")
     demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of pictures and record")
     demo.add_argument("--questions", type=int, default=200, help="how many held-out questions (default 200)")
+    demo.add_argument(
+        "--objects", type=int, default=4, help="most objects in a scene, 2 to 6 (default 4, the benchmark)"
+    )
     demo.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="keep ratios")
 
     run = command("run", _run, "ask a checkpoint about images, with and without compression")
@@ -89,7 +92,7 @@ def _demo(options: argparse.Namespace, console: Console) -> None:
     _quiet()
     if options.questions < 7:
         raise UserError(f"--questions {options.questions}: at least 7, one of each type")
-    run(options.out, options.questions, [float(check_keep(keep)) for keep in options.keep], console)
+    run(options.out, options.questions, [float(check_keep(keep)) for keep in options.keep], console, options.objects)
 
 
 def _open_image(path: Path) -> Any:

@@ -181,13 +181,17 @@ def draw_method(
 
 
 def run(
-    out: Path, count: int = 200, ratios: Sequence[float] = (0.5, 0.25, 0.1), console: Console | None = None
+    out: Path,
+    count: int = 200,
+    ratios: Sequence[float] = (0.5, 0.25, 0.1),
+    console: Console | None = None,
+    objects: int = 4,
 ) -> Path:
-    """The whole demo; returns the path of the JSON record."""
+    """The whole demo on scenes with at most `objects` objects; returns the path of the JSON record."""
     console = console or Console()
     console.print("loading the embedded model (LLaVA-1.5 architecture, trained by this project) ...")
     model, processor = load(model_path())
-    questions = items(count)
+    questions = items(count, most=objects)
     with Progress(console=console, transient=True) as progress:
         rows = list(sweep(model, processor, questions, ratios, progress))
     console.print(accuracy_table(rows, count))
@@ -208,7 +212,13 @@ def run(
         console.print("\nwhat mm.report(model) says after a call:", report(model), sep="\n", highlight=False)
     record = out / "demo.json"
     out.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "questions": count, "chance": CHANCE, "rows": [asdict(row) for row in rows]}
+    content = {
+        "machine": machine(),
+        "questions": count,
+        "objects": objects,
+        "chance": CHANCE,
+        "rows": [asdict(row) for row in rows],
+    }
     record.write_text(json.dumps(content, indent=1) + "\n")
     console.print(f"record: {record}")
     return record

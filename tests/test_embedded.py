@@ -110,8 +110,8 @@ def test_size_of_the_embedded_model(embedded: tuple[Any, Any]) -> None:
 
 
 def test_the_embedded_model_works(embedded: tuple[Any, Any]) -> None:
-    """At least 90 % over types and no type under 80 % (600 questions; the README has more)."""
-    score = evaluate(*embedded, prepare(embedded[1], items(602)))
+    """At least 90 % over types and no type under 80 %."""
+    score = evaluate(*embedded, prepare(embedded[1], items(980)))
     by_type = {kind: score.accuracy(kind) for kind in KINDS}
     assert score.accuracy() >= 0.90, by_type
     assert min(by_type.values()) >= 0.80, by_type

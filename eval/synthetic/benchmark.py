@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from .questions import KINDS, Question, ask
-from .scenes import Scene, draw, scenes
+from .scenes import FEWEST, MOST, Scene, draw, scenes
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,25 @@ class Item:
         return draw(self.scene)
 
 
-def items(count: int, start: int = 1_000_000) -> list[Item]:
+def items(count: int, start: int = 1_000_000, most: int = 4) -> list[Item]:
     """`count` questions on held-out scenes from seed `start` on, the types in turn, one question per scene.
 
-    Training used scenes from seed 0 on, and the held-out scores during training from seed 0 of the test split; the
-    default start is far from both. The splits are disjoint in what scenes show (`Scene.held_out`).
+    most: only scenes with at most so many objects (and the sign). The benchmark has up to 4; training also uses scenes
+    with 5 and 6, which the embedded model masters less well (README). Training used seeds from 0 on; splits are
+    disjoint in what scenes show (`Scene.held_out`).
     """
+    if not FEWEST <= most <= MOST:
+        raise ValueError(f"most={most}: scenes have {FEWEST} to {MOST} objects")
     kinds = list(KINDS)
     found: list[Item] = []
-    for scene in scenes("test", 3 * count, start):
+    while len(found) < count:
+        (scene,) = scenes("test", 1, start)
+        start = scene.seed + 1
         kind = kinds[len(found) % len(kinds)]
-        question = ask(scene, kind, np.random.default_rng((7003, scene.seed)))
+        question = ask(scene, kind, np.random.default_rng((7003, scene.seed))) if len(scene.things) <= most else None
         if question is not None:
             found.append(Item(scene, question))
-        if len(found) == count:
-            return found
-    raise AssertionError("too few scenes with an answerable question")
+    return found
 
 
 @dataclass

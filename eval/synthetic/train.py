@@ -48,7 +48,7 @@ class Recipe:
     language_steps: int = 1500
     language_batch: int = 32
     finish_steps: int = 2000
-    relations_steps: int = 1000
+    relations_steps: int = 1300
     finish_batch: int = 20
     turns: int = 12
     vision_rate: float = 1.5e-3
