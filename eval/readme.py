@@ -104,7 +104,8 @@ def bench(record: dict[str, Any]) -> str:
         f"Speed on a mid-size random LLaVA (CLIP-L/14-336 shapes with 4 layers, LLaMA 1024 x 12, 576 visual and 40 text tokens, "
         f"float32, sdpa, batch 1), medians of {record['conditions']['repeats']} interleaved rounds, prefill with the vision tower. "
         f"Reached: measured speed-up over the FLOPs ratio. `uniform(keep=575)` drops one token: its decode step shows what the "
-        f"hooks cost. Peak resident memory of a whole process: here it is reached while the model is built.\n\n{table(headings, body)}\n\nShown by `make bench` ({conditions(record)})."
+        f"hooks cost. Peak resident memory of a whole process: here it is reached while the model is built.\n\n"
+        f"{table(headings, body)}\n\nShown by `make bench` ({conditions(record)})."
     )
 
 

@@ -41,9 +41,9 @@ def kept_overlay(picture: Image.Image, visual: VisualTrace, layer: int | None = 
     if selection.assign is not None:
         output_of = {int(slot): j for j, slot in enumerate(selection.keep[0])}
         alive = {output_of[slot] for slot in kept}
-        merged = {slot for slot, j in enumerate(selection.assign[0].tolist()) if j in alive} - kept
         # an output token that stands for no patch of its own (CLS) lights no cell
-        kept -= {slot for slot in kept if int(selection.assign[0, slot]) != output_of[slot]}
+        kept = {slot for slot in kept if int(selection.assign[0, slot]) == output_of[slot]}
+        merged = {slot for slot, j in enumerate(selection.assign[0].tolist()) if j in alive} - kept
     scale = side / max(picture.size)
     shown = picture.convert("RGB").resize(
         (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
