@@ -209,7 +209,7 @@ def run(
         console.print(f"kept tokens: {path}")
     with compressed(model, "visionzip(keep=0.25)"), torch.no_grad():
         model.generate(**encode(processor, questions[:1]).to(model.device), do_sample=False, max_new_tokens=8)
-        console.print("\nwhat mm.report(model) says after a call:", report(model), sep="\n", highlight=False)
+        console.print("\nwhat mm.report(model) says after a call:", str(report(model)), sep="\n", highlight=False)
     record = out / "demo.json"
     out.mkdir(parents=True, exist_ok=True)
     content = {
