@@ -251,9 +251,20 @@ def test_training_restarts_where_it_stopped(tmp_path: Path) -> None:
     from mmcompress.eval.synthetic.train import Recipe, Trainer
 
     recipe = Recipe(
-        scenes=24, test_scenes=8, vision_steps=4, vision_batch=4, align_steps=2, language_steps=4, language_batch=4, finish_steps=2, relations_steps=2, finish_batch=4, turns=3,
-        few_objects=0.5, save_every=2,
-    )  # fmt: skip
+        scenes=24,
+        test_scenes=8,
+        vision_steps=4,
+        vision_batch=4,
+        align_steps=2,
+        language_steps=4,
+        language_batch=4,
+        finish_steps=2,
+        relations_steps=2,
+        finish_batch=4,
+        turns=3,
+        few_objects=0.5,
+        save_every=2,
+    )
     straight = Trainer(tmp_path / "straight", recipe, device="cpu").run()
 
     class Stopped(Exception):
