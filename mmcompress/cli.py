@@ -130,6 +130,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     import torch
 
     from . import api
+    from .eval.synthetic.benchmark import prompt
     from .plan import as_pipeline
     from .visualize import Panel, encoded_view, kept_figure, kept_overlay
 
@@ -138,13 +139,11 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1")
     model, processor, device = _load(options)
-    content: list[dict[str, str]] = [{"type": "image"}] * len(pictures)
-    message = {"role": "user", "content": [*content, {"type": "text", "text": options.question}]}
     if getattr(processor, "chat_template", None) is None:
         raise UserError(
             f"{options.model}: the checkpoint has no chat template, so there is no way to know its prompt format"
         )
-    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    text = prompt(processor, options.question, len(pictures))
     inputs = processor(images=pictures or None, text=text, return_tensors="pt").to(device)
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 

@@ -78,7 +78,7 @@ def sweep(
     alone = [encode(processor, [item]).to(model.device) for item in questions[:10]]
     tokens = int((alone[0]["input_ids"] == model.config.image_token_id).sum())
     shape = Shape.of(model.config.text_config)
-    width = next(model.language_model.parameters()).dtype.itemsize if hasattr(model, "language_model") else 4
+    width = next(model.parameters()).dtype.itemsize
     for name, plan, keep in plans:
         if show and bar is not None:
             show.update(bar, description=f"{name} {keep:.0%}")

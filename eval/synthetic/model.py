@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
@@ -124,9 +122,3 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCon
         model.model.multi_modal_projector.linear_2.weight.normal_(std=0.1 * scale)
         model.lm_head.weight.copy_(model.get_input_embeddings().weight)
     return model
-
-
-def user_turn(text: str, image: bool = True) -> dict[str, Any]:
-    """One user message in the processors' chat format, with the picture first if there is one."""
-    content: list[dict[str, str]] = [{"type": "image"}] if image else []
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}

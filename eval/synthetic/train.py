@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -376,15 +375,3 @@ class Trainer:
         (target / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
         self.console.print(f"saved {target}")
         return target
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="train the embedded model (restartable)")
-    parser.add_argument("--out", type=Path, default=Path("runs/llava-shapes"), help="folder of checkpoints and result")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    arguments = parser.parse_args()
-    Trainer(arguments.out, device=arguments.device).run()
-
-
-if __name__ == "__main__":
-    main()

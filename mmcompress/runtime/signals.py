@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -78,8 +79,13 @@ class VisionTap:
             signals[name] = full[:, prefix:]
         return signals
 
-    def _record(self, name: str) -> _Recorder:
-        return _Recorder(self, name)
+    def _record(self, name: str) -> functools.partial[None]:
+        """A forward hook that keeps the output of a module under `name` (a partial survives deepcopy, a closure does not)."""
+        return functools.partial(self._keep, name)
+
+    def _keep(self, name: str, module: Any, args: tuple, output: Any) -> None:
+        if self.seen is not None:
+            self.seen[name] = output[0] if isinstance(output, tuple) else output
 
     def _record_mask(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
@@ -91,17 +97,6 @@ class VisionTap:
         if self.seen is not None and "features" not in self.seen:
             (layout,) = self.adapter.layouts([args[0].shape[1]])
             self.seen["features"] = args[0][:, layout.patch_tokens()] if layout.structural else args[0]
-
-
-class _Recorder:
-    """A forward hook that keeps the output of a module under a name (a class, so that models can be deep-copied)."""
-
-    def __init__(self, tap: VisionTap, name: str) -> None:
-        self.tap, self.name = tap, name
-
-    def __call__(self, module: Any, args: tuple, output: Any) -> None:
-        if self.tap.seen is not None:
-            self.tap.seen[self.name] = output[0] if isinstance(output, tuple) else output
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
