@@ -5,20 +5,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..runtime.adapter import Adapter
-from .llava import LlavaAdapter
+from ..runtime.adapter import Adapter, Encoder
+from .common import CommonAdapter
+from .internvl import InternVLAdapter
+from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
+from .qwen_vl import QwenVLAdapter
+from .vit import ENCODERS
 
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter,)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    LlavaAdapter,
+    LlavaNextAdapter,
+    LlavaOnevisionAdapter,
+    QwenVLAdapter,
+    InternVLAdapter,
+    CommonAdapter,
+)
+"""In the order in which they are tried."""
 
 
-def adapter_for(model: Any) -> Adapter:
-    """The adapter of `model`; raises NotImplementedError with the supported families if there is none."""
+def adapter_for(model: Any) -> Adapter | Encoder:
+    """The adapter of `model` (an `Encoder` for a vision model without language model); raises NotImplementedError with
+    the supported families if there is none."""
     for adapter in ADAPTERS:
         if adapter.matches(model):
             return adapter(model)
-    raise NotImplementedError(
-        f"{type(model).__name__} is not supported; supported: {', '.join(a.family for a in ADAPTERS)}"
-    )
+    for encoder in ENCODERS:
+        if encoder.matches(model):
+            return encoder(model)
+    known = "; ".join(a.family for a in (*ADAPTERS, *ENCODERS))
+    raise NotImplementedError(f"{type(model).__name__} is not supported. Supported: {known}")
 
 
-__all__ = ["ADAPTERS", "Adapter", "LlavaAdapter", "adapter_for"]
+__all__ = ["ADAPTERS", "Adapter", "Encoder", "adapter_for"]

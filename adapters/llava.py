@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-1.5: a CLIP or SigLIP tower, an MLP projector, one token per patch."""
+"""LLaVA: 1.5 (one view), NeXT, NeXT-Video and OneVision (thumbnail, tiles, newlines, video), CLIP or SigLIP tower."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.adapter import Adapter, Block
-from ..visuals import Layout
+from ..runtime.adapter import Adapter, Block, Encoded
+from ..visuals import Layout, View
+from .layouts import AnyRes, resize
 
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Supported towers by config type, with the number of their tokens before the patches (CLS)."""
 
 
 class LlavaAdapter(Adapter):
+    """LLaVA-1.5: one token per patch."""
+
     family: ClassVar[str] = "LLaVA-1.5 (model_type llava with a CLIP or SigLIP vision tower)"
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
 
     @classmethod
     def matches(cls, model: Any) -> bool:
         config = getattr(model, "config", None)
-        if getattr(config, "model_type", None) != "llava" or not hasattr(model, "base_model_prefix"):
+        if getattr(config, "model_type", None) not in cls.model_types or not hasattr(model, "base_model_prefix"):
             return False
         tower = config.vision_config.model_type
         if tower not in TOWERS:
@@ -32,28 +37,22 @@ class LlavaAdapter(Adapter):
         return True
 
     @property
-    def placeholders(self) -> dict[str, int]:
-        return {"image": self.model.config.image_token_id}
-
-    @property
-    def encoders(self) -> dict[str, str]:
-        return {"get_image_features": "image"}
-
-    @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.base.vision_tower
 
     @property
     def blocks(self) -> list[Block]:
         return [
-            Block(layer, layer.self_attn, layer.layer_norm2, layer.mlp)
-            for layer in self.base.vision_tower.encoder.layers
+            Block(
+                layer, at := layer.self_attn, layer.layer_norm2, layer.mlp, at.num_heads, at.scale, at.q_proj, at.k_proj
+            )
+            for layer in self.tower.encoder.layers
         ]
 
     @property
     def feature_blocks(self) -> list[int]:
         chosen = self.model.config.vision_feature_layer
-        count = len(self.base.vision_tower.encoder.layers)
+        count = len(self.tower.encoder.layers)
         states = [chosen] if isinstance(chosen, int) else list(chosen)
         # hidden_states[0] are the embeddings, hidden_states[i] is the output of block i - 1
         return [(state if state >= 0 else count + 1 + state) - 1 for state in states]
@@ -66,6 +65,22 @@ class LlavaAdapter(Adapter):
     def projector(self) -> nn.Module:
         return self.base.multi_modal_projector
 
+    @property
+    def signals(self) -> frozenset[str]:
+        always = {"received_attention", "keys", "encoder_features"}
+        return frozenset(always | {"cls_attention", "cls_feature"} if self.prefix else always)
+
+    @property
+    def structural(self) -> int:
+        """Tokens of a view that strategy "full" keeps before the patches: the CLS token, if the tower has one."""
+        return self.prefix if self.model.config.vision_feature_select_strategy == "full" else 0
+
+    @property
+    def side(self) -> int:
+        """Patches per side of a view."""
+        vision = self.model.config.vision_config
+        return vision.image_size // vision.patch_size
+
     def check_encoder_call(self, arguments: dict[str, Any]) -> None:
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             given, configured = arguments.get(name), getattr(self.model.config, name)
@@ -75,21 +90,117 @@ class LlavaAdapter(Adapter):
                     f"model.config.{name} before compress()"
                 )
 
-    def layouts(self, lengths: Iterable[int]) -> list[Layout]:
-        # strategy "full" keeps the CLS token of the tower as the first LLM token
-        structural = tuple(range(self.prefix)) if self.model.config.vision_feature_select_strategy == "full" else ()
-        found = []
+    def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
+        layouts = []
         for length in lengths:
-            side = math.isqrt(length - len(structural))
-            if side * side != length - len(structural):
+            side = math.isqrt(length - self.structural)
+            if side * side != length - self.structural:
                 raise NotImplementedError(f"an image of {length} tokens is no square grid of patches")
-            found.append(Layout((1, side, side), structural))
-        return found
+            layouts.append(Layout.raster(1, side, side, tuple(range(self.structural))))
+        return Encoded(modality, layouts)
 
-    def project(self, rows: Tensor) -> Tensor:
-        return self.base.multi_modal_projector(rows)
+    def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
+        return list(rows)
+
+
+class AnyResAdapter(LlavaAdapter):
+    """What LLaVA-NeXT, NeXT-Video and OneVision share: pictures cut into tiles, videos pooled frame by frame."""
+
+    def check_encoder_call(self, arguments: dict[str, Any]) -> None:
+        super().check_encoder_call(arguments)
+        if self.structural:
+            raise NotImplementedError(
+                "vision_feature_select_strategy='full' keeps a CLS token in every tile, which tiles laid together have no "
+                "place for: use the strategy 'default'"
+            )
+
+    def pictures(self, arguments: dict[str, Any]) -> list[AnyRes | None]:
+        """How each picture of an encoder call is cut; None: one view and a newline."""
+        config = self.model.config
+        pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
+        tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+        sizes = [(int(height), int(width)) for height, width in arguments["image_sizes"].tolist()]
+        cut = self._cut(arguments, len(sizes))
+        found = (AnyRes(size, pinpoints, tile, patch, most_tiles=self._most_tiles(arguments)) for size in sizes)
+        return [picture if is_cut else None for picture, is_cut in zip(found, cut, strict=True)]
+
+    def _cut(self, arguments: dict[str, Any], pictures: int) -> list[bool]:
+        return [True] * pictures
+
+    def _most_tiles(self, arguments: dict[str, Any]) -> int | None:
+        return None
+
+    video_newline: ClassVar[bool] = False
 
     @property
-    def signals(self) -> frozenset[str]:
-        always = {"received_attention", "keys", "encoder_features"}
-        return frozenset(always | {"cls_attention", "cls_feature"} if self.prefix else always)
+    def pooled(self) -> int:
+        """Tokens per side of a video frame."""
+        raise NotImplementedError
+
+    def pool(self, frames: Tensor, nearest: bool) -> Tensor:
+        """[frames, C, side, side] as a video's frames are pooled."""
+        raise NotImplementedError
+
+    def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
+        if modality == "video":
+            frames, side = arguments["pixel_values_videos"].shape[1], self.pooled
+            newline = (frames * side * side,) if self.video_newline else ()
+            return Encoded(modality, [Layout((View((side, side), role="frame"),) * frames, newline)] * len(lengths))
+        one = Layout((View((self.side, self.side)),), (self.side**2,))
+        return Encoded(modality, [p.layout() if p is not None else one for p in self.pictures(arguments)])
+
+    def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
+        if encoded.modality == "video":
+            if rows.shape[1] != self.pooled**2:  # not pooled yet
+                rows = self.pool(rows.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2), nearest)
+                rows = rows.flatten(2).transpose(1, 2)
+            return list(rows.unflatten(0, (len(encoded.layouts), -1)).flatten(1, 2))
+        parts = rows.split(self.views(encoded, arguments))
+        return [
+            part[0] if picture is None else picture.pack(part, nearest)
+            for picture, part in zip(self.pictures(arguments), parts, strict=True)
+        ]
+
+    def views(self, encoded: Encoded, arguments: dict[str, Any]) -> list[int]:
+        if encoded.modality == "video":
+            return [len(layout.views) for layout in encoded.layouts]
+        return [1 if p is None else 1 + p.tiles[0] * p.tiles[1] for p in self.pictures(arguments)]
+
+
+class LlavaNextAdapter(AnyResAdapter):
+    family: ClassVar[str] = "LLaVA-NeXT and LLaVA-NeXT-Video (llava_next, llava_next_video)"
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
+
+    @property
+    def pooled(self) -> int:
+        return self.side // self.model.config.spatial_pool_stride
+
+    def pool(self, frames: Tensor, nearest: bool) -> Tensor:
+        stride = self.model.config.spatial_pool_stride
+        # a "conv" resampler cannot pool signals: they take the mean
+        if self.model.config.spatial_pool_mode == "max" or nearest:
+            return F.max_pool2d(frames.double(), stride).to(frames.dtype)
+        return F.avg_pool2d(frames, stride)
+
+
+class LlavaOnevisionAdapter(AnyResAdapter):
+    family: ClassVar[str] = "LLaVA-OneVision (llava_onevision)"
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+    video_newline: ClassVar[bool] = True
+
+    def _cut(self, arguments: dict[str, Any], pictures: int) -> list[bool]:
+        counts = arguments.get("batch_num_images")
+        if counts is None:
+            return [True] * pictures
+        return [int(n) == 1 for n in counts for _ in range(int(n))]
+
+    def _most_tiles(self, arguments: dict[str, Any]) -> int | None:
+        ratio = arguments.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+        return int(ratio.removeprefix("anyres_max_"))
+
+    @property
+    def pooled(self) -> int:
+        return math.ceil(self.side / 2)
+
+    def pool(self, frames: Tensor, nearest: bool) -> Tensor:
+        return resize(frames, (self.pooled, self.pooled), nearest)

@@ -47,21 +47,32 @@ class Selection:
 
     @staticmethod
     def of_clusters(clusters: Tensor, k: int) -> Selection:
-        """One output token per cluster: `clusters` [U, N] holds the cluster of every slot, `k` different ones per row.
+        """One output token per cluster: `clusters` [U, N] holds the cluster of every slot, any integer.
 
-        A cluster stands at its median member (the lower of two); output in ascending order.
+        A cluster stands at its median member (the lower of two); output in ascending order. If there are more than `k`
+        clusters, the smallest ones are dropped; if there are fewer, more members of the largest ones are kept.
         """
         rows, tokens = clusters.shape
         place = torch.arange(tokens, device=clusters.device).expand(rows, -1)
-        by_cluster = clusters.sort(dim=1, stable=True)
-        size = torch.zeros(rows, tokens, dtype=torch.int64, device=clusters.device)
-        size = size.scatter_add(1, clusters, torch.ones_like(clusters))
-        rank = place - (size.cumsum(1) - size).gather(1, by_cluster.values)
-        median = rank == (size.gather(1, by_cluster.values) - 1) // 2
-        chosen = torch.zeros_like(median).scatter(1, by_cluster.indices, median)
-        keep = chosen.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :k]
-        output = torch.zeros_like(size).scatter(1, clusters.gather(1, keep), place[:, :k])
-        return Selection(keep, output.gather(1, clusters))
+        ordered, slots = clusters.sort(dim=1, stable=True)
+        begins = torch.ones_like(ordered, dtype=torch.bool)
+        begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        number = begins.long().cumsum(1) - 1  # clusters counted from 0, in the order of `slots`
+        size = torch.zeros_like(number).scatter_add(1, number, torch.ones_like(number))
+        first = size.cumsum(1) - size
+        rank = place - first.gather(1, number)
+        median = rank == (size.gather(1, number) - 1) // 2
+        # medians first, then by size; slots in order where both are equal
+        worth = torch.zeros_like(number).scatter(1, slots, median * (tokens + 1) + size.gather(1, number))
+        keep = worth.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+        number = torch.zeros_like(number).scatter(1, slots, number)
+        stands = torch.zeros_like(number).scatter(1, slots, median.long())
+        # which output speaks for each cluster: its median's, else the last of its members'; 0 for none
+        code = place[:, :k] + 1 + gather(stands, keep) * (k + 1)
+        speaks = torch.zeros_like(number).scatter_reduce(1, gather(number, keep), code, "amax")
+        output = speaks % (k + 1) - 1
+        assign = output.gather(1, number).scatter(1, keep, place[:, :k])
+        return Selection(keep, assign)
 
     @property
     def k(self) -> int:

@@ -95,7 +95,7 @@ class EncoderStage(Stage):
 
     kind: ClassVar[str] = "encoder"
     positions: ClassVar[str] = "reindex"
-    proportional: bool
+    proportional: bool | None
 
     def schedule(self, tokens: int, blocks: int, protected: int) -> list[int]:
         """How many of `tokens` patch tokens are merged away in each of the `blocks` blocks."""

@@ -162,6 +162,19 @@ class Report:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class EncoderReport:
+    """The last call of a vision model: tokens of one picture (CLS included) that enter, and those merged in each block."""
+
+    plan: str
+    tokens: int
+    merged: list[int]
+
+    def __str__(self) -> str:
+        left = [self.tokens - sum(self.merged[: i + 1]) for i in range(len(self.merged))]
+        return f"plan      {self.plan}\ntokens    {self.tokens}, after each block {', '.join(map(str, left))}"
+
+
 def _part(value: float, full: float) -> str:
     return f"{100 * value / full:.1f} %"
 

@@ -11,26 +11,69 @@ from torch import Tensor
 
 from .selection import Selection, gather
 
-PER_VISUAL = frozenset({"cls_feature"})
+PER_VISUAL = frozenset({"cls_feature", "text_embeddings"})
 """Signals that have one value per visual, not one per token."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One grid of tokens: a picture, its tiles laid side by side, one tile, the thumbnail, or one frame.
+
+    grid   rows, columns.
+    box    left, top, right, bottom of what the grid shows, in parts of the original picture. It may reach over the edge
+           where a processor pads the picture.
+    role   "image" (the only view), "tiles" (a high-resolution picture, laid together), "tile", "thumbnail" or "frame".
+    seams  the rows and the columns (counted in tokens) at which another tile begins, for role "tiles".
+    """
+
+    grid: tuple[int, int]
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    role: str = "image"
+    seams: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+
+    @property
+    def cells(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def boxes(self) -> Tensor:
+        """Box of every cell, [cells, 4] in raster order, in parts of the original picture."""
+        rows, columns = self.grid
+        left, top, right, bottom = self.box
+        y, x = torch.meshgrid(torch.arange(rows + 1) / rows, torch.arange(columns + 1) / columns, indexing="ij")
+        x, y = left + x * (right - left), top + y * (bottom - top)
+        return torch.stack([x[:-1, :-1], y[:-1, :-1], x[1:, 1:], y[1:, 1:]], -1).flatten(0, 1)
+
+    def tiles(self) -> Tensor:
+        """Number of the tile that the centre of every cell is in, [cells], in raster order of the tiles."""
+        (row, _), (column, column_tiles) = (
+            (torch.bucketize(torch.arange(n) + 0.5, torch.tensor(seams)), len(seams) + 1)
+            for n, seams in zip(self.grid, self.seams, strict=True)
+        )
+        return (row[:, None] * column_tiles + column).flatten()
 
 
 @dataclass(frozen=True)
 class Layout:
     """How the tokens of one visual lie.
 
-    grid        frames, rows, columns of the token grid; raster order, frame after frame.
+    views       the grids, in the order of the tokens; each in raster order.
     structural  indices of tokens that are no patches (CLS, newline, separator). They are never pruned, no method sees
-                them, and they do not count towards a budget. All other tokens are the cells of `grid`, in order.
+                them, and they do not count towards a budget. All other tokens are the cells of the views, in order.
     """
 
-    grid: tuple[int, int, int]
+    views: tuple[View, ...]
     structural: tuple[int, ...] = ()
+
+    @staticmethod
+    def raster(frames: int, rows: int, columns: int, structural: tuple[int, ...] = ()) -> Layout:
+        """One picture, or several frames of a video one after the other."""
+        role = "image" if frames == 1 else "frame"
+        return Layout((View((rows, columns), role=role),) * frames, structural)
 
     @property
     def cells(self) -> int:
         """Number of patch tokens, N in the docstrings of the methods."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        return sum(view.cells for view in self.views)
 
     @property
     def tokens(self) -> int:
@@ -42,12 +85,13 @@ class Layout:
         structural = set(self.structural)
         return [i for i in range(self.tokens) if i not in structural]
 
+    def view_of(self) -> Tensor:
+        """Number of the view that every cell is in, [N]."""
+        return torch.repeat_interleave(torch.tensor([view.cells for view in self.views]))
+
     def boxes(self) -> Tensor:
-        """Box of every cell in its frame, [N, 4] as left, top, right, bottom in parts of the encoded view (0 to 1)."""
-        frames, rows, columns = self.grid
-        y, x = torch.meshgrid(torch.arange(rows) / rows, torch.arange(columns) / columns, indexing="ij")
-        one = torch.stack([x, y, x + 1 / columns, y + 1 / rows], -1).flatten(0, 1)
-        return one.repeat(frames, 1)
+        """Box of every cell in its picture (or frame), [N, 4] as left, top, right, bottom in parts of the original."""
+        return torch.cat([view.boxes() for view in self.views])
 
 
 def _no_road(x: Tensor) -> Tensor:
@@ -62,7 +106,8 @@ class Visuals:
     layout    how the N tokens lie before any stage has acted.
     k         exact number of tokens to keep.
     signals   by name: `cls_attention` [U, N], `received_attention` [U, N], `keys` [U, N, d] (mean over heads),
-              `encoder_features` [U, N, De], `cls_feature` [U, De], `last_attention` [U, N] (of the last prompt token),
+              `encoder_features` [U, N, De], `cls_feature` [U, De], `text_embeddings` [U, T, D] (of the instruction, as
+              they enter the LLM), `last_attention` [U, N] (of the last prompt token),
               `mean_attention` [U, N] (of all prompt tokens). Only what the stages of a plan ask for is computed.
     slots     [U, N]: which cell of `layout` each token is; the cells in order as long as no stage has acted.
     """

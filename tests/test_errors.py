@@ -57,7 +57,7 @@ def sliding() -> Any:
 @pytest.mark.parametrize(
     ("model", "plan", "error", "message"),
     [
-        (lambda: nn.Linear(2, 2), "visionzip", NotImplementedError, "Linear is not supported; supported: LLaVA-1.5"),
+        (lambda: nn.Linear(2, 2), "visionzip", NotImplementedError, "Linear is not supported. Supported: LLaVA-1.5"),
         (
             lambda: LlamaForCausalLM(text_config()),
             "visionzip",
@@ -185,7 +185,7 @@ def test_a_method_that_breaks_its_budget_is_stopped() -> None:
 
 
 def test_a_missing_signal_is_named() -> None:
-    visuals = mm.Visuals(torch.randn(1, 4, 2), mm.Layout((1, 2, 2)), 2, {"keys": torch.randn(1, 4, 2)})
+    visuals = mm.Visuals(torch.randn(1, 4, 2), mm.Layout.raster(1, 2, 2), 2, {"keys": torch.randn(1, 4, 2)})
     with pytest.raises(
         ValueError, match="signal cls_attention or received_attention is not available here; there is: keys"
     ):

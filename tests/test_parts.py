@@ -27,7 +27,7 @@ def some_visuals(u: int, n: int, k: int, seed: int = 0, cls: bool = True, equal:
     signals = {"cls_attention": attention, "keys": encoder, "encoder_features": encoder}
     if cls:
         signals["cls_feature"] = torch.randn(u, 5, generator=g)
-    return mm.Visuals(features, mm.Layout((1, 1, n)), k, signals, road=lambda x: torch.cat([x, x[..., :1]], -1))
+    return mm.Visuals(features, mm.Layout.raster(1, 1, n), k, signals, road=lambda x: torch.cat([x, x[..., :1]], -1))
 
 
 # ---------------------------------------------------------------------- budget

@@ -58,10 +58,15 @@ def normalize(pixels: Tensor) -> Tensor:
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """Labels of every patch, int64 [labels, GRID * GRID], in the order of `PATCH_LABELS`."""
+    """Labels of every patch of a square scene, int64 [labels, GRID * GRID], in the order of `PATCH_LABELS`."""
     centers = (np.arange(GRID) + 0.5) * PATCH
     y, x = (grid.ravel() for grid in np.meshgrid(centers, centers, indexing="ij"))
-    labels = np.zeros((len(PATCH_LABELS), GRID * GRID), dtype=np.int64)
+    return labels_at(scene, x, y)
+
+
+def labels_at(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Labels of the points (x, y) in drawing units, int64 [labels, points], in the order of `PATCH_LABELS`."""
+    labels = np.zeros((len(PATCH_LABELS), len(x)), dtype=np.int64)
     rows = {name: i for i, name in enumerate(PATCH_LABELS)}
     for i, thing in enumerate(scene.things):
         inside = (x - thing.center[0]) ** 2 + (y - thing.center[1]) ** 2 <= (0.9 * thing.radius) ** 2
@@ -117,15 +122,17 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.vocabulary = tokenizer.get_vocab()
         self.pad = self.vocabulary["<pad>"]
+        self.square = [self.vocabulary["USER:"], *[self.vocabulary["<image>"]] * (GRID * GRID)]
+        """How a prompt about a square picture begins in the embedded LLaVA."""
 
-    def __call__(self, conversations: list[list[Question]]) -> Tokens:
+    def __call__(self, conversations: list[list[Question]], prefixes: list[list[int]]) -> Tokens:
+        """Conversations behind the token ids `prefixes`, with which the first question of each one begins."""
         rows = []
-        for questions in conversations:
-            ids: list[int] = []
-            turn: list[int] = []
+        for questions, prefix in zip(conversations, prefixes, strict=True):
+            ids = list(prefix)
+            turn = [-1] * len(ids)
             for i, question in enumerate(questions):
-                image = ["<image>"] * GRID * GRID if i == 0 else []
-                prompt = ["USER:", *image, *question.text.split(), "ASSISTANT:"]
+                prompt = [*(["USER:"] if i else []), *question.text.split(), "ASSISTANT:"]
                 answer = [*question.answer.split(), "</s>"]
                 ids += [self.vocabulary[word] for word in prompt + answer]
                 turn += [-1] * len(prompt) + [i] * len(answer)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     CLIPImageProcessor,
     CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -37,9 +38,19 @@ _WORDS = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: lower case, one token per word, mark and character of a code."""
-    words = [*_WORDS, *COLORS, *SHAPES, *ROWS, *COLUMNS, *CHARACTERS, *map(str, range(MOST_COUNTED + 1))]
+def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: lower case, one token per word, mark and character of a code; `special` tokens by the names
+    under which the processor of a family looks for them, behind all others (so that words have the same ids everywhere)."""
+    words = [
+        *_WORDS,
+        *COLORS,
+        *SHAPES,
+        *ROWS,
+        *COLUMNS,
+        *CHARACTERS,
+        *map(str, range(MOST_COUNTED + 1)),
+        *special.values(),
+    ]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*_SPECIAL, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -52,7 +63,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", "user_token": "USER:", "assistant_token": "ASSISTANT:"},
+        extra_special_tokens={
+            "image_token": "<image>",
+            "user_token": "USER:",
+            "assistant_token": "ASSISTANT:",
+            **special,
+        },
         padding_side="left",
     )
 
@@ -75,6 +91,35 @@ def make_processor() -> LlavaProcessor:
     )
 
 
+def text_config(tokenizer: PreTrainedTokenizerFast, kind: str = "llama") -> PreTrainedConfig:
+    """Configuration of the language model, in the architecture `kind`."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 3 * HIDDEN,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "initializer_range": HIDDEN**-0.5,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": False,
+    }
+    if kind == "qwen3_vl_text":
+        sizes |= {
+            "head_dim": HIDDEN // 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+        }
+    return CONFIG_MAPPING[kind](**sizes)
+
+
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
     """A fresh random model for `tokenizer`.
 
@@ -92,20 +137,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCon
         patch_size=PATCH,
         projection_dim=HIDDEN,
     )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=3 * HIDDEN,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        initializer_range=scale,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
+    text = text_config(tokenizer)
     config = LlavaConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),

@@ -32,9 +32,11 @@ COLUMNS = ("left", "center", "right")
 BOARD = 3
 """Cells per side."""
 SIDE = 96
-"""Side of a scene in drawing units (the picture itself is `SIDE * SCALE` pixels)."""
+"""Side of a square scene in drawing units (the picture itself is `SIDE * SCALE` pixels)."""
 SCALE = 3
 CELL = SIDE // BOARD
+WIDEST = 1.6
+"""How much wider than high (or the other way round) a stretched scene can be."""
 FEWEST, MOST = 2, 6
 """Number of objects in a scene, both ends included."""
 
@@ -72,9 +74,17 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
+    """`cell` is width and height of a cell in drawing units."""
+
     seed: int
     things: tuple[Thing, ...]
     sign: Sign
+    cell: tuple[float, float] = (CELL, CELL)
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height in drawing units."""
+        return BOARD * self.cell[0], BOARD * self.cell[1]
 
     @property
     def signature(self) -> str:
@@ -88,8 +98,8 @@ class Scene:
         return zlib.crc32(self.signature.encode()) % 10 == 0
 
 
-def scenes(split: str, count: int, start: int = 0) -> list[Scene]:
-    """The first `count` scenes of `split` ("train" or "test") from seed `start` on.
+def scenes(split: str, count: int, start: int = 0, stretched: bool = False) -> list[Scene]:
+    """The first `count` scenes of `split` ("train" or "test") from seed `start` on; `stretched`: of different shapes.
 
     The splits are disjoint in what the scenes show, not only in seeds (`Scene.held_out`).
     """
@@ -98,52 +108,64 @@ def scenes(split: str, count: int, start: int = 0) -> list[Scene]:
     found: list[Scene] = []
     seed = start
     while len(found) < count:
-        scene = make_scene(seed)
+        scene = make_scene(seed, stretched)
         if scene.held_out == (split == "test"):
             found.append(scene)
         seed += 1
     return found
 
 
-def make_scene(seed: int) -> Scene:
-    """The scene of `seed`: 2 to 6 objects and one sign."""
+def make_scene(seed: int, stretched: bool = False) -> Scene:
+    """The scene of `seed`: 2 to 6 objects and one sign.
+
+    stretched: one picture in four is square, the others are up to `WIDEST` times wider than high or higher than wide;
+    objects keep their shape and have more room in their cells.
+    """
+    cell = (float(CELL), float(CELL))
+    if stretched:
+        shape = np.random.default_rng((7004, seed))
+        kind, longer = int(shape.integers(4)), round(CELL * float(shape.uniform(1.15, WIDEST)))
+        if kind:
+            wide = bool(shape.integers(2))
+            cell = (float(longer), cell[1]) if wide else (cell[0], float(longer))
+    width, height = cell
     rng = np.random.default_rng((7001, seed))
     count = int(rng.integers(FEWEST, MOST + 1))
-    cells = rng.permutation(BOARD * BOARD)
+    places = rng.permutation(BOARD * BOARD)
     # Repeated colours and shapes make counting worth asking: draw from a palette that is smaller than the alphabet.
     palette = rng.choice(list(COLORS), size=int(rng.integers(2, 6)), replace=False)
     shapes = rng.choice(SHAPES, size=int(rng.integers(2, 6)), replace=False)
     made = []
-    for cell in cells[:count]:
+    for place in places[:count]:
         radius = float(rng.uniform(8.5, 13.0))
-        slack = CELL / 2 - radius - 0.5
-        row, column = divmod(int(cell), BOARD)
+        x_slack, y_slack = width / 2 - radius - 0.5, height / 2 - radius - 0.5
+        row, column = divmod(int(place), BOARD)
         center = (
-            column * CELL + CELL / 2 + float(rng.uniform(-slack, slack)),
-            row * CELL + CELL / 2 + float(rng.uniform(-slack, slack)),
+            (column + 0.5) * width + float(rng.uniform(-x_slack, x_slack)),
+            (row + 0.5) * height + float(rng.uniform(-y_slack, y_slack)),
         )
         made.append(
             Thing(
                 str(rng.choice(palette)),
                 str(rng.choice(shapes)),
-                int(cell),
+                int(place),
                 center,
                 radius,
                 float(rng.uniform(-12, 12)),
             )
         )
-    row, column = divmod(int(cells[count]), BOARD)
+    row, column = divmod(int(places[count]), BOARD)
     code = "".join(rng.choice(list(CHARACTERS), size=CODE_LENGTH))
-    left = column * CELL + 0.5 + float(rng.uniform(0, 1))
-    top = row * CELL + 1 + float(rng.uniform(0, CELL - 18))
+    left = column * width + 0.5 + float(rng.uniform(0, width - 31))
+    top = row * height + 1 + float(rng.uniform(0, height - 18))
     boxes = tuple((left + 10 * i, top, left + 10 * i + 10, top + 16) for i in range(CODE_LENGTH))
-    return Scene(seed, tuple(made), Sign(code, int(cells[count]), boxes))
+    return Scene(seed, tuple(made), Sign(code, int(places[count]), boxes), cell)
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, `SIDE * SCALE` pixels square."""
+    """The picture of a scene: RGB, `SCALE` pixels for each drawing unit."""
     rng = np.random.default_rng((7002, scene.seed))
-    image = _background(rng)
+    image = _background(rng, round(scene.size[0] * SCALE), round(scene.size[1] * SCALE))
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
         _draw_thing(pen, thing, rng)
@@ -156,22 +178,21 @@ def draw(scene: Scene) -> Image.Image:
     return image
 
 
-def _background(rng: np.random.Generator) -> Image.Image:
+def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """A muted texture: a smooth colour field, fine grain, and sometimes stripes."""
     base = rng.integers(70, 130, size=3)
     coarse = rng.normal(0, 14, size=(5, 5, 3)) + base
-    size = SIDE * SCALE
     field = np.asarray(
-        Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+        Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     )
     grain = np.asarray(
-        Image.fromarray(rng.integers(0, 256, size=(size // 4, size // 4), dtype=np.uint8)).resize((size, size)),
+        Image.fromarray(rng.integers(0, 256, size=(height // 4, width // 4), dtype=np.uint8)).resize((width, height)),
         np.float32,
     )
     texture = field + (grain[..., None] - 128) * float(rng.uniform(0.02, 0.12))
     if rng.random() < 0.5:
         angle, period = float(rng.uniform(0, math.pi)), float(rng.uniform(12, 40))
-        y, x = np.mgrid[:size, :size].astype(np.float32)
+        y, x = np.mgrid[:height, :width].astype(np.float32)
         wave = np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period))
         texture = texture + wave[..., None] * float(rng.uniform(3, 10))
     return Image.fromarray(texture.clip(0, 255).astype(np.uint8))

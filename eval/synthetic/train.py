@@ -15,21 +15,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from .data import HARD, PATCH_LABELS, Encoder, Tokens, conversation, normalize, patch_labels, pictures, scene_labels
+from .loop import Loop
 from .model import GRID, HIDDEN, make_model, make_processor
 from .questions import KINDS
 from .scenes import BOARD, CHARACTERS, CODE_LENGTH, COLORS, COLUMNS, ROWS, SHAPES, scenes
@@ -84,14 +80,12 @@ class Heads(nn.Module):
         self.code = nn.Linear(HIDDEN, CODE_LENGTH * len(CHARACTERS))
 
 
-class Trainer:
+class Trainer(Loop):
     """Runs the stages of one recipe in one folder; whatever the folder already holds is not done again."""
 
     def __init__(self, folder: Path, recipe: Recipe | None = None, device: str | None = None) -> None:
-        self.folder, self.recipe = folder, recipe or Recipe()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.console = Console()
+        self.recipe = recipe or Recipe()
+        super().__init__(folder, self.recipe.seed, self.recipe.save_every, device)
         self.processor = make_processor()
         self.model = make_model(self.processor.tokenizer, self.recipe.seed).to(self.device)
         if self.device.type == "cpu":  # the backward pass of sdpa in bfloat16 is slow there
@@ -99,7 +93,6 @@ class Trainer:
         torch.manual_seed(self.recipe.seed + 1)
         self.heads, self.probes = Heads().to(self.device), Probes().to(self.device)
         self.encode = Encoder(self.processor.tokenizer)
-        self.log = (folder / "log.jsonl").open("a")
 
     # ------------------------------------------------------------------ data
     def load_data(self) -> None:
@@ -119,10 +112,6 @@ class Trainer:
         cell = torch.arange(GRID, device=self.device) // (GRID // BOARD) + 1
         return cell.repeat_interleave(GRID), cell.repeat(GRID)
 
-    def precision(self) -> AbstractContextManager[Any]:
-        fast = self.device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        return torch.autocast(self.device.type, torch.bfloat16) if fast else nullcontext()
-
     def pixels(self, rows: list[int], augment: bool, test: bool = False) -> Tensor:
         source = self.test_pixels if test else self.train_pixels
         pixels = normalize(source[torch.tensor(rows)].to(self.device))
@@ -131,74 +120,23 @@ class Trainer:
             pixels = pixels * gain.clamp(0.6, 1.4) + 0.05 * torch.randn_like(pixels)
         return pixels
 
-    def batches(self, size: int, start: int, pool: list[int] | range) -> Iterator[tuple[int, list[int]]]:
-        """(step, rows) from `start` on: a function of seed and step alone, so that a restart goes on where it stopped."""
-        step = start
-        while True:
-            rng = np.random.default_rng((self.recipe.seed, step))
-            yield step, [pool[int(i)] for i in rng.integers(len(pool), size=size)]
-            step += 1
+    def rows(self, step: int, size: int) -> list[int]:
+        """The training scenes of one step, a function of seed and step alone."""
+        rng = np.random.default_rng((self.recipe.seed, step))
+        return [int(i) for i in rng.integers(len(self.train), size=size)]
 
-    # ------------------------------------------------------------------ the loop that all stages share
-    def run_stage(
+    def train_stage(
         self, stage: str, modules: list[nn.Module], steps: int, size: int, rate: float, horizon: int | None = None
     ) -> None:
-        """Train `modules` with the loss of `stage` on batches of `size`: AdamW, warm-up and cosine (to its end at `horizon`,
-        `steps` by default), clipping, checkpoints, evaluation."""
-        path = self.folder / f"{stage}.pt"
-        parameters = [p for module in modules for p in module.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
-        start = 0
-        if path.exists():
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            for module, weights in zip(modules, state["modules"], strict=True):
-                module.load_state_dict(weights)
-            optimizer.load_state_dict(state["optimizer"])
-            start = state["step"]
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console) as progress:
-            bar = progress.add_task(stage, total=steps, completed=start)
-            pool: list[int] | range = range(len(self.train))
-            for step, rows in self.batches(size, start, pool):
-                if step >= steps:
-                    break
-                if stage == "language" and step < self.recipe.few_objects * steps:
-                    rows = [self.few[row % len(self.few)] for row in rows]
-                torch.manual_seed(self.recipe.seed * 1_000_003 + step)  # augmentation of this step, restarted or not
-                for group in optimizer.param_groups:
-                    warm = min(1.0, (step + 1) / 200)
-                    group["lr"] = (
-                        rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / (horizon or steps))))
-                    )
-                loss = getattr(self, f"{stage}_loss")(rows, step)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                progress.update(bar, advance=1, description=f"{stage} loss {loss.item():.3f}")
-                done = step + 1
-                if done % self.recipe.save_every == 0 or done == steps:
-                    scores = getattr(self, f"{stage}_scores")()
-                    self.record(stage, done, loss.item(), scores)
-                    state = {
-                        "modules": [m.state_dict() for m in modules],
-                        "optimizer": optimizer.state_dict(),
-                        "step": done,
-                    }
-                    torch.save(state, path.with_suffix(".tmp"))
-                    path.with_suffix(".tmp").replace(path)
+        """Run `stage` with its own loss and scores on batches of `size`."""
 
-    def record(self, stage: str, step: int, loss: float, scores: dict[str, float]) -> None:
-        self.log.write(json.dumps({"stage": stage, "step": step, "loss": loss, **scores}) + "\n")
-        self.log.flush()
-        shown = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
-        self.console.print(f"{stage} {step}: loss {loss:.3f}  {shown}")
+        def loss_of(step: int) -> Tensor:
+            rows = self.rows(step, size)
+            if stage == "language" and step < self.recipe.few_objects * steps:
+                rows = [self.few[row % len(self.few)] for row in rows]
+            return getattr(self, f"{stage}_loss")(rows, step)
+
+        self.run_stage(stage, modules, steps, rate, loss_of, getattr(self, f"{stage}_scores"), horizon)
 
     # ------------------------------------------------------------------ stage 1
     def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,7 +229,8 @@ class Trainer:
     def answer_loss(self, rows: list[int], step: int, more: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the answers of one conversation per picture, and the projected patches."""
         rng = np.random.default_rng((self.recipe.seed, 2, step))
-        batch = self.encode([conversation(self.train[row], self.recipe.turns, rng, more) for row in rows])
+        asked = [conversation(self.train[row], self.recipe.turns, rng, more) for row in rows]
+        batch = self.encode(asked, [self.encode.square] * len(rows))
         logits, visual = self.language_logits(self.pixels(rows, augment=True), batch)
         labels = batch.labels.to(self.device)[:, 1:]
         return F.cross_entropy(logits[:, :-1][labels >= 0].float(), labels[labels >= 0]), visual
@@ -307,7 +246,7 @@ class Trainer:
         for first in range(0, len(self.test), 64):
             rows = list(range(first, min(first + 64, len(self.test))))
             asked = [conversation(self.test[row], 6, rng) for row in rows]
-            batch = self.encode(asked)
+            batch = self.encode(asked, [self.encode.square] * len(rows))
             logits, _ = self.language_logits(self.pixels(rows, augment=False, test=True), batch)
             wrong = (logits[:, :-1].argmax(-1).cpu() != batch.labels[:, 1:]) & (batch.labels[:, 1:] >= 0)
             for b, questions in enumerate(asked):
@@ -346,11 +285,11 @@ class Trainer:
         self.load_data()
         base, recipe = self.model.model, self.recipe
         answering = [base.multi_modal_projector, base.language_model, self.model.lm_head]
-        self.run_stage(
+        self.train_stage(
             "vision", [base.vision_tower, self.heads], recipe.vision_steps, recipe.vision_batch, recipe.vision_rate
         )
-        self.run_stage("align", [base.multi_modal_projector], recipe.align_steps, recipe.language_batch, 5e-3)
-        self.run_stage(
+        self.train_stage("align", [base.multi_modal_projector], recipe.align_steps, recipe.language_batch, 5e-3)
+        self.train_stage(
             "language",
             answering,
             recipe.language_steps,
@@ -359,10 +298,10 @@ class Trainer:
             recipe.language_horizon,
         )
         probed = [*answering, self.probes]
-        self.run_stage(
+        self.train_stage(
             "finish", probed, recipe.finish_steps, recipe.finish_batch, recipe.finish_rate, recipe.finish_horizon
         )
-        self.run_stage("relations", probed, recipe.relations_steps, recipe.finish_batch, recipe.relations_rate)
+        self.train_stage("relations", probed, recipe.relations_steps, recipe.finish_batch, recipe.relations_rate)
         return self.save()
 
     def save(self) -> Path:

@@ -18,16 +18,18 @@ class ToMe(EncoderStage):
     """In every block of the vision encoder, between attention and MLP, merge the token pairs with the most similar keys.
 
     Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, arXiv 2210.09461. Merged tokens are means weighted by
-    the number of patches; `proportional` adds log(size) to the attention logits, as in the paper. Give either `keep` (the
-    exact number or ratio of patch tokens left, spread evenly over the blocks; 0.25 if neither is given) or `r` (tokens
-    merged per block; with `inflect` falling or rising over the blocks; or one number per block). The LLM gets one token
-    per cluster, in the order of the clusters' median patches. Cost per block T^2 d / 4.
+    the number of patches; `proportional` adds log(size) to the attention logits, as in the paper (by default wherever the
+    attention takes a bias; that of the Qwen vision encoders does not). Give either `keep` (the exact number or ratio of
+    patch tokens left, spread evenly over the blocks; 0.25 if neither is given) or `r` (tokens merged per block; with
+    `inflect` falling or rising over the blocks; or one number per block). Where 2x2 patches make one LLM token, they are
+    merged as a whole. The LLM gets one token per cluster, in the order of the clusters' median patches. Cost per block
+    T^2 d / 4.
     """
 
     keep: float | int | None = None
     r: int | tuple[int, ...] | None = None
     inflect: float = 0.0
-    proportional: bool = True
+    proportional: bool | None = None
     paper: ClassVar[str] = "arXiv 2210.09461"
 
     def __post_init__(self) -> None:

@@ -3,29 +3,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..visuals import Layout
+
+Record = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Block:
-    """The parts of one vision encoder block: attention (with `q_proj` and `k_proj`), the norm before the MLP, the MLP."""
+    """The parts of one vision encoder block.
+
+    norm, mlp  the norm before the MLP, and the MLP.
+    q, k       the modules whose outputs are all queries and all keys, [..., heads * d] (or [..., heads, d]), before any
+               rotation; or `qkv`, one module that gives queries, keys and values behind each other.
+    """
 
     module: nn.Module
     attention: Any
     norm: nn.Module
     mlp: nn.Module
+    heads: int
+    scale: float
+    q: nn.Module | None = None
+    k: nn.Module | None = None
+    qkv: nn.Module | None = None
+
+    def tap(self, record: Record) -> list[RemovableHandle]:
+        """Hooks that call `record("q", ...)` and `record("k", ...)` with queries and keys [..., T, heads, d]."""
+        if self.qkv is not None:
+            return [self.qkv.register_forward_hook(functools.partial(self._fused, record))]
+        assert self.q is not None and self.k is not None
+        return [
+            m.register_forward_hook(functools.partial(self._plain, record, n))
+            for n, m in (("q", self.q), ("k", self.k))
+        ]
+
+    def _plain(self, record: Record, name: str, module: Any, args: tuple, output: Tensor) -> None:
+        record(name, output.unflatten(-1, (self.heads, -1)))
+
+    def _fused(self, record: Record, module: Any, args: tuple, output: Tensor) -> None:
+        parts = output.unflatten(-1, (3, self.heads, -1))
+        record("q", parts[..., 0, :, :])
+        record("k", parts[..., 1, :, :])
 
 
-class Adapter:
-    """What the runtime asks about a model. One subclass per family, in `mmcompress.adapters`."""
+class Encoder:
+    """What the runtime asks about a vision encoder.
+
+    A row of the encoder is one picture, tile or frame: either a row of a batch [n, T, C], or a segment of one packed
+    sequence [T, C] (`packed`). Tokens that are fused later (`unit` of them make one LLM token) are merged as a whole.
+    """
 
     family: ClassVar[str] = ""
+    unit: ClassVar[int] = 1
+    packed: ClassVar[bool] = False
+    bias_argument: ClassVar[str | None] = "attention_mask"
+    """Argument of the attention module that takes a bias [n, 1, 1, T] on its logits; None: there is none."""
+
+    def bias(self, bias: Tensor, block: Block) -> Tensor:
+        """The bias [n, 1, 1, T] in the shape that the attention module takes."""
+        return bias
+
+    @property
+    def tower(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> list[Block]:
+        raise NotImplementedError
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens of a row come before the patches (1 with a CLS token)."""
+        raise NotImplementedError
+
+    @property
+    def feature_blocks(self) -> list[int]:
+        """Indices of the blocks whose outputs are used."""
+        return [len(self.blocks) - 1]
+
+    @property
+    def attention(self) -> str | None:
+        """Attention implementation of the tower by its transformers name."""
+        return getattr(self.tower.config, "_attn_implementation", None)
+
+    def segments(self, arguments: dict[str, Any]) -> list[int]:
+        """Length of every row of a packed tower in patches, from the keyword arguments of the tower's call."""
+        raise NotImplementedError
+
+    def order(self, patches: int) -> Tensor | None:
+        """The patches of a row in an order in which every `unit` of them make one LLM token; None: they stand so."""
+        return None
+
+
+@dataclass
+class Encoded:
+    """What one call of an encoder method gave.
+
+    layouts   of its visuals.
+    signals   by name, one tensor per visual: [N, ...] (`cls_feature`: [De]).
+    clusters  which tokens an encoder stage merged: equal numbers for each visual, [N]; None without one.
+    left      how many tokens of each visual are left after it.
+    pixels    small pictures of the tiles, where an adapter needs them to find out how they lie.
+    """
+
+    modality: str
+    layouts: list[Layout]
+    signals: dict[str, list[Tensor]] = field(default_factory=dict)
+    clusters: list[Tensor] | None = None
+    left: list[int] = field(default_factory=list)
+    pixels: Tensor | None = None
+
+
+class Adapter(Encoder):
+    """What the runtime asks about a model. One subclass per architecture, in `mmcompress.adapters`."""
+
     reindexes: ClassVar[bool] = True
     """Whether position ids are a plain count, so that they can be numbered anew (M-RoPE families: no)."""
 
@@ -42,48 +141,56 @@ class Adapter:
     @property
     def placeholders(self) -> dict[str, int]:
         """Token id that stands for one visual token in `input_ids`, by modality ("image", "video")."""
-        raise NotImplementedError
+        names = {"image": "image_token_id", "video": "video_token_id"}
+        found = {modality: getattr(self.model.config, name, None) for modality, name in names.items()}
+        return {m: token for m, token in found.items() if token is not None and m in self.encoders.values()}
 
     @property
     def encoders(self) -> dict[str, str]:
         """Methods of the base model that encode pixels, with the modality that each one encodes."""
-        raise NotImplementedError
-
-    @property
-    def tower(self) -> nn.Module:
-        raise NotImplementedError
-
-    @property
-    def blocks(self) -> list[Block]:
-        raise NotImplementedError
-
-    @property
-    def feature_blocks(self) -> list[int]:
-        """Indices of the blocks whose outputs become the LLM's tokens."""
-        raise NotImplementedError
-
-    @property
-    def prefix(self) -> int:
-        """How many tokens of the encoder come before the patches (1 with a CLS token)."""
-        raise NotImplementedError
+        there = {"get_image_features": "image", "get_video_features": "video"}
+        return {name: modality for name, modality in there.items() if hasattr(self.base, name)}
 
     @property
     def projector(self) -> nn.Module:
         """The module that receives the encoder features of the patches."""
         raise NotImplementedError
 
-    def check_encoder_call(self, arguments: dict[str, Any]) -> None:
-        """Raise if a call of an encoder method asks for something that would make layout or signals wrong."""
-
-    def layouts(self, lengths: Iterable[int]) -> list[Layout]:
-        """The layout of each visual of one encoder call, given how many tokens each one got."""
-        raise NotImplementedError
-
-    def project(self, rows: Tensor) -> Tensor:
-        """Encoder features [U, m, De] as LLM tokens [U, m, D]."""
-        raise NotImplementedError
-
     @property
     def signals(self) -> frozenset[str]:
         """Names of the vision signals that this model can give."""
         raise NotImplementedError
+
+    @property
+    def lacks(self) -> str:
+        """What methods cannot do with this model, for error messages."""
+        return ""
+
+    def check_encoder_call(self, arguments: dict[str, Any]) -> None:
+        """Raise if a call of an encoder method asks for something that would make layout or signals wrong."""
+
+    def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
+        """The visuals of one encoder call: its arguments, and how many tokens the features of each visual have."""
+        raise NotImplementedError
+
+    def assemble(self, encoded: Encoded, runs: list[int]) -> None:
+        """Where an encoder call gives tiles and only the prompt says which of them make a picture: put them together.
+        `runs` are the lengths of the runs of placeholders, in order."""
+
+    def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
+        """Send one value per token of the encoder's rows ([n, T, C]; packed: [T, C]) the way that features take to the LLM:
+        [N, C] for each visual, structural tokens left out. `nearest`: values are numbers of things and cannot be mixed."""
+        raise NotImplementedError
+
+    @property
+    def structural(self) -> int:
+        """How many tokens of every view reach the projector before the patches (CLS, where the model keeps it)."""
+        return 0
+
+    def views(self, encoded: Encoded, arguments: dict[str, Any]) -> list[int]:
+        """How many rows of the encoder each visual has."""
+        return [1] * len(encoded.layouts)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Encoder features [U, m, De] as LLM tokens [U, m, D]."""
+        return self.projector(rows)

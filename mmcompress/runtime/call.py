@@ -11,22 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..visuals import Layout
-from .adapter import Adapter
+from .adapter import Adapter, Encoded
 from .packing import Group
 from .record import CallRecord, Span
-
-
-@dataclass
-class Encoded:
-    """What one call of an encoder method gave: the layouts of its visuals, their signals ([visuals, N, ...] each), the
-    clusters that an encoder stage made ([visuals, N]) and how many there are in each visual."""
-
-    modality: str
-    layouts: list[Layout]
-    signals: dict[str, Tensor] = field(default_factory=dict)
-    clusters: Tensor | None = None
-    left: int = 0
 
 
 @dataclass
@@ -38,6 +25,8 @@ class Call:
     groups            the tokens of the call, from the first layer on and after each cut.
     patches           [B, physical] bool: which slots of the last group hold patch tokens; patch_counts: how many per row.
     cuts              layers whose stage has been decided.
+    deepstack         by layer: features [B, physical of the first group, H] that are added before it (DeepStack levels that
+                      come after the first cut; the model adds the others itself).
     """
 
     input_ids: Tensor | None
@@ -52,6 +41,7 @@ class Call:
     patches: Tensor | None = None
     patch_counts: list[int] = field(default_factory=list)
     cuts: set[int] = field(default_factory=set)
+    deepstack: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[tuple[int, int], Any] = field(default_factory=dict)
     record: CallRecord | None = None
     start: float | None = None
@@ -95,25 +85,33 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, device: torch.dev
     kinds = kinds.cpu()
     spans: list[Span] = []
     for code, modality in enumerate(masks, start=1):
-        layouts = [layout for e in call.encoded if e.modality == modality for layout in e.layouts]
-        spans += _deal(modality, layouts, kinds == code)
+        encoded = [e for e in call.encoded if e.modality == modality]
+        if encoded and bool((kinds == code).any()):
+            spans += _deal(modality, encoded, kinds == code, adapter)
+    text = (kinds == 0) & (kinds.flip(1) > 0).long().cumsum(1).flip(1).eq(0)  # after the last visual of its row
+    for row in {span.row for span in spans}:
+        if not bool(text[row].any()):  # the question came before the picture
+            text[row] = kinds[row] == 0
+    for span in spans:
+        span.text = text[span.row].nonzero()[:, 0]
     return kinds >= 0, spans
 
 
-def _deal(modality: str, layouts: list[Layout], mask: Tensor) -> list[Span]:
+def _deal(modality: str, encoded: list[Encoded], mask: Tensor, adapter: Adapter) -> list[Span]:
     """Deal the visuals of one modality, in encoding order, to the placeholders in `mask` [B, S] (host).
 
     `generate` may have repeated every row after encoding (beams, several return sequences).
     """
-    total, features = int(mask.sum()), sum(layout.tokens for layout in layouts)
-    if not layouts or not total:
-        return []
+    total, features = int(mask.sum()), sum(layout.tokens for e in encoded for layout in e.layouts)
     copies, rest = divmod(total, features)
     if rest or mask.shape[0] % max(copies, 1):
         raise ValueError(
             f"the prompt has {total} {modality} placeholders, but {features} {modality} features were encoded: give one "
             f"{modality} for each of its place in the prompt"
         )
+    if len(encoded) == 1:
+        adapter.assemble(encoded[0], _runs(mask[::copies]))
+    layouts = [layout for e in encoded for layout in e.layouts]
     spans: list[Span] = []
     index = 0
     for row in range(0, mask.shape[0], copies):
@@ -128,9 +126,15 @@ def _deal(modality: str, layouts: list[Layout], mask: Tensor) -> list[Span]:
     return spans
 
 
-def alike(spans: list[Span]) -> list[list[Span]]:
-    """Spans in batches that can be decided as one dense tensor."""
+def _runs(mask: Tensor) -> list[int]:
+    """Lengths of the runs of True in the rows of `mask` [B, S], row after row."""
+    edges = torch.nn.functional.pad(mask.long(), (1, 1)).diff(dim=1)
+    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
+
+
+def alike(spans: list[Span], by_text: bool) -> list[list[Span]]:
+    """Spans in batches that can be decided as one dense tensor; `by_text`: also with texts of the same length."""
     batches: dict[Any, list[Span]] = defaultdict(list)
     for span in spans:
-        batches[span.modality, span.layout].append(span)
+        batches[span.modality, span.layout, span.kept, len(span.text) if by_text else 0].append(span)
     return list(batches.values())

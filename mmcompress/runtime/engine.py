@@ -27,9 +27,9 @@ from transformers.masking_utils import create_causal_mask
 from ..selection import Selection, gather
 from ..stage import LayerStage, Pipeline, Selecting
 from ..visuals import Layout, Visuals
-from .adapter import Adapter
+from .adapter import Adapter, Encoded
 from .cache import Ledger, book, is_pruned, ledger_of
-from .call import Call, Encoded, alike, locate, placeholder_masks
+from .call import Call, alike, locate, placeholder_masks
 from .encoder import EncoderFacade
 from .masks import layers_differ, logical_mask, validity
 from .packing import Group, pack, take, take_last
@@ -41,6 +41,7 @@ CALL = "mmcompress_call"
 with their keywords when the call is over; engine state would be gone then."""
 
 VISION_SIGNALS = ("cls_attention", "received_attention", "keys", "encoder_features", "cls_feature")
+TEXT_SIGNALS = ("text_embeddings",)
 LAYER_SIGNALS = ("last_attention", "mean_attention")
 
 
@@ -75,9 +76,14 @@ class Engine:
     def _check_language_model(self) -> None:
         config = self.language_model.config
         kinds = set(getattr(config, "layer_types", None) or ())
+        if "linear_attention" in kinds and self.plan.layer_stages:
+            raise NotImplementedError(
+                f"{self.plan.layer_stages[0]!r}: the language model has linear attention layers, whose state cannot forget "
+                f"tokens: only stages before the language model are supported"
+            )
         if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             kinds = {f"sliding_attention (sliding_window={config.sliding_window})"}
-        if kinds - {"full_attention"}:
+        if kinds - {"full_attention", "linear_attention"}:
             raise NotImplementedError(
                 f"the language model has layers of type {', '.join(sorted(kinds))}: only full attention is supported, since "
                 f"a window counts tokens that may be gone"
@@ -106,14 +112,14 @@ class Engine:
         """The signal that serves each need of each stage; raises if there is none."""
         found: dict[str, str] = {}
         for stage in self.plan.stages:
-            there = set(LAYER_SIGNALS) if isinstance(stage, LayerStage) else self.adapter.signals
+            there = set(LAYER_SIGNALS) if isinstance(stage, LayerStage) else self.adapter.signals | set(TEXT_SIGNALS)
             for need in stage.needs:
                 names = (need,) if isinstance(need, str) else need
                 name = next((n for n in names if n is None or n in there), "")
                 if name == "":
                     raise NotImplementedError(
                         f"{stage!r} needs {' or '.join(map(str, names))}, which this model cannot give "
-                        f"({self.adapter.family}; it has {', '.join(sorted(there))})"
+                        f"({self.adapter.lacks or self.adapter.family}; it has {', '.join(sorted(there))})"
                     )
                 if name is not None:
                     found[str(names[0])] = name
@@ -187,27 +193,31 @@ class Engine:
         """Runs an encoder method and records what it encoded, on its output: `generate` may call it before the forward."""
         if self.encoding:  # some families' video method calls their image method
             return original(*args, **kwargs)
-        arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        self.adapter.check_encoder_call({**arguments, **arguments.get("kwargs", {})})
+        bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        arguments = {**bound, **bound.pop("kwargs", {})}
+        self.adapter.check_encoder_call(arguments)
         self.encoding = True
         if self.vision_tap is not None:
             self.vision_tap.start()
         start = self._now()
         try:
             output = original(*args, **kwargs)
-            signals = self.vision_tap.collect() if self.vision_tap is not None else {}
+            features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
+            lengths = [f.numel() // f.shape[-1] for f in features]
+            if not lengths:
+                raise ValueError(f"{name} was given no images: leave the pixels out for a text-only prompt")
+            encoded = self.adapter.encoded(self.adapter.encoders[name], arguments, lengths)
+            if self.vision_tap is not None:
+                encoded.signals = self.vision_tap.collect(encoded, arguments)
         finally:
             self.encoding = False
             if self.vision_tap is not None:
                 self.vision_tap.stop()
         self.vision_seconds = self._since(start)
-        features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
-        layouts = self.adapter.layouts(f.numel() // f.shape[-1] for f in features)
-        if not layouts:
-            raise ValueError(f"{name} was given no images: leave the pixels out for a text-only prompt")
-        encoded = Encoded(self.adapter.encoders[name], layouts, signals)
         if self.facade is not None and (clusters := self.facade.clusters()) is not None:
-            encoded.clusters, encoded.left = clusters, self.facade.left(layouts[0].cells)
+            rows = self.adapter.arrange(encoded, arguments, clusters[..., None], nearest=True)
+            encoded.clusters = [row[:, 0] for row in rows]
+            encoded.left = [self.facade.left(layout.cells, layout.views[0].cells) for layout in encoded.layouts]
         self.encoded_last[encoded.modality] = encoded
         if hasattr(output, "pooler_output"):
             output.mmcompress = encoded
@@ -261,7 +271,7 @@ class Engine:
         call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
         call.record.seconds = {"vision": self.vision_seconds, "select": 0.0}
         if self.facade is not None:
-            call.record.merged = self.facade.schedule
+            call.record.merged = self.facade.merged
         if not self._drops_anything(spans):
             call.record.groups = [Group(0, embeds.shape[1], embeds.shape[1], counts)]
             return False
@@ -274,8 +284,10 @@ class Engine:
             places[span.row, span.patches] = -1
             counts[span.row] += span.kept - len(span.patches)
         places, patches = places.to(device), patches.to(device)
-        for batch in alike(spans):
-            places, embeds = self._select(call, batch, places, embeds)
+        levels = self._deepstack_levels(kwargs, embeds)
+        by_text = any(name in TEXT_SIGNALS for name in self.substitutes.values())
+        for batch in alike(spans, by_text):
+            places, embeds, levels = self._select(call, batch, places, embeds, levels)
         packed = pack(places, counts)
         call.record.seconds["select"] = self._since(start)
 
@@ -291,6 +303,8 @@ class Engine:
         call.patch_counts = [sum(s.kept for s in spans if s.row == row) for row in range(call.batch)]
         kwargs["position_ids"] = self._packed_positions(call, kwargs.get("position_ids"), places, packed, valid)
         kwargs["inputs_embeds"] = take(embeds, packed.source)
+        if levels:
+            self._pack_deepstack(call, kwargs, [take(level, packed.source) for level in levels])
         kwargs["attention_mask"] = logical_mask(call, group, 0, device)
         for tap in self.layer_taps.values():
             tap.armed = True
@@ -315,9 +329,9 @@ class Engine:
     def _budget(self, call: Call, span: Span) -> int:
         """How many tokens of a visual enter the LLM: known before anything is computed."""
         tokens = span.layout.cells
-        encoded, _ = call.origin(span)
+        encoded, index = call.origin(span)
         if encoded.clusters is not None:
-            tokens = encoded.left
+            tokens = encoded.left[index]
         for stage in self.plan.input_stages:
             tokens = stage.budget(tokens)
         return tokens
@@ -330,8 +344,11 @@ class Engine:
             left[span.row] += span.kept
         return any(stage.budget(n) < n for stage in self.plan.layer_stages for n in left.values())
 
-    def _select(self, call: Call, spans: list[Span], places: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Run encoder clusters and input stages on visuals of one layout; returns the new `places` and `embeds`."""
+    def _select(
+        self, call: Call, spans: list[Span], places: Tensor, embeds: Tensor, levels: list[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Run encoder clusters and input stages on visuals of one layout; returns the new `places`, `embeds` and DeepStack
+        levels (merged like the embeddings; where a method makes its tokens anew, the levels of the slots they stand for)."""
         device = embeds.device
         rows = torch.tensor([span.row for span in spans], device=device)[:, None]
         at = torch.stack([span.patches for span in spans]).to(device)
@@ -340,28 +357,59 @@ class Engine:
         signals = {
             name: torch.stack([encoded.signals[name][i] for encoded, i in origin]).to(device) for name in first.signals
         }
+        if any(name in TEXT_SIGNALS for name in self.substitutes.values()):
+            signals["text_embeddings"] = embeds[rows, torch.stack([span.text for span in spans]).to(device)]
         visuals = Visuals(embeds[rows, at], spans[0].layout, spans[0].kept, signals, road=self.adapter.project)
+        stacked = [level[rows, at] for level in levels]
         tokens = visuals.n
         total = Selection(torch.arange(tokens, device=device).expand(len(spans), -1))
         remade = False
         if first.clusters is not None:
             clusters = torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]).to(device)
-            chosen = Selection.of_clusters(clusters, first.left)
+            chosen = Selection.of_clusters(clusters, origin[0][0].left[origin[0][1]])
             visuals, total = visuals.take(chosen), chosen
+            stacked = [chosen.apply(level) for level in stacked]
         for stage in self.plan.input_stages:
             k = stage.budget(visuals.n)
             if k == visuals.n:
                 continue
             chosen = self._checked(stage, stage.select(replace(visuals, k=k)), visuals, k)
             visuals, total = visuals.take(chosen), total.then(chosen, tokens)
+            stacked = [chosen.apply(level) for level in stacked]
             remade = remade or chosen.rows is not None or chosen.weight is not None
         for i, span in enumerate(spans):
             span.selection, span.selection_row = total, i
         slots = gather(at, total.keep)
         places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
         if remade:
-            embeds = embeds.index_put((rows.expand_as(slots), slots), visuals.features.to(embeds.dtype))
-        return places, embeds
+            at_slots = (rows.expand_as(slots), slots)
+            embeds = embeds.index_put(at_slots, visuals.features.to(embeds.dtype))
+            levels = [
+                level.index_put(at_slots, new.to(level.dtype)) for level, new in zip(levels, stacked, strict=True)
+            ]
+        return places, embeds, levels
+
+    # ------------------------------------------------------------------ DeepStack
+    @staticmethod
+    def _deepstack_levels(kwargs: dict[str, Any], embeds: Tensor) -> list[Tensor]:
+        """The levels as full sequences [B, S, H], zero where there is no visual token."""
+        levels = kwargs.get("deepstack_visual_embeds")
+        if levels is None:
+            return []
+        mask = kwargs["visual_pos_masks"].to(embeds.device)
+        where = mask[..., None].expand_as(embeds)
+        return [torch.zeros_like(embeds).masked_scatter(where, level.to(embeds)) for level in levels]
+
+    def _pack_deepstack(self, call: Call, kwargs: dict[str, Any], levels: list[Tensor]) -> None:
+        """Give the model the levels [B, M, H] of the packed tokens: those before the first cut in its own form, the others
+        are added by the hooks of the layers."""
+        assert call.patches is not None
+        cut = min(self.layer_stages, default=len(levels))
+        call.deepstack = {j + 1: level for j, level in enumerate(levels) if j >= cut}
+        count = sum(call.patch_counts)
+        order = call.patches.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
+        kwargs["visual_pos_masks"] = call.patches
+        kwargs["deepstack_visual_embeds"] = [level.flatten(0, 1)[order] for level in levels[:cut]]
 
     @staticmethod
     def _checked(stage: Selecting, selection: Selection, visuals: Visuals, k: int) -> Selection:
@@ -420,6 +468,10 @@ class Engine:
         kwargs = dict(kwargs)
         call: Call = kwargs.pop(CALL)
         hidden = args[0] if args else kwargs["hidden_states"]
+        if index in call.deepstack:
+            level, before = call.deepstack[index], call.group_of(index - 1)
+            level = level if before.from_base is None else take(level, before.from_base)
+            hidden = hidden + level.to(hidden)
         stage = self.layer_stages.get(index)
         if stage is not None and call.patches is not None and index not in call.cuts:
             call.cuts.add(index)  # decided once; gradient checkpointing replays layers and only applies it again
@@ -465,7 +517,7 @@ class Engine:
             k = stage.budget(tokens)
             rows = torch.tensor(members, device=device)[:, None]
             at = call.patches[rows[:, 0]].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :tokens]
-            layout = Layout((1, 1, tokens))
+            layout = Layout.raster(1, 1, tokens)
             own = {name: signal[rows, at] for name, signal in signals.items()}
             visuals = Visuals(hidden[rows.to(hidden.device), at.to(hidden.device)], layout, k, own)
             chosen = self._checked(stage, stage.select(visuals), visuals, k)

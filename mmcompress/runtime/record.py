@@ -21,6 +21,7 @@ class Span:
     index      number of the visual in encoding order (rows that `generate` repeated share it).
     patches    places of its patch tokens in the sequence, [N] on the host.
     kept       number of tokens that enter the LLM.
+    text       places of the instruction: the text after the last visual of the row (all text if there is none).
     selection  the decision before the LLM for the batch of visuals that this one was in, and its row there.
     """
 
@@ -30,6 +31,7 @@ class Span:
     layout: Layout
     patches: Tensor
     kept: int
+    text: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     selection: Selection | None = None
     selection_row: int = 0
 

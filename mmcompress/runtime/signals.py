@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..ops import attention_received, attention_rows
 from ..selection import gather
-from .adapter import Adapter
+from .adapter import Adapter, Encoded
 from .cache import PrunedLayer
 from .encoder import EncoderFacade
 
@@ -21,29 +22,30 @@ from .encoder import EncoderFacade
 class VisionTap:
     """Records what the signals `names` need while the tower runs, and computes them afterwards.
 
-    Attention and keys are those of the block whose output becomes the LLM's tokens (of the last one if there are
-    several). Where an encoder stage has merged tokens, every patch shows the value of its cluster.
+    Attention and keys are those of the block whose output becomes the LLM's tokens (of the last one if there are several);
+    keys are taken before any rotation. Where several patches make one LLM token, it has their mean. Where an encoder stage
+    has merged tokens, every patch shows the value of its cluster.
     """
 
     def __init__(self, adapter: Adapter, names: set[str], facade: EncoderFacade | None) -> None:
         self.adapter, self.names, self.facade = adapter, names, facade
-        self.block = adapter.feature_blocks[-1]
-        if self.block < 0:
+        self.index = adapter.feature_blocks[-1]
+        if self.index < 0:
             raise NotImplementedError("signals need vision features from a block; this model takes its embeddings")
-        self.seen: dict[str, Tensor] | None = None
+        self.block = adapter.blocks[self.index]
+        self.seen: dict[str, Any] | None = None
 
     def install(self) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
-        attention = self.adapter.blocks[self.block].attention
         if self.names & {"cls_attention", "received_attention", "keys"}:
-            handles.append(attention.q_proj.register_forward_hook(self._record("q")))
-            handles.append(attention.k_proj.register_forward_hook(self._record("k")))
-            handles.append(attention.register_forward_pre_hook(self._record_mask, with_kwargs=True))
+            handles += self.block.tap(self._keep)
+            handles.append(self.block.attention.register_forward_pre_hook(self._keep_arguments, with_kwargs=True))
         if "encoder_features" in self.names:
-            handles.append(self.adapter.projector.register_forward_pre_hook(self._record_features))
+            handles.append(self.adapter.projector.register_forward_pre_hook(self._keep_features))
         if "cls_feature" in self.names:
             for i in self.adapter.feature_blocks:
-                handles.append(self.adapter.blocks[i].module.register_forward_hook(self._record(f"block {i}")))
+                record = functools.partial(self._keep_output, f"block {i}")
+                handles.append(self.adapter.blocks[i].module.register_forward_hook(record))
         return handles
 
     def start(self) -> None:
@@ -53,50 +55,97 @@ class VisionTap:
     def stop(self) -> None:
         self.seen = None
 
-    def collect(self) -> dict[str, Tensor]:
-        """The signals of all images of the encoder call, each [images, N, ...] (`cls_feature` [images, De])."""
+    def collect(self, encoded: Encoded, arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
+        """The signals of all visuals of the encoder call, one tensor [N, ...] for each (`cls_feature`: [De])."""
         seen = self.seen or {}
-        prefix = self.adapter.prefix
-        signals: dict[str, Tensor] = {}
+        rows: dict[str, Tensor] = {}
         if "encoder_features" in self.names:
-            signals["encoder_features"] = seen["features"]
+            features = seen["features"]
+            if self.adapter.packed:  # patch after patch; the merger takes a unit at a time
+                features = features.unflatten(0, (-1, self.adapter.unit)).flatten(1)
+            rows["encoder_features"] = features
+        if "k" in seen:
+            q, k = (seen[n].detach() for n in "qk")
+            if self.adapter.packed:
+                found = self._packed(q, k, seen["arguments"])
+            else:
+                found = self._batched(q.transpose(1, 2), k.transpose(1, 2), seen["arguments"].get("attention_mask"))
+            rows |= {name: self._per_token(patches) for name, patches in found.items()}
+        arrange = functools.partial(self.adapter.arrange, encoded, arguments)
+        signals = {
+            name: [v[:, 0] for v in arrange(x[..., None])] if x.dim() < 2 + (not self.adapter.packed) else arrange(x)
+            for name, x in rows.items()
+        }
         if "cls_feature" in self.names:
-            signals["cls_feature"] = torch.cat([seen[f"block {i}"][:, 0] for i in self.adapter.feature_blocks], -1)
-        if "k" not in seen:
-            return signals
-        attention = self.adapter.blocks[self.block].attention
-        q, k = (seen[n].detach().unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for n in "qk")
-        mask = seen.get("mask")
-        if "cls_attention" in self.names:
-            signals["cls_attention"] = attention_rows(q[:, :, :1], k, attention.scale, mask).mean(1)[:, 0]
-        if "received_attention" in self.names:
-            signals["received_attention"] = attention_received(q, k, attention.scale, mask)
-        if "keys" in self.names:
-            signals["keys"] = k.mean(1)
-        source = self.facade.source(self.block) if self.facade else None
-        for name in {"cls_attention", "received_attention", "keys"} & self.names:
-            full = signals[name] if source is None else gather(signals[name], source)
-            signals[name] = full[:, prefix:]
+            cls = torch.cat([seen[f"block {i}"][:, 0] for i in self.adapter.feature_blocks], -1)
+            signals["cls_feature"] = self._of_first_view(cls, encoded, arguments)
         return signals
 
-    def _record(self, name: str) -> functools.partial[None]:
-        """A forward hook that keeps the output of a module under `name` (a partial survives deepcopy, a closure does not)."""
-        return functools.partial(self._keep, name)
+    def _batched(self, q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Signals of every patch of the tower, from queries and keys [n, heads, T, d]: [n, P] or [n, P, d]."""
+        found = {}
+        if "cls_attention" in self.names:
+            found["cls_attention"] = attention_rows(q[:, :, :1], k, self.block.scale, mask).mean(1)[:, 0]
+        if "received_attention" in self.names:
+            found["received_attention"] = attention_received(q, k, self.block.scale, mask)
+        if "keys" in self.names:
+            found["keys"] = k.mean(1)
+        spread = self.facade.spread(self.index) if self.facade else None
+        if spread is not None:
+            found = {name: gather(x, spread) for name, x in found.items()}
+        return {name: x[:, self.adapter.prefix :] for name, x in found.items()}
 
-    def _keep(self, name: str, module: Any, args: tuple, output: Any) -> None:
+    def _packed(self, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """The same for a packed sequence: queries and keys [T, heads, d]; attention stays within its segments."""
+        found = {}
+        if "received_attention" in self.names:
+            cos, sin = (t[None].float() for t in arguments["position_embeddings"])
+            bounds = arguments["cu_seqlens"].tolist()
+            lengths = [b - a for a, b in itertools.pairwise(bounds)]
+            turned = [rotate(x.float().transpose(0, 1)[None], cos, sin).to(x.dtype)[0] for x in (q, k)]
+            received: list[Tensor] = [torch.empty(0)] * len(lengths)
+            for length in set(lengths):
+                same = [i for i, n in enumerate(lengths) if n == length]
+                queries, keys = (torch.stack([x[:, bounds[i] : bounds[i + 1]] for i in same]) for x in turned)
+                for i, values in zip(same, attention_received(queries, keys, self.block.scale), strict=True):
+                    received[i] = values
+            found["received_attention"] = torch.cat(received)
+        if "keys" in self.names:
+            found["keys"] = k.mean(1)
+        spread = self.facade.spread(self.index) if self.facade else None
+        return found if spread is None else {name: x[spread[0]] for name, x in found.items()}
+
+    def _per_token(self, patches: Tensor) -> Tensor:
+        """Mean over the patches that make one token: [n, P, ...] to [n, N, ...] (packed: [P, ...] to [N, ...])."""
+        unit = self.adapter.unit
+        if unit == 1:
+            return patches
+        axis = 0 if self.adapter.packed else 1
+        order = self.adapter.order(patches.shape[axis])
+        if order is not None:
+            patches = patches.index_select(axis, order.to(patches.device))
+        return patches.unflatten(axis, (-1, unit)).mean(axis + 1)
+
+    def _of_first_view(self, rows: Tensor, encoded: Encoded, arguments: dict[str, Any]) -> list[Tensor]:
+        """One row [De] per visual, that of its first view, which shows it whole (of its first frame, in a video)."""
+        views = self.adapter.views(encoded, arguments)
+        return [rows[sum(views[:i])] for i in range(len(views))]
+
+    def _keep(self, name: str, value: Tensor) -> None:
         if self.seen is not None:
-            self.seen[name] = output[0] if isinstance(output, tuple) else output
+            self.seen[name] = value
 
-    def _record_mask(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if self.seen is not None and mask is not None:
-            self.seen["mask"] = mask
+    def _keep_output(self, name: str, module: Any, args: tuple, output: Any) -> None:
+        self._keep(name, output[0] if isinstance(output, tuple) else output)
 
-    def _record_features(self, module: Any, args: tuple) -> None:
+    def _keep_arguments(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.seen is not None:
+            self.seen["arguments"] = kwargs
+
+    def _keep_features(self, module: Any, args: tuple) -> None:
         # the first call is the family's own; later ones project rows that a method has made
         if self.seen is not None and "features" not in self.seen:
-            (layout,) = self.adapter.layouts([args[0].shape[1]])
-            self.seen["features"] = args[0][:, layout.patch_tokens()] if layout.structural else args[0]
+            self.seen["features"] = args[0][:, self.adapter.structural :] if self.adapter.structural else args[0]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ Results = Iterator[tuple[str, Tensor]]
 
 def visuals(features: Tensor, k: int, **signals: Tensor) -> mm.Visuals:
     """Visuals [U, N, D] in one row of cells, with nothing between encoder and LLM."""
-    return mm.Visuals(features, mm.Layout((1, 1, features.shape[1])), k, signals, road=lambda x: x)
+    return mm.Visuals(features, mm.Layout.raster(1, 1, features.shape[1]), k, signals, road=lambda x: x)
 
 
 def visionzip(arrays: Arrays, params: dict[str, Any]) -> Results:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop that all training stages share: AdamW, warm-up and cosine, checkpoints from which a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+
+class Loop:
+    """Runs training stages in one folder; whatever the folder already holds is not done again."""
+
+    def __init__(self, folder: Path, seed: int, save_every: int, device: str | None = None) -> None:
+        self.folder, self.seed, self.save_every = folder, seed, save_every
+        folder.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.console = Console()
+        self.log = (folder / "log.jsonl").open("a")
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """bfloat16 where it is fast."""
+        fast = self.device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        return torch.autocast(self.device.type, torch.bfloat16) if fast else nullcontext()
+
+    def run_stage(
+        self,
+        stage: str,
+        modules: list[nn.Module],
+        steps: int,
+        rate: float,
+        loss_of: Callable[[int], Tensor],
+        scores: Callable[[], dict[str, float]],
+        horizon: int | None = None,
+    ) -> None:
+        """Train `modules` for `steps` steps with the loss `loss_of(step)`, a function of the step alone.
+
+        The learning rate rises to `rate` over 200 steps and falls with a cosine that ends at `horizon` (`steps` by default).
+        A checkpoint and `scores()` every `save_every` steps; from the last checkpoint a stopped run goes on.
+        """
+        path = self.folder / f"{stage}.pt"
+        parameters = [p for module in modules for p in module.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
+        start = 0
+        if path.exists():
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            for module, weights in zip(modules, state["modules"], strict=True):
+                module.load_state_dict(weights)
+            optimizer.load_state_dict(state["optimizer"])
+            start = state["step"]
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            bar = progress.add_task(stage, total=steps, completed=start)
+            for step in range(start, steps):
+                torch.manual_seed(self.seed * 1_000_003 + step)  # augmentation of this step, restarted or not
+                for group in optimizer.param_groups:
+                    warm = min(1.0, (step + 1) / 200)
+                    cosine = 0.5 * (1 + math.cos(math.pi * step / (horizon or steps)))
+                    group["lr"] = rate * warm * (0.02 + 0.98 * cosine)
+                loss = loss_of(step)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                progress.update(bar, advance=1, description=f"{stage} loss {loss.item():.3f}")
+                done = step + 1
+                if done % self.save_every == 0 or done == steps:
+                    self.record(stage, done, loss.item(), scores())
+                    state = {
+                        "modules": [m.state_dict() for m in modules],
+                        "optimizer": optimizer.state_dict(),
+                        "step": done,
+                    }
+                    torch.save(state, path.with_suffix(".tmp"))
+                    path.with_suffix(".tmp").replace(path)
+
+    def record(self, stage: str, step: int, loss: float, scores: dict[str, float]) -> None:
+        self.log.write(json.dumps({"stage": stage, "step": step, "loss": loss, **scores}) + "\n")
+        self.log.flush()
+        shown = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
+        self.console.print(f"{stage} {step}: loss {loss:.3f}  {shown}")
