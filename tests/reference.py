@@ -94,6 +94,37 @@ def live_after_input(model: Any, inputs: dict[str, Tensor], keep: float, size: i
 
 
 @torch.no_grad()
+def language_model_on(model: Any, seen: dict[str, Any], kept: list[Tensor]) -> list[Tensor]:
+    """Logits of the stock language model, sample by sample, on some of the tokens that it was given in a run of the whole
+    model (`seen`: its keywords there): positions and DeepStack levels follow. kept: places per row. [kept, V] each."""
+    logits = []
+    embeds, positions = seen["inputs_embeds"], seen["position_ids"]
+    if positions is None:
+        positions = torch.arange(embeds.shape[1])[None]
+    for row, places in enumerate(kept):
+        at = slice(row, row + 1)
+        mine = positions[..., at if positions.shape[-2] > 1 else slice(None), :][..., places]
+        more: dict[str, Any] = {}
+        if seen.get("deepstack_visual_embeds") is not None:
+            mask = seen["visual_pos_masks"]
+            dense = [
+                torch.zeros_like(embeds).masked_scatter(mask[..., None].expand_as(embeds), level)
+                for level in seen["deepstack_visual_embeds"]
+            ]
+            mask = mask[at, places]
+            more = {"visual_pos_masks": mask, "deepstack_visual_embeds": [d[at, places][mask] for d in dense]}
+        hidden = model.model.language_model(
+            inputs_embeds=embeds[at, places],
+            position_ids=mine,
+            attention_mask=torch.ones(1, len(places), dtype=torch.long),
+            use_cache=False,
+            **more,
+        ).last_hidden_state
+        logits.append(model.lm_head(hidden)[0])
+    return logits
+
+
+@torch.no_grad()
 def stock_on_kept(
     model: Any, live: Tensor, embeds: Tensor, positions: str, start: Tensor | None = None
 ) -> list[Tensor]:
@@ -114,12 +145,16 @@ def stock_on_kept(
 
 
 def masked_keys(
-    model: Any, inputs: dict[str, Tensor], cuts: dict[int, float], live: Tensor | None = None
+    model: Any,
+    inputs: dict[str, Tensor],
+    cuts: dict[int, float],
+    live: Tensor | None = None,
+    patches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference of layer cuts in which nothing is removed: keys of dropped tokens are masked from the cut on.
 
     Returns (alive [B, S], logits [B, S, V]); logits of dropped rows mean nothing. `cuts` gives the ratio per layer of
-    `by_hidden`; the visual tokens of a sample share one budget.
+    `by_hidden`; the visual tokens of a sample (`patches` [B, S], the image placeholders by default) share one budget.
     """
     ids = inputs["input_ids"]
     length = ids.shape[1]
@@ -131,7 +166,7 @@ def masked_keys(
             hidden = args[0] if args else kwargs["hidden_states"]
             if layer in cuts:
                 for row in range(len(ids)):
-                    visual = (ids[row] == IMAGE) & alive[row]
+                    visual = (ids[row] == IMAGE if patches is None else patches[row]) & alive[row]
                     if visual.any():
                         stay = best(score(hidden[row]), visual, resolve(cuts[layer], int(visual.sum())))
                         alive[row] &= stay | ~visual
