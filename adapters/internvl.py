@@ -22,6 +22,7 @@ class InternVLAdapter(Adapter):
 
     family: ClassVar[str] = "InternVL (internvl)"
     unit: ClassVar[int] = 4
+    delimited: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, model: Any) -> bool:

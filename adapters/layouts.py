@@ -85,12 +85,14 @@ class AnyRes:
             pixels, offset = target[axis] / cells, (target[axis] - picture[axis]) // 2
             ends.append([(at * pixels - offset) / picture[axis] for at in (pad, cells - pad)])
             starts = [start - pad for start in range(self.side, cells, self.side)]
-            factor = self.grid[axis] / self.shown[axis]
+            factor = self.grid[axis] / max(1, self.shown[axis])
             seams.append(tuple(start * factor for start in starts if 0 < start < self.shown[axis]))
         box = (ends[1][0], ends[0][0], ends[1][1], ends[0][1])
-        views = (View((self.side, self.side), role="thumbnail"), View(self.grid, box, "tiles", (seams[0], seams[1])))
+        views = [View((self.side, self.side), role="thumbnail")]
+        if 0 not in self.grid:  # nothing is left of the tiles of a picture that is thinner than a patch
+            views.append(View(self.grid, box, "tiles", (seams[0], seams[1])))
         first, (rows, columns) = self.prefix + self.side**2, self.grid
-        return Layout(views, (*range(self.prefix), *(first + (row + 1) * (columns + 1) - 1 for row in range(rows))))
+        return Layout(tuple(views), (*range(self.prefix), *(first + (row + 1) * (columns + 1) - 1 for row in range(rows))))
 
     def pack(self, views: Tensor, nearest: bool = False) -> Tensor:
         """[thumbnail and tiles, side * side, C] in the order of the LLM's tokens, newlines left out: [N, C]."""

@@ -19,6 +19,7 @@ class QwenVLAdapter(Adapter):
 
     family: ClassVar[str] = "Qwen2-VL, Qwen2.5-VL and Qwen3-VL (qwen2_vl, qwen2_5_vl, qwen3_vl)"
     reindexes: ClassVar[bool] = False
+    delimited: ClassVar[bool] = True
     packed: ClassVar[bool] = True
     bias_argument: ClassVar[str | None] = None
 

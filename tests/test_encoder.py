@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmcompress as mm
-from mmcompress.budget import exact_merge_schedule
+from mmcompress.budget import exact_merge_schedule, resolve
 from mmcompress.ops import bipartite_match
 
+from . import families
+from .families import FAMILIES, PINPOINTS, QWEN, VIDEO_FAMILIES
+from .reference import captured
 from .tiny import GREEDY, RAGGED, build, prompts
 
 
@@ -125,3 +128,100 @@ def test_flash_attention_with_proportional_bias_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"proportional.*flash_attention_2.*proportional=False"):
         mm.compress(model, "tome", keep=0.5)
     assert not hasattr(model, "_mmcompress_engine")
+
+
+# ---------------------------------------------------------------------- every family
+@torch.no_grad()
+@pytest.mark.parametrize("plan", ["tome(keep=0.5)", "tome(keep=0.25)", "tome(keep=5)"])
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clusters_are_tokens_with_equal_features(family: str, kind: str, plan: str) -> None:
+    """The facade shows a cluster at all its members: those that the selection calls merged have equal LLM tokens, others
+    have not, and as many are left as the plan says."""
+    if kind == "video" and family not in VIDEO_FAMILIES:
+        pytest.skip("no video in this family")
+    model = families.build(family)
+    part = families.image(family, True) if kind == "image" else families.video(family)
+    inputs = families.prompts(model, family, [[4, part, 3]])
+    mm.compress(model, plan)
+    with captured(model) as seen:  # the hooks of this one see what came from the encoder
+        model(**inputs)
+    (visual,) = mm.trace(model).visuals
+    views, per_view = len(visual.layout.views), visual.layout.views[0].cells
+    if family.startswith("internvl") or family in QWEN:
+        assert visual.kept == views * resolve(5 if "=5" in plan else float(plan[10:-1]), per_view)
+    assert visual.kept == len(visual.kept_cells())
+    mm.uncompress(model)
+    assert seen["inputs_embeds"].shape[1] == inputs["input_ids"].shape[1] - visual.tokens + visual.kept
+    tokens = features_of(model, plan, inputs)[visual.layout.patch_tokens()]
+    assign = visual.selection.assign
+    assert assign is not None
+    if kind == "video" and family in PINPOINTS or (family in PINPOINTS and visual.tokens != len(tokens)):
+        return  # pooling mixes clusters
+    same = (tokens[:, None] - tokens[None]).abs().amax(-1) < 1e-5
+    assigned = assign[0][:, None] == assign[0][None]
+    there = (assign[0] >= 0)[:, None] & (assign[0] >= 0)[None]
+    assert (same | ~assigned | ~there)[there].all()
+    if family not in PINPOINTS:  # cropped tiles can have clusters that more than one token is kept of
+        assert torch.equal(same[there], assigned[there])
+
+
+def features_of(model: Any, plan: str, inputs: dict[str, Tensor]) -> Tensor:
+    """All LLM tokens of the first visual as the compressed encoder gives them."""
+    names = [n for n in inputs if n.startswith(("pixel_values", "image_", "video_"))]
+    method = "get_video_features" if "pixel_values_videos" in names else "get_image_features"
+    with mm.compressed(model, plan):
+        output = getattr(model.model, method)(**{n: inputs[n] for n in names}, return_dict=True).pooler_output
+    found = list(output)
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_nothing_changes_nothing_in_any_family(family: str) -> None:
+    model = families.build(family)
+    inputs = families.prompts(model, family, [[5, families.image(family), 4], [3, families.image(family, True), 6]])
+    logits = model(**inputs).logits
+    with mm.compressed(model, "tome", r=0):
+        assert torch.equal(model(**inputs).logits, logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in PINPOINTS])
+def test_equal_pictures_merge_without_a_trace(family: str) -> None:
+    """All patches alike and no positions: merging with proportional attention, or without, gives the same tokens."""
+    model = families.build(family)
+    for name, parameter in model.named_parameters():
+        if "position_embedding" in name or "pos_embed" in name:
+            parameter.zero_()
+    inputs = families.prompts(model, family, [[4, families.image(family), 3]])
+    inputs["pixel_values"] = torch.ones_like(inputs["pixel_values"]) * 0.3
+    if family in QWEN:
+        inputs["pixel_values"] = inputs["pixel_values"][:1].expand_as(inputs["pixel_values"]).clone()
+    stock = features_of(model, "tome(r=0)", inputs)
+    merged = features_of(model, "tome(keep=0.5)", inputs)
+    assert (stock - merged).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*QWEN, "internvl"])
+def test_whole_units_run_in_the_blocks(family: str) -> None:
+    """Blocks really see fewer patches, in multiples of the 2x2 units; segments of packed pictures shrink each by itself."""
+    model = mm.compress(families.build(family), "tome(keep=0.5)")
+    inputs = families.prompts(model, family, [[4, families.image(family), 3, families.image(family, True), 2]])
+    lengths: list[int] = []
+    for block in model._mmcompress_engine.facade.blocks:
+        block.attention.register_forward_pre_hook(
+            lambda m, a, k: lengths.append((a[0] if a else k["hidden_states"]).shape[-2]), with_kwargs=True
+        )
+    model(**inputs)
+    whole = lengths[0]
+    assert lengths == sorted(lengths, reverse=True) and lengths[-1] < whole
+    unit_tokens = [n if family in QWEN else n - 1 for n in lengths]
+    assert all(n % 4 == 0 for n in unit_tokens)
+
+
+@torch.no_grad()
+def test_proportional_attention_that_a_family_cannot_take_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"proportional.*Qwen2-VL.*proportional=False"):
+        mm.compress(families.build("qwen3_vl"), "tome(keep=0.5, proportional=True)")

@@ -38,6 +38,20 @@ class Spy(mm.InputStage):
         return mm.Selection.top(visuals["cls_attention", "received_attention"], visuals.k)
 
 
+@mm.register("text_spy")
+@dataclass(frozen=True, repr=False)
+class TextSpy(mm.InputStage):
+    """Keeps what it is shown of the text, for the tests."""
+
+    keep: float | int = 0.5
+    needs: ClassVar[tuple] = ("text_embeddings",)
+
+    def select(self, visuals: mm.Visuals) -> mm.Selection:
+        SEEN["visuals"] = visuals
+        SEEN.setdefault("all", []).append(visuals)
+        return mm.Selection.top(visuals.features.sum(-1), visuals.k)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_vision_signals_equal_eager_weights(tower: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,8 @@ class Adapter(Encoder):
 
     reindexes: ClassVar[bool] = True
     """Whether position ids are a plain count, so that they can be numbered anew (M-RoPE families: no)."""
+    delimited: ClassVar[bool] = False
+    """Whether every run of placeholders stands between a start and an end token, which are no text."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

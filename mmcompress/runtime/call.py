@@ -88,10 +88,14 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, device: torch.dev
         encoded = [e for e in call.encoded if e.modality == modality]
         if encoded and bool((kinds == code).any()):
             spans += _deal(modality, encoded, kinds == code, adapter)
-    text = (kinds == 0) & (kinds.flip(1) > 0).long().cumsum(1).flip(1).eq(0)  # after the last visual of its row
+    visual, words = kinds > 0, kinds == 0
+    if adapter.delimited:
+        beside = torch.nn.functional.pad(visual, (1, 1))
+        words &= ~(beside[:, :-2] | beside[:, 2:])
+    text = words & visual.long().flip(1).cumsum(1).flip(1).eq(0)  # after the last visual of its row
     for row in {span.row for span in spans}:
         if not bool(text[row].any()):  # the question came before the picture
-            text[row] = kinds[row] == 0
+            text[row] = words[row]
     for span in spans:
         span.text = text[span.row].nonzero()[:, 0]
     return kinds >= 0, spans
