@@ -92,7 +92,9 @@ class AnyRes:
         if 0 not in self.grid:  # nothing is left of the tiles of a picture that is thinner than a patch
             views.append(View(self.grid, box, "tiles", (seams[0], seams[1])))
         first, (rows, columns) = self.prefix + self.side**2, self.grid
-        return Layout(tuple(views), (*range(self.prefix), *(first + (row + 1) * (columns + 1) - 1 for row in range(rows))))
+        return Layout(
+            tuple(views), (*range(self.prefix), *(first + (row + 1) * (columns + 1) - 1 for row in range(rows)))
+        )
 
     def pack(self, views: Tensor, nearest: bool = False) -> Tensor:
         """[thumbnail and tiles, side * side, C] in the order of the LLM's tokens, newlines left out: [N, C]."""

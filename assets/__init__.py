@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-MODELS = ("llava-shapes",)
+MODELS = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes")
+"""Vision-language models, one of each family."""
+CLIP = "clip-shapes"
+"""The CLIP pair whose image tower is that of `llava-shapes`, for `open_clip.create_model_and_transforms("local-dir:...")`."""
 
 
 def model_path(name: str = "llava-shapes") -> Path:
-    """Folder of an embedded checkpoint, for `from_pretrained`."""
-    if name not in MODELS:
-        raise ValueError(f"no embedded model {name!r}: there is {', '.join(MODELS)}")
+    """Folder of an embedded checkpoint, for `from_pretrained` (or open_clip)."""
+    if name not in (*MODELS, CLIP):
+        raise ValueError(f"no embedded model {name!r}: there is {', '.join((*MODELS, CLIP))}")
     return Path(__file__).parent / name

@@ -12,49 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import mmcompress as mm
-from mmcompress.trace import Shape, kv_bytes, prefill_flops
 
-
-def midsize_llava(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A random LLaVA-1.5 of about 230 M parameters: CLIP-L/14-336 cut to 4 layers (576 tokens), LLaMA 1024 x 12."""
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=16,
-        vocab_size=32064, max_position_embeddings=4096,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=32000)
-    )
-    model.generation_config.eos_token_id = None
-    return model.to(dtype).eval()
-
-
-def one_image_prompt(model: Any, text_tokens: int = 40, seed: int = 0) -> dict[str, torch.Tensor]:
-    """One image and `text_tokens` text tokens around it, on the model's device."""
-    generator = torch.Generator().manual_seed(seed)
-    vision = model.config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    text = torch.randint(5, 30000, (text_tokens,), generator=generator)
-    ids = torch.cat([text[:5], torch.full((tokens,), model.config.image_token_id), text[5:]])[None]
-    pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
-    return {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, model.dtype)}
+from .midsize import one_image_prompt
 
 
 @dataclass
@@ -73,7 +42,32 @@ class Timing:
     prefill_speedup: float = 1.0
     speedup_over_flops_ratio: float = 1.0
     decode_overhead_percent: float = 0.0
-    peak_rss_mib: float | None = None
+
+    HEADINGS: ClassVar = (
+        "plan",
+        "prefill ms",
+        "speed-up",
+        "FLOPs ratio",
+        "reached",
+        "selection ms",
+        "decode ms",
+        "decode",
+        "KV MiB",
+    )
+
+    def cells(self) -> list[str]:
+        """A line of a table with these headings."""
+        return [
+            self.plan,
+            f"{self.prefill_ms:.0f} ± {self.prefill_iqr_ms / 2:.0f}",
+            f"{self.prefill_speedup:.2f}x",
+            f"{self.flops_ratio:.2f}x",
+            f"{100 * self.speedup_over_flops_ratio:.0f} %",
+            f"{self.select_ms:.1f}",
+            f"{self.decode_ms_per_token:.1f}",
+            f"{self.decode_overhead_percent:+.1f} %",
+            f"{self.kv_bytes / 2**20:.1f}",
+        ]
 
 
 def synchronize() -> None:
@@ -89,20 +83,13 @@ def _milliseconds(run: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def vision_flops(config: Any, merged: Sequence[int] | None = None) -> int:
-    """FLOPs of a CLIP-style tower and a two-layer projector for one image, all blocks and the patch embedding included.
-
-    merged: tokens that an encoder stage merges away between attention and MLP of each block.
-    """
-    v, width = config.vision_config, config.text_config.hidden_size
-    patches = (v.image_size // v.patch_size) ** 2
-    n, d, m = patches + 1, v.hidden_size, v.intermediate_size
-    macs = patches * (3 * v.patch_size**2 * d + d * width + width * width)
-    for gone in merged or [0] * v.num_hidden_layers:
-        macs += 4 * n * d * d + 2 * n * n * d
-        n -= gone
-        macs += 2 * n * d * m
-    return 2 * macs
+@torch.no_grad()
+def count_flops(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    """FLOPs (2 per multiply-add) of one prefill as torch counts them: vision tower, projector, compression, LLM, one row
+    of logits. Attention counts all pairs (no causal discount)."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    return int(counter.get_total_flops())
 
 
 @torch.no_grad()
@@ -116,7 +103,6 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 3
     prefill: dict[str, list[float]] = {plan: [] for plan in plans}
     decode: dict[str, list[float]] = {plan: [] for plan in plans}
     select: dict[str, list[float]] = {plan: [] for plan in plans}
-    cost: dict[str, tuple[int, int]] = {}
     for round_ in range(warmup + repeats):
         for plan in plans:
             if plan != "stock":
@@ -134,26 +120,24 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 3
                     out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
 
             first = _milliseconds(run_prefill)
-            if plan != "stock":
-                report = mm.report(model)
-                vision = vision_flops(model.config, mm.trace(model).call.merged)
-                cost[plan] = (vision + report.flops, report.kv_bytes)
-                chosen = report.milliseconds["select"]
-            else:
-                chosen = 0.0
+            chosen = mm.report(model).milliseconds["select"] if plan != "stock" else 0.0
             steps = _milliseconds(run_decode) / new_tokens
             if round_ >= warmup:
                 prefill[plan].append(first)
                 decode[plan].append(steps)
                 select[plan].append(chosen)
             mm.uncompress(model)
-    shape, length = Shape.of(model.config.text_config), inputs["input_ids"].shape[1]
-    width = next(model.parameters()).dtype.itemsize
-    stock_cost = vision_flops(model.config) + prefill_flops(shape, [length] * shape.layers)
-    stock_kv = kv_bytes(shape, [length] * shape.layers, width)
+    cost: dict[str, tuple[int, int]] = {}
+    for plan in ("stock", *plans):
+        if plan != "stock":
+            mm.compress(model, plan)
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        held = sum(x.numel() * x.itemsize for layer in cache.layers for x in (layer.keys, layer.values))
+        cost[plan] = count_flops(model, inputs), held
+        mm.uncompress(model)
     rows = []
     for plan in plans:
-        flops, kv = cost.get(plan, (stock_cost, stock_kv))
+        flops, kv = cost[plan]
         rows.append(
             Timing(
                 plan,
@@ -162,7 +146,7 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 3
                 statistics.median(decode[plan]),
                 _iqr(decode[plan]),
                 statistics.median(select[plan]),
-                stock_cost / flops,
+                cost["stock"][0] / flops,
                 kv,
             )
         )
@@ -181,15 +165,19 @@ def _iqr(values: list[float]) -> float:
     return quarters[2] - quarters[0]
 
 
-def peak_memory(plan: str) -> float:
-    """Peak resident memory in MiB of a fresh process that builds the mid-size model and generates with `plan`."""
+def video_memory(plan: str) -> dict[str, Any]:
+    """Peak resident memory of a fresh process that runs the prefill of a 20,480-token video with `plan`, in MiB, and what
+    the process held before the prefill (libraries, model, pixels)."""
     code = (
-        "import sys, torch, mmcompress as mm; from mmcompress.eval.latency import *; "
-        "model = midsize_llava(); plan = sys.argv[1]; plan == 'stock' or mm.compress(model, plan); "
-        "model.generate(**one_image_prompt(model), do_sample=False, max_new_tokens=8, pad_token_id=0); print(peak_rss_mib())"
+        "import sys, torch, mmcompress as mm; from mmcompress.eval.midsize import long_video; "
+        "from mmcompress.eval.latency import peak_rss_mib; model, inputs = long_video(); plan = sys.argv[1]; "
+        "plan == 'stock' or mm.compress(model, plan); before = peak_rss_mib(); torch.set_grad_enabled(False); "
+        "model(**inputs, use_cache=True, logits_to_keep=1); "
+        "print(before, peak_rss_mib(), 0 if plan == 'stock' else mm.trace(model).visuals[0].kept)"
     )
     out = subprocess.run([sys.executable, "-c", code, plan], capture_output=True, text=True, check=True)
-    return float(out.stdout.split()[-1])
+    before, peak, kept = map(float, out.stdout.split()[-3:])
+    return {"plan": plan, "before_mib": before, "peak_mib": peak, "kept": int(kept)}
 
 
 def peak_rss_mib() -> float:
@@ -223,8 +211,3 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def record(rows: Sequence[Timing], **conditions: Any) -> dict[str, Any]:
-    """Everything of a run, for JSON."""
-    return {"machine": machine(), "conditions": conditions, "rows": [asdict(row) for row in rows]}

@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .assets import CLIP, MODELS
+
 
 class UserError(Exception):
     """A mistake of the user: one line, exit status 2."""
@@ -39,16 +41,17 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    demo = command("demo", _demo, "the embedded model with all and with some of its visual tokens: table and pictures")
+    demo = command("demo", _demo, "the embedded models with all and with some of their visual tokens")
     demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of pictures and record")
-    demo.add_argument("--questions", type=int, default=200, help="how many held-out questions (default 200)")
+    demo.add_argument("--questions", type=int, default=105, help="how many held-out questions (default 105)")
+    demo.add_argument("--model", action="append", choices=MODELS, help="only this one; may be given several times")
     demo.add_argument(
         "--objects", type=int, default=4, help="most objects in a scene, 2 to 6 (default 4, the benchmark)"
     )
     demo.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="keep ratios")
 
     run = command("run", _run, "ask a checkpoint about images, with and without compression")
-    run.add_argument("model", help="folder or hub name of a supported checkpoint, or 'embedded'")
+    run.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")
     run.add_argument("--image", type=Path, action="append", default=[], help="picture; may be given several times")
     run.add_argument("--question", required=True)
     run.add_argument(
@@ -65,15 +68,21 @@ def _parser() -> argparse.ArgumentParser:
     command("methods", _methods, "all methods with kind, paper and options")
 
     bench = command(
-        "bench", _bench, "prefill, decode and memory of a mid-size random LLaVA, stock and compressed in one run"
+        "bench", _bench, "prefill, decode and KV cache of mid-size random models, stock and compressed in one run"
+    )
+    bench.add_argument(
+        "what", nargs="*", default=["llava"], help="families (see --list), 'memory' (a 20,480-token video), or 'all'"
     )
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
-    bench.add_argument("--repeats", type=int, default=20)
-    bench.add_argument("--no-memory", action="store_true", help="skip the peak memory runs (one process per plan)")
-    bench.add_argument("--out", type=Path, help="JSON record")
+    bench.add_argument("--repeats", type=int, default=12)
+    bench.add_argument("--list", action="store_true", help="say what there is")
+    bench.add_argument(
+        "--out", type=Path, help="JSON record; families that are in it already and not measured now stay"
+    )
 
-    train = command("train", _train, "train the embedded model on the synthetic benchmark (restartable)")
-    train.add_argument("--out", type=Path, default=Path("runs/llava-shapes"))
+    train = command("train", _train, "train an embedded model on the synthetic benchmark (restartable)")
+    train.add_argument("model", choices=(*MODELS, CLIP), help="all but llava-shapes start from the one in the package")
+    train.add_argument("--out", type=Path, help="default: runs/MODEL")
     train.add_argument("--device", default=None)
     return parser
 
@@ -92,7 +101,8 @@ def _demo(options: argparse.Namespace, console: Console) -> None:
     _quiet()
     if options.questions < 7:
         raise UserError(f"--questions {options.questions}: at least 7, one of each type")
-    run(options.out, options.questions, [float(check_keep(keep)) for keep in options.keep], console, options.objects)
+    ratios = [float(check_keep(keep)) for keep in options.keep]
+    run(options.out, options.questions, ratios, console, options.objects, options.model or MODELS)
 
 
 def _open_image(path: Path) -> Any:
@@ -113,7 +123,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:
     from .assets import model_path
 
     _quiet()
-    name = str(model_path()) if options.model == "embedded" else options.model
+    name = str(model_path(options.model)) if options.model in MODELS else options.model
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any
     try:
@@ -161,7 +171,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.print(str(api.report(model)), highlight=False, markup=False)
     if options.out:
         visuals = api.trace(model).visuals
-        views = [encoded_view(processor, pixels) for pixels in inputs["pixel_values"]]
+        square = model.config.model_type == "llava"  # its processor may cut the middle out of a picture
+        views = [encoded_view(processor, pixels) for pixels in inputs["pixel_values"]] if square else pictures
         panels = [
             Panel(
                 kept_overlay(view, visual),
@@ -193,67 +204,82 @@ BENCH_PLANS = (
     "divprune(keep=0.25)",
     "fastv(layer=2, keep=0.25)",
     "tome(keep=0.25)",
-    "uniform(keep=575)",
+    "uniform(keep=0.998)",
 )
+MEMORY_PLANS = ("random(keep=0.1)", "uniform(keep=0.1)", "visionzip(keep=0.1)", "divprune(keep=0.1)", "tome(keep=0.1)")
 
 
 def _bench(options: argparse.Namespace, console: Console) -> None:
-    from .eval.latency import machine, measure, midsize_llava, peak_memory, record
+    from .eval.latency import Timing, machine, measure, video_memory
+    from .eval.midsize import FAMILIES, build
 
-    plans = ["stock", *(options.plan or BENCH_PLANS)]
+    if options.list:
+        for name, text in {**FAMILIES, "memory": "peak memory of a 20,480-token video"}.items():
+            console.print(f"{name:<12}{text}", highlight=False)
+        return
+    wanted = [*FAMILIES, "memory"] if "all" in options.what else options.what
+    unknown = [name for name in wanted if name not in FAMILIES and name != "memory"]
+    if unknown:
+        raise UserError(f"bench {unknown[0]}: choose among {', '.join(FAMILIES)}, memory, all")
     if options.repeats < 1:
         raise UserError(f"--repeats {options.repeats}: at least 1")
-    console.print(
-        "building a random LLaVA (CLIP-L/14-336 shapes, 4 layers; LLaMA 1024 x 12; 576 visual + 40 text tokens) ..."
-    )
-    model = midsize_llava()
-    rows = measure(model, plans, options.repeats)
-    if not options.no_memory:
-        del model
-        for row in rows:
-            row.peak_rss_mib = peak_memory(row.plan)
     here = machine()
-    table = Table(
-        title=f"batch 1, float32, medians of {options.repeats} interleaved rounds, {here['device']}, {here['threads']} threads"
-    )
-    for heading in (
-        "plan",
-        "prefill ms",
-        "speed-up",
-        "FLOPs ratio",
-        "reached",
-        "selection ms",
-        "decode ms/token",
-        "decode overhead",
-        "peak MiB",
-    ):
-        table.add_column(heading, justify="left" if heading == "plan" else "right")
-    for row in rows:
-        memory = "" if row.peak_rss_mib is None else f"{row.peak_rss_mib:.0f}"
-        table.add_row(
-            row.plan,
-            f"{row.prefill_ms:.0f} ± {row.prefill_iqr_ms / 2:.0f}",
-            f"{row.prefill_speedup:.2f}x",
-            f"{row.flops_ratio:.2f}x",
-            f"{100 * row.speedup_over_flops_ratio:.0f} %",
-            f"{row.select_ms:.1f}",
-            f"{row.decode_ms_per_token:.2f}",
-            f"{row.decode_overhead_percent:+.1f} %",
-            memory,
+    record: dict[str, Any] = {"families": {}}
+    if options.out and options.out.exists():
+        record = json.loads(options.out.read_text())
+    conditions = {"batch": 1, "dtype": "float32", "attention": "sdpa", "repeats": options.repeats, "text_tokens": 40}
+    for family in wanted:
+        if family == "memory":
+            continue
+        console.print(f"{FAMILIES[family]} ...", highlight=False)
+        rows = measure(build(family), ["stock", *(options.plan or BENCH_PLANS)], options.repeats)
+        rounds = f"medians of {options.repeats} interleaved rounds"
+        title = f"{family}: batch 1, float32, {rounds}, {here['device']}, {here['threads']} threads"
+        table = Table(title=title)
+        for heading in Timing.HEADINGS:
+            table.add_column(heading, justify="left" if heading == "plan" else "right")
+        for row in rows:
+            table.add_row(*row.cells())
+        console.print(table)
+        record["families"][family] = {
+            "machine": here, "conditions": conditions, "rows": [dataclasses.asdict(row) for row in rows],
+        }  # fmt: skip
+    if "memory" in wanted:
+        memory = [video_memory(plan) for plan in ("stock", *(options.plan or MEMORY_PLANS))]
+        table = Table(
+            title="prefill of a 20,480-token video, peak resident memory; one N x N float32 matrix is 1600 MiB"
         )
-    console.print(table)
+        for heading in ("plan", "tokens in the LLM", "before MiB", "peak MiB", "added MiB"):
+            table.add_column(heading, justify="left" if heading == "plan" else "right")
+        for found in memory:
+            added = found["peak_mib"] - found["before_mib"]
+            cells = (
+                str(found["kept"] or 20480),
+                *(f"{v:.0f}" for v in (found["before_mib"], found["peak_mib"], added)),
+            )
+            table.add_row(found["plan"], *cells)
+        console.print(table)
+        record["memory"] = {"machine": here, "rows": memory}
     console.print(
-        "[dim]FLOPs ratio: stock over compressed, vision tower included, computed from the tokens of every layer; reached: "
-        "measured speed-up over that ratio; uniform(keep=575) drops one token: its decode step shows the hooks alone[/dim]"
+        "[dim]FLOPs ratio: stock over compressed, vision tower included, counted by torch; reached: measured speed-up over that "
+        "ratio; uniform(keep=0.998) drops a token or two: its decode step shows the hooks alone[/dim]"
     )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        content = record(rows, batch=1, dtype="float32", attention="sdpa", repeats=options.repeats, text_tokens=40)
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"record: {options.out}")
 
 
 def _train(options: argparse.Namespace, console: Console) -> None:
+    from .eval.synthetic.clip import ClipTrainer
+    from .eval.synthetic.families import FAMILIES
     from .eval.synthetic.train import Trainer
+    from .eval.synthetic.transfer import RECIPES, Transfer
 
-    Trainer(options.out, device=options.device).run()
+    out = options.out or Path("runs") / options.model
+    if options.model == CLIP:
+        ClipTrainer(out, device=options.device).run()
+    elif options.model in FAMILIES:
+        Transfer(out, FAMILIES[options.model](), RECIPES[options.model], options.device).run()
+    else:
+        Trainer(out, device=options.device).run()

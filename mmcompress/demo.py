@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mmcompress demo`: the embedded model with all and with some of its visual tokens, in a table and in pictures."""
+"""`mmcompress demo`: the embedded models with all and with some of their visual tokens, in tables and in pictures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .api import compress, compressed, report, trace, uncompress
-from .assets import model_path
+from .assets import MODELS, model_path
 from .eval.latency import machine, synchronize
 from .eval.synthetic import CHANCE, KINDS, Item, Score, evaluate, items, prepare
-from .eval.synthetic.benchmark import encode, same
+from .eval.synthetic.benchmark import encode, same, takes_any_shape
 from .trace import Shape, kv_bytes, prefill_flops
 from .visualize import Panel, kept_figure, kept_overlay
 
@@ -38,7 +38,7 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. FLOPs and KV bytes are those of the visual tokens of one image in the LLM (computed);
+    """One line of the table. Tokens, FLOPs and KV bytes are those of the visual tokens of one image in the LLM (computed);
     prefill is the median of single forward passes with one image, vision tower included (measured)."""
 
     method: str
@@ -76,7 +76,9 @@ def sweep(
     bar = show.add_task("questions", total=len(plans)) if show else None
     batches = prepare(processor, questions)
     alone = [encode(processor, [item]).to(model.device) for item in questions[:10]]
-    tokens = int((alone[0]["input_ids"] == model.config.image_token_id).sum())
+    with compressed(model, "uniform(keep=1.0)"), torch.no_grad():
+        model(**alone[-1])
+        tokens = trace(model).visuals[0].tokens
     shape = Shape.of(model.config.text_config)
     width = next(model.parameters()).dtype.itemsize
     for name, plan, keep in plans:
@@ -118,9 +120,9 @@ def prefill_milliseconds(model: Any, inputs: Sequence[Any], rounds: int = 3) -> 
     return statistics.median(times)
 
 
-def accuracy_table(rows: Sequence[Row], questions: int) -> Table:
+def accuracy_table(name: str, rows: Sequence[Row], questions: int) -> Table:
     stock = rows[0]
-    table = Table(title=f"embedded LLaVA on {questions} held-out questions (one image each)")
+    table = Table(title=f"{name} on {questions} held-out questions (one image each)")
     for heading in ("method", "tokens kept", "accuracy", "of stock", "visual FLOPs", "visual KV", "prefill ms"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     previous = 1.0
@@ -137,6 +139,23 @@ def accuracy_table(rows: Sequence[Row], questions: int) -> Table:
             f"{row.visual_kv_bytes / 1024:.0f} KiB",
             f"{row.prefill_ms:.1f}",
         )
+    return table
+
+
+def families_table(found: dict[str, list[Row]], keep: float) -> Table:
+    """All models side by side at one ratio."""
+    table = Table(title=f"accuracy of every embedded model with {keep:.0%} of its visual tokens, %")
+    table.add_column("method")
+    for name, rows in found.items():
+        table.add_column(f"{name}\n{rows[0].tokens} tokens", justify="right")
+    for method in ("none", *PLANS):
+        cells = []
+        for rows in found.values():
+            row = next((r for r in rows if r.method == method and r.keep in (keep, 1.0)), None)
+            cells.append("-" if row is None else f"{100 * row.accuracy:.1f}")
+        table.add_row("stock model" if method == "none" else method, *cells)
+        if method == "none":
+            table.add_section()
     return table
 
 
@@ -182,43 +201,54 @@ def draw_method(
 
 def run(
     out: Path,
-    count: int = 200,
+    count: int = 105,
     ratios: Sequence[float] = (0.5, 0.25, 0.1),
     console: Console | None = None,
     objects: int = 4,
+    names: Sequence[str] = MODELS,
 ) -> Path:
-    """The whole demo on scenes with at most `objects` objects; returns the path of the JSON record."""
+    """The whole demo on scenes with at most `objects` objects; returns the path of the JSON record.
+
+    The first model is shown at all `ratios` and in pictures of every method; the others at all ratios in the record, and
+    in one picture.
+    """
     console = console or Console()
-    console.print("loading the embedded model (LLaVA-1.5 architecture, trained by this project) ...")
-    model, processor = load(model_path())
-    questions = items(count, most=objects)
-    with Progress(console=console, transient=True) as progress:
-        rows = list(sweep(model, processor, questions, ratios, progress))
-    console.print(accuracy_table(rows, count))
-    console.print(type_table(rows))
-    console.print(
-        f"[dim]accuracy: mean over question types, standard error about {100 * rows[0].standard_error:.1f} (stock) to "
-        f"{100 * max(r.standard_error for r in rows):.1f} points; tokens kept: after the last stage; FLOPs and KV: visual tokens "
-        f"in the LLM, computed; prefill: measured, batch 1, median, vision tower included (so small a model is all overhead: see "
-        f"mmcompress bench for speed)[/dim]"
-    )
-    by_kind = {item.question.kind: item for item in reversed(questions)}
-    shown = [by_kind[kind] for kind in ("relation", "reading", "count")]
-    for name in PLANS:
-        path = draw_method(model, processor, shown, name, ratios, out / f"{name.replace(' >> ', '_')}.png")
-        console.print(f"kept tokens: {path}")
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "demo.json"
+    content: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    found: dict[str, list[Row]] = {}
+    for name in names:
+        console.print(
+            f"{name} answers {count} questions with all and with some of its visual tokens ...", highlight=False
+        )
+        model, processor = load(model_path(name))
+        questions = items(count, most=objects, stretched=takes_any_shape(model))
+        with Progress(console=console, transient=True) as progress:
+            found[name] = rows = list(sweep(model, processor, questions, ratios, progress))
+        console.print(accuracy_table(name, rows, count))
+        if name == names[0]:
+            console.print(type_table(rows))
+        by_kind = {item.question.kind: item for item in reversed(questions)}
+        shown = [by_kind[kind] for kind in ("relation", "reading", "count")]
+        for method in PLANS if name == names[0] else ("divprune",):
+            file = f"{name}_{method.replace(' >> ', '_')}.png"
+            path = draw_method(model, processor, shown, method, ratios, out / file)
+            console.print(f"kept tokens: {path}")
+        content[name] = {
+            "machine": machine(), "questions": count, "objects": objects, "chance": CHANCE,
+            "rows": [asdict(row) for row in rows],
+        }  # fmt: skip
+        record.write_text(json.dumps(content, indent=1) + "\n")
     with compressed(model, "visionzip(keep=0.25)"), torch.no_grad():
         model.generate(**encode(processor, questions[:1]).to(model.device), do_sample=False, max_new_tokens=8)
         console.print("\nwhat mm.report(model) says after a call:", str(report(model)), sep="\n", highlight=False)
-    record = out / "demo.json"
-    out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "machine": machine(),
-        "questions": count,
-        "objects": objects,
-        "chance": CHANCE,
-        "rows": [asdict(row) for row in rows],
-    }
-    record.write_text(json.dumps(content, indent=1) + "\n")
+    console.print(families_table(found, 0.25 if 0.25 in ratios else ratios[0]))
+    rows = found[names[0]]
+    errors = [row.standard_error for row in rows]
+    console.print(
+        f"[dim]accuracy: mean over question types, standard error about {100 * errors[0]:.1f} (stock) to {100 * max(errors):.1f} "
+        f"points; tokens kept: after the last stage, of one picture; FLOPs and KV: visual tokens in the LLM, computed; prefill: "
+        f"measured, batch 1, median, vision tower included (so small a model is all overhead: see mmcompress bench)[/dim]"
+    )
     console.print(f"record: {record}")
     return record

@@ -7,9 +7,8 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
-from torch import Tensor
-
 from mmcompress.adapters.layouts import AnyRes
+from torch import Tensor
 
 from .tiny import IMAGE, PAD
 

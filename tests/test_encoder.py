@@ -156,7 +156,7 @@ def test_clusters_are_tokens_with_equal_features(family: str, kind: str, plan: s
     tokens = features_of(model, plan, inputs)[visual.layout.patch_tokens()]
     assign = visual.selection.assign
     assert assign is not None
-    if kind == "video" and family in PINPOINTS or (family in PINPOINTS and visual.tokens != len(tokens)):
+    if (kind == "video" and family in PINPOINTS) or (family in PINPOINTS and visual.tokens != len(tokens)):
         return  # pooling mixes clusters
     same = (tokens[:, None] - tokens[None]).abs().amax(-1) < 1e-5
     assigned = assign[0][:, None] == assign[0][None]

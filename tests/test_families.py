@@ -71,7 +71,11 @@ def alone(model: Any, family: str, parts: list[Part], inputs: dict[str, torch.Te
         grid = inputs["image_grid_thw"]
         sizes = grid.prod(1).tolist()
         start, stop = sum(sizes[:before]), sum(sizes[: before + mine])
-        return {**single, "pixel_values": inputs["pixel_values"][start:stop], "image_grid_thw": grid[before : before + mine]}
+        return {
+            **single,
+            "pixel_values": inputs["pixel_values"][start:stop],
+            "image_grid_thw": grid[before : before + mine],
+        }
     if "image_sizes" in inputs:
         rows = slice(before, before + mine)
         return {**single, "pixel_values": inputs["pixel_values"][rows], "image_sizes": inputs["image_sizes"][rows]}
@@ -102,7 +106,9 @@ def test_keep_all_is_bit_identical(family: str, kind: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("family", "kind"), KINDS)
-def test_input_stage_equals_stock_language_model_on_kept_rows(family: str, kind: str, side: str, attention: str) -> None:
+def test_input_stage_equals_stock_language_model_on_kept_rows(
+    family: str, kind: str, side: str, attention: str
+) -> None:
     model = build(family, attention=attention)
     inputs = prompts(model, family, samples(family, kind), side=side)
     with captured(model) as seen:
@@ -196,9 +202,7 @@ def test_batch_equals_single_runs(family: str, method: str) -> None:
     inputs = prompts(model, family, samples(family))
     batch = model.generate(**inputs, **GREEDY)[:, -6:]
     for row, parts in enumerate(samples(family)):
-        assert torch.equal(
-            model.generate(**alone(model, family, parts, inputs, row), **GREEDY)[0, -6:], batch[row]
-        )
+        assert torch.equal(model.generate(**alone(model, family, parts, inputs, row), **GREEDY)[0, -6:], batch[row])
 
 
 @torch.no_grad()
@@ -233,7 +237,9 @@ def test_second_turn_and_copied_cache(family: str, plan: str) -> None:
     options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
     for cache in (copy.deepcopy(first.past_key_values), first.past_key_values):
         out = model.generate(**turn, past_key_values=cache, **options)
-        whole = model.generate(**turn, **pixels, **options)  # last, since Qwen models keep rope_deltas of the last prompt
+        whole = model.generate(
+            **turn, **pixels, **options
+        )  # last, since Qwen models keep rope_deltas of the last prompt
         assert torch.equal(out.sequences, whole.sequences)
         for one, other in zip(out.logits, whole.logits, strict=True):
             close(one, other)
@@ -246,7 +252,9 @@ def test_new_image_in_a_later_turn(family: str) -> None:
     if family in QWEN:
         pytest.skip("stock Qwen models need explicit M-RoPE positions for new images behind a cache")
     model = mm.compress(build(family), "by_feature(keep=0.4)", positions="keep")
-    one, two = (prompts(model, family, [part], seed=i) for i, part in enumerate(([5, image(family), 3], [3, image(family), 4])))
+    one, two = (
+        prompts(model, family, [part], seed=i) for i, part in enumerate(([5, image(family), 3], [3, image(family), 4]))
+    )
     cache = model(**one, use_cache=True).past_key_values
     pixels = {n: v for n, v in two.items() if n not in ("input_ids", "attention_mask")}
     mask = torch.cat([one["attention_mask"], two["attention_mask"]], 1)

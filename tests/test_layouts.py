@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mmcompress.adapters import Adapter, adapter_for
+from mmcompress.adapters.layouts import AnyRes, tiled
 from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmcompress.adapters import Adapter, adapter_for
-from mmcompress.adapters.layouts import AnyRes, tiled
 from mmcompress.visuals import Layout, View
 
 from .families import PINPOINTS, build
@@ -75,7 +75,11 @@ def image_inputs(family: str, picture: Image.Image) -> dict[str, Any]:
         )
     else:
         made = t.Qwen2VLImageProcessor(
-            patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 64 * 64}, **FLAT
+            patch_size=4,
+            merge_size=2,
+            temporal_patch_size=2,
+            size={"shortest_edge": 256, "longest_edge": 64 * 64},
+            **FLAT,
         )
     return dict(made(images=picture, return_tensors="pt"))
 
@@ -111,7 +115,9 @@ def see_through(model: Any, family: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    "family", ["llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
+)
 def test_tokens_lie_where_their_colours_say(family: str, size: tuple[int, int]) -> None:
     model = build(family)
     adapter = adapter_for(model)
@@ -148,7 +154,9 @@ def test_internvl_finds_out_how_its_tiles_lie(grid: tuple[int, int]) -> None:
     rows, columns = grid
     noise = np.random.default_rng(0).integers(0, 256, (4 * rows, 4 * columns, 3), dtype=np.uint8)
     picture = Image.fromarray(noise).resize((columns * 64, rows * 64), Image.Resampling.BICUBIC)
-    processor = t.GotOcr2ImageProcessor(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=rows * columns, min_patches=rows * columns)
+    processor = t.GotOcr2ImageProcessor(
+        size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=rows * columns, min_patches=rows * columns
+    )
     inputs = dict(processor(images=picture, return_tensors="pt"))
     adapter = adapter_for(build("internvl"))
     assert isinstance(adapter, Adapter)

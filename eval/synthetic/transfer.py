@@ -51,6 +51,20 @@ class TransferRecipe:
     seed: int = 0
 
 
+RECIPES = {
+    "llava-next-shapes": TransferRecipe(
+        vision_steps=1100, vision_batch=12, vision_rate=8e-4, language_steps=600, language_batch=12, save_every=100
+    ),
+    "qwen3-vl-shapes": TransferRecipe(
+        vision_steps=1700, vision_batch=10, vision_rate=1e-3, language_steps=700, language_batch=12, save_every=100
+    ),
+    "internvl-shapes": TransferRecipe(
+        vision_steps=1700, vision_batch=10, vision_rate=1e-3, language_steps=600, language_batch=12, save_every=100
+    ),
+}
+"""Those of the embedded weights. The first 300 steps of the vision stage of `llava-next-shapes` ran with a batch of 16 under a
+cosine to 300 steps at a rate of 5e-4, before the stage was made longer."""
+
 SIZES = [*PATCH_LABELS.values(), BOARD, BOARD]
 """Classes of every label of a token: what it shows, and the row and column of its cell on the board."""
 
