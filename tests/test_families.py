@@ -248,20 +248,22 @@ def test_second_turn_and_copied_cache(family: str, plan: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_image_in_a_later_turn(family: str) -> None:
-    """Image tokens of each turn are chosen among that turn's own, so one call with all of it must agree."""
-    if family in QWEN:
-        pytest.skip("stock Qwen models need explicit M-RoPE positions for new images behind a cache")
-    model = mm.compress(build(family), "by_feature(keep=0.4)", positions="keep")
-    one, two = (
-        prompts(model, family, [part], seed=i) for i, part in enumerate(([5, image(family), 3], [3, image(family), 4]))
-    )
-    cache = model(**one, use_cache=True).past_key_values
-    pixels = {n: v for n, v in two.items() if n not in ("input_ids", "attention_mask")}
-    mask = torch.cat([one["attention_mask"], two["attention_mask"]], 1)
-    out = model(input_ids=two["input_ids"], attention_mask=mask, past_key_values=cache, **pixels).logits
-    joined = {n: torch.cat([one[n], two[n]], 1 if n == "input_ids" else 0) for n in two if n != "attention_mask"}
-    expected = model(**joined, attention_mask=mask).logits[:, one["input_ids"].shape[1] :]
-    close(out, expected)
+    """Image tokens of each turn are chosen among that turn's own, so one call with all of it must agree. Stock Qwen models
+    need explicit M-RoPE positions for new images behind a cache."""
+    model = build(family)
+    parts: list[list[Part]] = [[5, image(family), 3], [3, image(family), 4]]
+    one, two = (prompts(model, family, [part], seed=i) for i, part in enumerate(parts))
+    along = ("input_ids", "mm_token_type_ids", "attention_mask")
+    joined = {n: torch.cat([one[n], two[n]], 1 if n in along else 0) for n in two}
+    border = one["input_ids"].shape[1]
+    with captured(model) as seen:
+        model(**joined)
+    positions = seen["position_ids"] if family in QWEN else torch.arange(joined["input_ids"].shape[1])[None]
+    mm.compress(model, "by_feature(keep=0.4)", positions="keep")
+    cache = model(**one, position_ids=positions[..., :border], use_cache=True).past_key_values
+    two["attention_mask"] = joined["attention_mask"]
+    out = model(**two, past_key_values=cache, position_ids=positions[..., border:]).logits
+    close(out, model(**joined, position_ids=positions).logits[:, border:])
 
 
 @torch.no_grad()
@@ -279,8 +281,6 @@ def test_static_cache(family: str, plan: str) -> None:
 @pytest.mark.parametrize("assistant", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_lookup_and_assisted_decoding(family: str, assistant: bool) -> None:
-    if assistant and family in QWEN:
-        pytest.skip("stock generate() has no assisted decoding for M-RoPE models with an assistant of their kind")
     model = mm.compress(build(family), BOTH_PLAN)
     inputs = prompts(model, family, samples(family)[:1])
     expected = model.generate(**inputs, do_sample=False, max_new_tokens=10)
