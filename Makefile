@@ -15,7 +15,7 @@ $(READY): pyproject.toml
 	$(RUN) -m pip install --quiet --editable ".[test,viz]"
 	touch $@
 
-demo: $(READY)  ## the embedded model answers questions with all and with some of its visual tokens
+demo: $(READY)  ## the embedded models answer questions with all and with some of their visual tokens
 	$(RUN) -m mmcompress demo
 
 test: $(READY)  ## the test suite (without tests marked slow)
@@ -34,16 +34,18 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy -p mmcompress
 
-results: $(READY)  ## measure again what the README shows (about half an hour on two cores) and fill it in
-	$(RUN) -m mmcompress demo --questions 700 --out results
-	$(RUN) -m mmcompress bench --out results/bench.json
+results: $(READY)  ## measure again what the README shows (about an hour and a half on two cores) and fill it in
+	rm -f results/demo.json results/bench.json
+	$(RUN) -m mmcompress demo --model llava-shapes --questions 700 --out results
+	$(RUN) -m mmcompress demo --model llava-next-shapes --model qwen3-vl-shapes --model internvl-shapes --questions 350 --out results
+	$(RUN) -m mmcompress bench all --out results/bench.json
 	$(RUN) -m mmcompress.eval.readme
 
-bench: $(READY)  ## prefill, decode and memory on a mid-size random LLaVA
-	$(RUN) -m mmcompress bench --out results/bench.json
+bench: $(READY)  ## prefill, decode and memory on mid-size random models of every family
+	$(RUN) -m mmcompress bench all --out results/bench.json
 
-train: $(READY)  ## train the embedded model again (restartable)
-	$(RUN) -m mmcompress train --out runs/llava-shapes
+train: $(READY)  ## train the embedded models again (restartable)
+	for model in llava-shapes llava-next-shapes qwen3-vl-shapes internvl-shapes clip-shapes; do $(RUN) -m mmcompress train $$model; done
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .latency import Timing
+from .midsize import FAMILIES
 from .synthetic import CHANCE, KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,83 +31,98 @@ def conditions(record: dict[str, Any]) -> str:
 
 
 def accuracy(record: dict[str, Any]) -> str:
-    """Accuracy and cost at every ratio, one line per method."""
-    stock, *rows = record["rows"]
-    ratios = list(dict.fromkeys(row["keep"] for row in rows))
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    found = {(row["method"], row["keep"]): row for row in rows}
+    """Accuracy of every embedded model at every ratio, and cost, one line per method."""
+    models = list(record)
+    first = record[models[0]]
+    ratios = list(dict.fromkeys(row["keep"] for row in first["rows"] if row["plan"]))
+    names = list(dict.fromkeys(row["method"] for row in first["rows"] if row["plan"]))
+    found = {(m, row["method"], row["keep"]): row for m in models for row in record[m]["rows"]}
+    stock = {m: record[m]["rows"][0] for m in models}
 
-    def cell(name: str, keep: float) -> str:
-        row = found.get((name, keep))
-        return f"{100 * row['accuracy']:.1f}" if row else "-"
+    def cell(model: str, name: str) -> str:
+        rows = [found.get((model, name, keep)) for keep in ratios]
+        return " / ".join("-" if row is None else f"{100 * row['accuracy']:.1f}" for row in rows)
 
     def cost(name: str) -> list[str]:
-        row = found[name, 0.25]
-        return [
-            f"{row['visual_flops'] / stock['visual_flops']:.0%}",
-            f"{row['visual_kv_bytes'] / stock['visual_kv_bytes']:.0%}",
-        ]
+        row, full = found[models[0], name, 0.25], stock[models[0]]
+        return [f"{row[key] / full[key]:.0%}" for key in ("visual_flops", "visual_kv_bytes")]
 
-    ordered = sorted(names, key=lambda name: -found[name, 0.25]["accuracy"])
-    body = [[f"`{name}`", *(cell(name, keep) for keep in ratios), *cost(name)] for name in ordered]
-    headings = ["method", *(f"{keep:.0%} kept" for keep in ratios), "visual FLOPs at 25 %", "visual KV at 25 %"]
-    error = 100 * max(row["standard_error"] for row in record["rows"])
+    order = sorted(names, key=lambda name: -sum(found[m, name, 0.25]["accuracy"] for m in models))
+    body = [["stock model", *(f"{100 * stock[m]['accuracy']:.1f}" for m in models), "100%", "100%"]]
+    body += [[f"`{name}`", *(cell(m, name) for m in models), *cost(name)] for name in order]
+    shares = " / ".join(f"{keep:.0%}" for keep in ratios)
+    headings = ["method", *models, "visual FLOPs at 25 %", "visual KV at 25 %"]
+    errors = ", ".join(
+        f"{m}: {record[m]['questions']} questions, standard error up to "
+        f"{100 * max(row['standard_error'] for row in record[m]['rows']):.1f}"
+        for m in models
+    )
     return (
-        f"Accuracy (%) of the embedded LLaVA on {record['questions']} held-out questions, mean over seven types; with all "
-        f"{stock['tokens']} tokens it is {100 * stock['accuracy']:.1f}. Standard error up to {error:.1f} points. FLOPs and KV "
-        f"bytes of the visual tokens in the LLM, computed, as parts of the stock model's. Sorted by the middle column.\n\n"
-        f"{table(headings, body)}\n\nShown by `mmcompress demo --questions {record['questions']}` ({conditions(record)})."
+        f"Accuracy (%) of the embedded models on held-out questions with {shares} of the visual tokens kept, mean over seven "
+        f"types ({errors}). FLOPs and KV bytes of the visual tokens in the LLM, computed, as parts of the stock model's. Sorted "
+        f"by the mean at 25 %.\n\n{table(headings, body)}\n\nShown by `make results` ({conditions(first)})."
     )
 
 
 def types(record: dict[str, Any]) -> str:
-    """Accuracy by question type at full length and at a quarter."""
-    rows = [row for row in record["rows"] if row["keep"] in (1.0, 0.25)]
-    body = [
-        [
-            "stock model" if not row["plan"] else f"`{row['method']}` 25 %",
-            *(f"{100 * row['by_type'][k]:.0f}" for k in KINDS),
-        ]
-        for row in rows
-    ]
+    """Accuracy by question type: every stock model, and the first model at a quarter."""
+    models = list(record)
+    body = [[f"{m}, all tokens", *(f"{100 * record[m]['rows'][0]['by_type'][k]:.0f}" for k in KINDS)] for m in models]
+    for row in record[models[0]]["rows"]:
+        if row["keep"] == 0.25:
+            values = (f"{100 * row['by_type'][k]:.0f}" for k in KINDS)
+            body.append([f"{models[0]}, `{row['method']}` 25 %", *values])
     body.append(["chance", *(f"{100 * CHANCE[k]:.1f}" for k in KINDS)])
     return table(["accuracy, %", *KINDS], body)
 
 
 def bench(record: dict[str, Any]) -> str:
-    """Speed of the mid-size random model."""
+    """Speed of the mid-size random models: LLaVA in full, the others as speed-up and what it reaches of the FLOPs ratio."""
+    families = record["families"]
+    llava = families["llava"]
     body = []
-    for row in record["rows"]:
-        body.append(
-            [
-                row["plan"] if row["plan"] == "stock" else f"`{row['plan']}`",
-                f"{row['prefill_ms']:.0f} ± {row['prefill_iqr_ms'] / 2:.0f}",
-                f"{row['prefill_speedup']:.2f}x",
-                f"{row['flops_ratio']:.2f}x",
-                f"{100 * row['speedup_over_flops_ratio']:.0f} %",
-                f"{row['select_ms']:.1f}",
-                f"{row['decode_ms_per_token']:.1f}",
-                f"{row['decode_overhead_percent']:+.1f} %",
-                f"{row['peak_rss_mib']:.0f}" if row["peak_rss_mib"] else "-",
-            ]
-        )
-    headings = [
-        "plan",
-        "prefill ms",
-        "speed-up",
-        "FLOPs ratio",
-        "reached",
-        "selection ms",
-        "decode ms",
-        "decode",
-        "peak MiB",
+    for row in llava["rows"]:
+        timing = Timing(**row)
+        body.append([timing.plan if timing.plan == "stock" else f"`{timing.plan}`", *timing.cells()[1:]])
+    plans = [row["plan"] for row in llava["rows"]]
+    side = []
+    for plan in plans:
+        cells = []
+        for found in families.values():
+            row = next((r for r in found["rows"] if r["plan"] == plan), None)
+            if row is None:
+                cells.append("-")
+            elif plan == "stock":
+                cells.append(f"{row['prefill_ms']:.0f} ms")
+            else:
+                cells.append(f"{row['prefill_speedup']:.2f}x ({100 * row['speedup_over_flops_ratio']:.0f} %)")
+        side.append([plan if plan == "stock" else f"`{plan}`", *cells])
+    shapes = "; ".join(FAMILIES[name] for name in families)
+    return (
+        f"Speed on mid-size random models ({shapes}; language model of LLaMA shapes 1024 x 12 everywhere, 40 text tokens, float32, "
+        f"sdpa, batch 1), medians of {llava['conditions']['repeats']} interleaved rounds, prefill with the vision tower. Reached: "
+        f"measured speed-up over the FLOPs ratio (counted by torch). `uniform(keep=0.998)` drops a token or two: its decode step "
+        f"shows what the hooks cost. The LLaVA in full:\n\n{table(Timing.HEADINGS, body)}\n\nSpeed-up of the prefill (and how "
+        f"much of the FLOPs ratio that is) in every family:\n\n{table(['plan', *families], side)}\n\n"
+        f"Shown by `make bench` ({conditions(llava)})."
+    )
+
+
+def memory(record: dict[str, Any]) -> str:
+    """Peak memory of a long video."""
+    body = [
+        [
+            row["plan"] if row["plan"] == "stock" else f"`{row['plan']}`",
+            str(row["kept"] or 20480),
+            f"{row['before_mib']:.0f}",
+            f"{row['peak_mib'] - row['before_mib']:.0f}",
+        ]
+        for row in record["memory"]["rows"]
     ]
     return (
-        f"Speed on a mid-size random LLaVA (CLIP-L/14-336 shapes with 4 layers, LLaMA 1024 x 12, 576 visual and 40 text tokens, "
-        f"float32, sdpa, batch 1), medians of {record['conditions']['repeats']} interleaved rounds, prefill with the vision tower. "
-        f"Reached: measured speed-up over the FLOPs ratio. `uniform(keep=575)` drops one token: its decode step shows what the "
-        f"hooks cost. Peak resident memory of a whole process: here it is reached while the model is built.\n\n"
-        f"{table(headings, body)}\n\nShown by `make bench` ({conditions(record)})."
+        f"Prefill of a video of 20,480 tokens in a small random Qwen2.5-VL, one process each. One N x N float32 matrix would be "
+        f"1600 MiB.\n\n{table(['plan', 'tokens in the LLM', 'MiB before the prefill', 'MiB added at the peak'], body)}\n\n"
+        f"Shown by `mmcompress bench memory` ({conditions(record['memory'])})."
     )
 
 
@@ -122,9 +139,14 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     demo = json.loads((ROOT / "results" / "demo.json").read_text())
-    text = fill(text, "accuracy", accuracy(demo))
-    text = fill(text, "types", types(demo))
-    text = fill(text, "bench", bench(json.loads((ROOT / "results" / "bench.json").read_text())))
+    speed = json.loads((ROOT / "results" / "bench.json").read_text())
+    for name, content in (
+        ("accuracy", accuracy(demo)),
+        ("types", types(demo)),
+        ("bench", bench(speed)),
+        ("memory", memory(speed)),
+    ):
+        text = fill(text, name, content)
     readme.write_text(text)
 
 
