@@ -53,17 +53,18 @@ class TransferRecipe:
 
 RECIPES = {
     "llava-next-shapes": TransferRecipe(
-        vision_steps=1100, vision_batch=12, vision_rate=8e-4, language_steps=600, language_batch=12, save_every=100
+        vision_steps=1100, vision_batch=12, vision_rate=8e-4, language_steps=600, language_batch=12
     ),
     "qwen3-vl-shapes": TransferRecipe(
-        vision_steps=1700, vision_batch=10, vision_rate=1e-3, language_steps=700, language_batch=12, save_every=100
+        vision_steps=3500, vision_batch=10, vision_rate=1e-3, language_steps=700, language_batch=12
     ),
     "internvl-shapes": TransferRecipe(
-        vision_steps=1700, vision_batch=10, vision_rate=1e-3, language_steps=600, language_batch=12, save_every=100
+        vision_steps=3000, vision_batch=10, vision_rate=1e-3, language_steps=600, language_batch=12
     ),
 }
-"""Those of the embedded weights. The first 300 steps of the vision stage of `llava-next-shapes` ran with a batch of 16 under a
-cosine to 300 steps at a rate of 5e-4, before the stage was made longer."""
+"""Those of the embedded weights, but for this: vision stages were made longer while they ran. The first 300 steps of
+`llava-next-shapes` (with a batch of 16, at a rate of 5e-4) ran under a cosine to 300, and the first 600 and 350 steps of the other
+two under one to 1700."""
 
 SIZES = [*PATCH_LABELS.values(), BOARD, BOARD]
 """Classes of every label of a token: what it shows, and the row and column of its cell on the board."""
