@@ -143,7 +143,8 @@ class AnyResAdapter(LlavaAdapter):
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         if modality == "video":
-            frames, side = arguments["pixel_values_videos"].shape[1], self.pooled
+            pixels = arguments.get("pixel_values_videos", arguments.get("pixel_values"))  # 5.17 has the latter name
+            frames, side = pixels.shape[1], self.pooled
             newline = (frames * side * side,) if self.video_newline else ()
             return Encoded(modality, [Layout((View((side, side), role="frame"),) * frames, newline)] * len(lengths))
         one = Layout((View((self.side, self.side)),), (self.side**2,))

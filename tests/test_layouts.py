@@ -197,7 +197,7 @@ def test_video_frames_follow_each_other(family: str) -> None:
         assert layout == Layout((View((4, 6), role="frame"),) * 3)
     else:
         arguments = {"pixel_values_videos": torch.randn(1, 3, 3, 28, 28)}
-        features = model.model.get_video_features(**arguments, return_dict=True).pooler_output
+        features = model.model.get_video_features(arguments["pixel_values_videos"], return_dict=True).pooler_output
         encoded = adapter.encoded("video", arguments, [len(f) for f in features])
         newline = (12,) if family == "llava_onevision" else ()
         assert encoded.layouts == [Layout((View((2, 2), role="frame"),) * 3, newline)]

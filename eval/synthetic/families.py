@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...adapters.layouts import AnyRes, tiled
+from ...assets import model_path
 from ...visuals import Layout
 from .model import CHAT_TEMPLATE, HIDDEN, make_tokenizer, text_config
 
@@ -51,6 +52,9 @@ class Family(ABC):
     @abstractmethod
     def projector(self, model: Any) -> list[nn.Module]:
         """What makes LLM tokens of encoder features."""
+
+    def start(self, model: Any) -> None:
+        """Give the new vision encoder weights of another embedded model, where there is one of its kind."""
 
     def features(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """LLM tokens of all pictures in a row [tokens, HIDDEN], and what the encoder method returned."""
@@ -121,7 +125,8 @@ class LlavaNext(Family):
 
 
 class InternVL(Family):
-    """InternVL: a tower with CLS, pixel shuffle, one tile or two tiles and a thumbnail, Qwen2 language model."""
+    """InternVL: a tower with CLS, pixel shuffle, one tile or two tiles and a thumbnail, Qwen2 language model. Its tower starts
+    from that of the embedded Qwen3-VL, which has the same sizes (and rotary positions, which it has to do without)."""
 
     name = "internvl-shapes"
     image = "<IMG_CONTEXT>"
@@ -154,7 +159,7 @@ class InternVL(Family):
 
         vision = InternVLVisionConfig(
             hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=[TILE, TILE],
-            patch_size=[self.patch] * 2, layer_scale_init_value=0.3, attention_bias=True,
+            patch_size=[self.patch] * 2, layer_scale_init_value=1.0, attention_bias=True, hidden_act="gelu_pytorch_tanh",
         )  # fmt: skip
         config = InternVLConfig(
             vision_config=vision.to_dict(),
@@ -174,6 +179,29 @@ class InternVL(Family):
 
         columns, rows = get_optimal_tiled_canvas((picture.height, picture.width), (TILE, TILE), 1, 2)
         return tiled(rows, columns, TILE // self.patch // 2)
+
+    def start(self, model: Any) -> None:
+        from transformers import Qwen3VLForConditionalGeneration
+
+        source = Qwen3VLForConditionalGeneration.from_pretrained(model_path("qwen3-vl-shapes"), dtype=torch.float32)
+        visual, tower = source.model.visual, model.model.vision_tower
+        tower.embeddings.patch_embeddings.projection.weight.data = visual.patch_embed.proj.weight.data.sum(2)
+        tower.embeddings.patch_embeddings.projection.bias.data = visual.patch_embed.proj.bias.data
+        tower.embeddings.position_embeddings.data[0, 1:] = visual.pos_embed.weight.data
+        for layer, block in zip(tower.encoder.layer, visual.blocks, strict=True):
+            pairs = [
+                (layer.layernorm_before, block.norm1),
+                (layer.layernorm_after, block.norm2),
+                (layer.attention.projection_layer, block.attn.proj),
+                (layer.mlp.fc1, block.mlp.linear_fc1),
+                (layer.mlp.fc2, block.mlp.linear_fc2),
+            ]
+            for mine, theirs in pairs:
+                mine.load_state_dict(theirs.state_dict())
+            weights, biases = block.attn.qkv.weight.data.chunk(3), block.attn.qkv.bias.data.chunk(3)
+            for which, weight, bias in zip("qkv", weights, biases, strict=True):
+                projection = getattr(layer.attention, f"{which}_proj")
+                projection.weight.data, projection.bias.data = weight.clone(), bias.clone()
 
     def tower(self, model: Any) -> list[nn.Module]:
         return [model.model.vision_tower]

@@ -121,6 +121,7 @@ class Transfer(Loop):
         self.model = family.make_model(self.processor.tokenizer).to(self.device)
         self.teacher = LlavaForConditionalGeneration.from_pretrained(model_path(), dtype=torch.float32).to(self.device)
         self.adopt()
+        family.start(self.model)
         if self.device.type == "cpu":  # the backward pass of sdpa in bfloat16 is slow there
             self.model.set_attn_implementation({"vision_config": "eager"})
         self.read = nn.Linear(HIDDEN, sum(SIZES)).to(self.device)
