@@ -75,15 +75,6 @@ class InternVLAdapter(Adapter):
         # no cls_feature: a CLS token cannot take the road through the pixel shuffle
         return frozenset({"cls_attention", "received_attention", "keys", "encoder_features"})
 
-    def check_encoder_call(self, arguments: dict[str, Any]) -> None:
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            given, configured = arguments.get(name), getattr(self.model.config, name)
-            if given is not None and given != configured:
-                raise NotImplementedError(
-                    f"{name}={given!r} was passed to a compressed model whose config says {configured!r}: change "
-                    f"model.config.{name} before compress()"
-                )
-
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         side = math.isqrt(lengths[0]) if lengths else 0
         small = F.adaptive_avg_pool2d(arguments["pixel_values"].detach().float(), 8) if len(lengths) > 1 else None

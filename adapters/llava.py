@@ -81,15 +81,6 @@ class LlavaAdapter(Adapter):
         vision = self.model.config.vision_config
         return vision.image_size // vision.patch_size
 
-    def check_encoder_call(self, arguments: dict[str, Any]) -> None:
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            given, configured = arguments.get(name), getattr(self.model.config, name)
-            if given is not None and given != configured:
-                raise NotImplementedError(
-                    f"{name}={given!r} was passed to a compressed model whose config says {configured!r}: change "
-                    f"model.config.{name} before compress()"
-                )
-
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         layouts = []
         for length in lengths:

@@ -14,12 +14,25 @@ from torch.utils.hooks import RemovableHandle
 from ..runtime.adapter import Block, Encoder, Record
 
 
-class TimmAdapter(Encoder):
-    family: ClassVar[str] = "timm vision transformers (with the attention of vit_*, deit_*)"
+class PlainEncoder(Encoder):
+    """A vision transformer by itself."""
+
     bias_argument: ClassVar[str | None] = "attn_mask"
 
     def __init__(self, model: Any) -> None:
         self.model = model
+
+    @property
+    def tower(self) -> Any:
+        return self.model
+
+    @property
+    def attention(self) -> str | None:
+        return "sdpa"
+
+
+class TimmAdapter(PlainEncoder):
+    family: ClassVar[str] = "timm vision transformers (with the attention of vit_*, deit_*)"
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -35,10 +48,6 @@ class TimmAdapter(Encoder):
         return True
 
     @property
-    def tower(self) -> Any:
-        return self.model
-
-    @property
     def blocks(self) -> list[Block]:
         return [
             Block(block, at := block.attn, block.norm2, block.mlp, at.num_heads, at.scale, qkv=at.qkv)
@@ -48,10 +57,6 @@ class TimmAdapter(Encoder):
     @property
     def prefix(self) -> int:
         return int(self.model.num_prefix_tokens)
-
-    @property
-    def attention(self) -> str | None:
-        return "sdpa"
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,11 @@ class OpenClipBlock(Block):
         record("k", keys.unflatten(-1, (self.heads, -1)))
 
 
-class OpenClipAdapter(Encoder):
+class OpenClipAdapter(PlainEncoder):
     family: ClassVar[str] = "open_clip image towers (VisionTransformer, or a CLIP that has one)"
-    bias_argument: ClassVar[str | None] = "attn_mask"
 
     def __init__(self, model: Any) -> None:
-        self.model = getattr(model, "visual", model)
+        super().__init__(getattr(model, "visual", model))
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -89,10 +93,6 @@ class OpenClipAdapter(Encoder):
         return True
 
     @property
-    def tower(self) -> Any:
-        return self.model
-
-    @property
     def blocks(self) -> list[Block]:
         return [
             OpenClipBlock(block, at := block.attn, block.ln_2, block.mlp, at.num_heads, at.head_dim**-0.5)
@@ -102,10 +102,6 @@ class OpenClipAdapter(Encoder):
     @property
     def prefix(self) -> int:
         return 1
-
-    @property
-    def attention(self) -> str | None:
-        return "sdpa"
 
     def bias(self, bias: Tensor, block: Block) -> Tensor:
         """MultiheadAttention wants one matrix per head."""

@@ -208,7 +208,8 @@ def test_batch_equals_single_runs(family: str, method: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}]
+    "options",
+    [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_and_sampling(family: str, options: dict[str, Any], plan: str) -> None:
@@ -289,7 +290,7 @@ def test_prompt_lookup_and_assisted_decoding(family: str, assistant: bool) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_compiled_static_decode(family: str) -> None:
     from transformers import CompileConfig
 

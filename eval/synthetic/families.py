@@ -53,7 +53,7 @@ class Family(ABC):
     def projector(self, model: Any) -> list[nn.Module]:
         """What makes LLM tokens of encoder features."""
 
-    def start(self, model: Any) -> None:
+    def start(self, model: Any) -> None:  # noqa: B027 - most families have nothing to start from
         """Give the new vision encoder weights of another embedded model, where there is one of its kind."""
 
     def features(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,17 @@ class Loop:
                     }
                     torch.save(state, path.with_suffix(".tmp"))
                     path.with_suffix(".tmp").replace(path)
+
+    def save(self, model: Any, processor: Any, recipe: Any) -> Path:
+        """Half-precision checkpoint in the ordinary Hugging Face form, with processor and the recipe; returns its folder."""
+        target = self.folder / "checkpoint"
+        model.generation_config.max_new_tokens = 8
+        model.set_attn_implementation("sdpa")
+        model.to(torch.float16).save_pretrained(target)
+        processor.save_pretrained(target)
+        (target / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+        self.console.print(f"saved {target}")
+        return target
 
     def record(self, stage: str, step: int, loss: float, scores: dict[str, float]) -> None:
         self.log.write(json.dumps({"stage": stage, "step": step, "loss": loss, **scores}) + "\n")

@@ -14,9 +14,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -302,15 +301,4 @@ class Trainer(Loop):
             "finish", probed, recipe.finish_steps, recipe.finish_batch, recipe.finish_rate, recipe.finish_horizon
         )
         self.train_stage("relations", probed, recipe.relations_steps, recipe.finish_batch, recipe.relations_rate)
-        return self.save()
-
-    def save(self) -> Path:
-        """Half-precision checkpoint in the ordinary Hugging Face form, with processor and the recipe."""
-        target = self.folder / "checkpoint"
-        self.model.generation_config.max_new_tokens = 8
-        self.model.set_attn_implementation("sdpa")
-        self.model.to(torch.float16).save_pretrained(target)
-        self.processor.save_pretrained(target)
-        (target / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
-        self.console.print(f"saved {target}")
-        return target
+        return self.save(self.model, self.processor, self.recipe)

@@ -10,9 +10,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -315,15 +314,4 @@ class Transfer(Loop):
         self.run_stage(
             "language", answering, recipe.language_steps, recipe.language_rate, self.language_loss, self.language_scores
         )
-        return self.save()
-
-    def save(self) -> Path:
-        """Half-precision checkpoint in the ordinary Hugging Face form, with processor and the recipe."""
-        target = self.folder / "checkpoint"
-        self.model.generation_config.max_new_tokens = 8
-        self.model.set_attn_implementation("sdpa")
-        self.model.to(torch.float16).save_pretrained(target)
-        self.processor.save_pretrained(target)
-        (target / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
-        self.console.print(f"saved {target}")
-        return target
+        return self.save(self.model, self.processor, self.recipe)

@@ -170,6 +170,13 @@ class Adapter(Encoder):
 
     def check_encoder_call(self, arguments: dict[str, Any]) -> None:
         """Raise if a call of an encoder method asks for something that would make layout or signals wrong."""
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            given, configured = arguments.get(name), getattr(self.model.config, name, None)
+            if given is not None and given != configured:
+                raise NotImplementedError(
+                    f"{name}={given!r} was passed to a compressed model whose config says {configured!r}: change "
+                    f"model.config.{name} before compress()"
+                )
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         """The visuals of one encoder call: its arguments, and how many tokens the features of each visual have."""
