@@ -473,3 +473,31 @@ def test_all_visual_tokens_of_a_kind_are_counted(family: str) -> None:
     placeholders = ((inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)).sum().item()
     assert sum(v[3] for v in report.visuals) + sum(structural) == placeholders
     assert report.layers[2] < report.layers[1] < report.full_tokens
+
+
+@torch.no_grad()
+def test_onevision_gives_one_view_to_each_of_several_images() -> None:
+    """As its processor does: a sample with one image is cut into tiles, with several images none of them is."""
+    model = build("llava_onevision")
+    one = prompts(model, "llava_onevision", [[3, image("llava_onevision"), 4]])
+    tokens = [IMAGE] * 17  # a view and a newline
+    text = torch.randint(5, 140, (9,), generator=torch.Generator().manual_seed(0)).tolist()
+    two = torch.tensor([[*text[:2], *tokens, *text[2:4], *tokens, *text[4:]]])
+    ids = torch.zeros(2, max(two.shape[1], one["input_ids"].shape[1]), dtype=torch.long)
+    ids[0, -two.shape[1] :], ids[1, -one["input_ids"].shape[1] :] = two, one["input_ids"]
+    pixels = torch.randn(3, 3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": pixels,
+        "image_sizes": torch.tensor([[28, 28], [40, 30], [20, 50]]),
+        "batch_num_images": torch.tensor([2, 1]),
+    }
+    stock = model(**inputs).logits
+    with mm.compressed(model, "visionzip", keep=1.0):
+        assert torch.equal(model(**inputs).logits, stock)
+    mm.compress(model, "visionzip(keep=0.5) >> fastv(layer=2, keep=0.5)")
+    model.generate(**inputs, **GREEDY)
+    visuals = mm.trace(model).visuals
+    assert [(v.row, v.tokens, v.kept) for v in visuals] == [(0, 16, 8), (0, 16, 8), (1, 48, 24)]
+    assert [v.layout.views[0].role for v in visuals] == ["image", "image", "thumbnail"]

@@ -76,10 +76,11 @@ def labels_at(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:
             if j is not None:
                 labels[rows[f"{word} color"], inside] = _COLOR_IDS[scene.things[j].color]
                 labels[rows[f"{word} shape"], inside] = _SHAPE_IDS[scene.things[j].shape]
-    for slot, (character, box) in enumerate(zip(scene.sign.code, scene.sign.boxes, strict=True)):
-        inside = (x > box[0]) & (x <= box[2]) & (y > box[1]) & (y <= box[3])
-        labels[rows["character"], inside] = CHARACTERS.index(character) + 1
-        labels[rows["slot"], inside] = slot + 1
+    for sign in (scene.sign, *scene.more_signs):
+        for slot, (character, box) in enumerate(zip(sign.code, sign.boxes, strict=True)):
+            inside = (x > box[0]) & (x <= box[2]) & (y > box[1]) & (y <= box[3])
+            labels[rows["character"], inside] = CHARACTERS.index(character) + 1
+            labels[rows["slot"], inside] = slot + 1
     return labels
 
 

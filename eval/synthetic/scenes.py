@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -74,12 +74,13 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """`cell` is width and height of a cell in drawing units."""
+    """`cell` is width and height of a cell in drawing units; `more_signs` are for training encoders (`full_of_signs`)."""
 
     seed: int
     things: tuple[Thing, ...]
     sign: Sign
     cell: tuple[float, float] = (CELL, CELL)
+    more_signs: tuple[Sign, ...] = ()
 
     @property
     def size(self) -> tuple[float, float]:
@@ -154,12 +155,23 @@ def make_scene(seed: int, stretched: bool = False) -> Scene:
                 float(rng.uniform(-12, 12)),
             )
         )
-    row, column = divmod(int(places[count]), BOARD)
+    return Scene(seed, tuple(made), _make_sign(int(places[count]), cell, rng), cell)
+
+
+def _make_sign(place: int, cell: tuple[float, float], rng: np.random.Generator) -> Sign:
+    row, column = divmod(place, BOARD)
     code = "".join(rng.choice(list(CHARACTERS), size=CODE_LENGTH))
-    left = column * width + 0.5 + float(rng.uniform(0, width - 31))
-    top = row * height + 1 + float(rng.uniform(0, height - 18))
-    boxes = tuple((left + 10 * i, top, left + 10 * i + 10, top + 16) for i in range(CODE_LENGTH))
-    return Scene(seed, tuple(made), Sign(code, int(places[count]), boxes), cell)
+    left = column * cell[0] + 0.5 + float(rng.uniform(0, cell[0] - 31))
+    top = row * cell[1] + 1 + float(rng.uniform(0, cell[1] - 18))
+    return Sign(code, place, tuple((left + 10 * i, top, left + 10 * i + 10, top + 16) for i in range(CODE_LENGTH)))
+
+
+def full_of_signs(scene: Scene) -> Scene:
+    """The same scene with a sign in every empty cell: characters are what an encoder learns last, for want of examples."""
+    rng = np.random.default_rng((7005, scene.seed))
+    taken = {thing.cell for thing in scene.things} | {scene.sign.cell}
+    signs = (_make_sign(place, scene.cell, rng) for place in range(BOARD * BOARD) if place not in taken)
+    return replace(scene, more_signs=tuple(signs))
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -169,13 +181,18 @@ def draw(scene: Scene) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
         _draw_thing(pen, thing, rng)
-    first, last = scene.sign.boxes[0], scene.sign.boxes[-1]
+    for sign in (scene.sign, *scene.more_signs):
+        _draw_sign(pen, sign, rng)
+    return image
+
+
+def _draw_sign(pen: ImageDraw.ImageDraw, sign: Sign, rng: np.random.Generator) -> None:
+    first, last = sign.boxes[0], sign.boxes[-1]
     pen.rounded_rectangle(_scaled((first[0], first[1], last[2], last[3])), radius=2 * SCALE, fill=(240, 236, 220))
     ink = tuple(int(v) for v in rng.integers(0, 50, size=3))
-    for character, box in zip(scene.sign.code.upper(), scene.sign.boxes, strict=True):
+    for character, box in zip(sign.code.upper(), sign.boxes, strict=True):
         middle = ((box[0] + box[2]) / 2 * SCALE, (box[1] + box[3]) / 2 * SCALE)
         pen.text(middle, character, fill=ink, font=_FONT, anchor="mm")
-    return image
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:

@@ -28,7 +28,7 @@ from .families import Family
 from .loop import Loop
 from .model import GRID, HIDDEN
 from .questions import KINDS, Question
-from .scenes import BOARD, COLORS, SHAPES, Scene, draw, scenes
+from .scenes import BOARD, COLORS, SHAPES, Scene, draw, full_of_signs, scenes
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,10 @@ class Transfer(Loop):
         self.train = scenes("train", recipe.scenes, stretched=True)
         self.test = scenes("test", recipe.test_scenes, stretched=True)
 
-    def batch(self, step: int, size: int, salt: int) -> list[Shown]:
+    def draw(self, step: int, size: int, salt: int) -> list[Scene]:
+        """Training scenes of one step, a function of seed, stage and step alone."""
         rng = np.random.default_rng((self.recipe.seed, salt, step))
-        return [show(self.train[int(i)], self.layout_of) for i in rng.integers(len(self.train), size=size)]
+        return [self.train[int(i)] for i in rng.integers(len(self.train), size=size)]
 
     def inputs(self, batch: list[Shown], augment: bool) -> dict[str, Any]:
         """What the processor makes of the pictures, with the beginning of the prompt."""
@@ -205,7 +206,8 @@ class Transfer(Loop):
         return self.read(F.rms_norm(tokens.float(), (HIDDEN,))).split(SIZES, -1)
 
     def vision_loss(self, step: int) -> Tensor:
-        batch = self.batch(step, self.recipe.vision_batch, 1)
+        drawn = self.draw(step, self.recipe.vision_batch, 1)
+        batch = [show(full_of_signs(s) if i % 2 else s, self.layout_of) for i, s in enumerate(drawn)]
         tokens, labels, output = self.tokens(batch, augment=True)
         something = (labels[:3] > 0).any(0)
         target = one_hot(labels).to(self.device) @ self.codebook
@@ -263,7 +265,7 @@ class Transfer(Loop):
     def language_loss(self, step: int) -> Tensor:
         """Cross-entropy of the answers; linear read-outs keep in the tokens what the encoder knows."""
         recipe = self.recipe
-        batch = self.batch(step, recipe.language_batch, 2)
+        batch = [show(scene, self.layout_of) for scene in self.draw(step, recipe.language_batch, 2)]
         rng = np.random.default_rng((recipe.seed, 3, step))
         asked = [conversation(shown.scene, recipe.turns, rng, (*HARD, "relation")) for shown in batch]
         logits, text, tokens = self.answers(batch, asked, augment=True)
@@ -297,8 +299,9 @@ class Transfer(Loop):
         self.load_data()
         self.fit_codebook()
         tower, projector = family.tower(model), family.projector(model)
+        two = [show(scene, self.layout_of) for scene in self.train[:2]]
         with torch.no_grad():
-            whole = family.whole(*self.tokens(self.batch(0, 2, 1), False)[2:], [s.layout for s in self.batch(0, 2, 1)])
+            whole = family.whole(self.tokens(two, False)[2], [shown.layout for shown in two])
         heads = [self.read] if whole is None else [self.read, self.present]
         if whole is not None:
             self.present(whole.float())  # the lazy layer learns its size

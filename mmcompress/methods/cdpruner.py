@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops.dpp import greedy_map
+from ..ops.relevance import mean_cosine
+from ..plan import register
+from ..selection import Selection
+from ..stage import InputStage, Need
+from ..visuals import Visuals
+
+
+@register("cdpruner")
+@dataclass(frozen=True, repr=False)
+class CDPruner(InputStage):
+    """Keep k tokens that are unlike each other and relevant to the instruction (greedy MAP of a conditional DPP).
+
+    Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", NeurIPS
+    2025, arXiv 2506.10967. The kernel is the cosine of projected tokens, scaled on both sides by their relevance r in
+    (0, 1]. `theta` in [0, 1), optional, weighs relevance as in the paper: exp(theta / (2 (1 - theta)) r) instead of r;
+    0 is diversity alone.
+
+    Relevance is MINUS the cosine of patch and instruction in CLIP's joint space, as in the reference: CLIP's patches were
+    never trained to match text and tend to say the opposite. Where there is no CLIP text tower, it is PLUS the mean cosine
+    of the projected token to the instruction's LLM input embeddings, as in a port to another engine (a weaker signal).
+
+    Cost k N (D + k), N (D + k) float32 of memory. Departs from the reference: relevance is scaled to (0, 1] per visual,
+    not over all that share a batch (`compat="reference"` does that), all cosines are float32, equal tokens follow by
+    relevance instead of breaking the factorisation, and the tiles of one picture share its budget.
+    """
+
+    keep: float | int = 0.111
+    theta: float | None = None
+    compat: str | None = None
+    paper: ClassVar[str] = "arXiv 2506.10967"
+    needs: ClassVar[tuple[Need, ...]] = (("clip_relevance", "text_embeddings"),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.theta is not None and not 0 <= self.theta < 1:
+            raise ValueError(f"theta={self.theta}: give a weight of relevance in [0, 1), or None for r itself")
+        if self.compat not in (None, "reference"):
+            raise ValueError(f"compat={self.compat!r}: choose None or 'reference' (relevance scaled over the batch)")
+
+    @torch.no_grad()
+    def select(self, visuals: Visuals) -> Selection:
+        relevance = self.relevance(visuals)
+        quality = relevance
+        if self.theta is not None:
+            # divided by its maximum, which changes no choice, so that it cannot overflow
+            quality = (self.theta / (2 * (1 - self.theta)) * (quality - quality.amax(1, keepdim=True))).exp()
+        return Selection.of(greedy_map(visuals.features, quality, visuals.k), relevance)
+
+    def relevance(self, visuals: Visuals) -> Tensor:
+        """Relevance of each token to the instruction, [U, N] float32 in (0, 1]; 1 where all are the same."""
+        signal = visuals["clip_relevance", "text_embeddings"]
+        if "clip_relevance" in visuals.signals:
+            raw = -signal.float()
+        else:
+            raw = mean_cosine(visuals.features, signal)
+        over = 1 if self.compat is None else (0, 1)
+        low, high = raw.amin(over, keepdim=True), raw.amax(over, keepdim=True)
+        return (raw - low + 1e-6) / (high - low).clamp_min(1e-6)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crops: what the encoder sees as one picture each (thumbnail, tile, video frame), for methods that treat each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .shares import split_budget
+
+
+class Grid(Protocol):
+    """What is asked of a view of a layout: rows and columns, and where in them another tile begins."""
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def seams(self) -> tuple[tuple[float, ...], tuple[float, ...]]: ...
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Neighbouring crops of the same size and budget, as one batch.
+
+    cells  [g, n] int64: the slots of each crop, ascending.
+    k      how many tokens each of them keeps.
+    """
+
+    cells: Tensor
+    k: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """The tokens of these crops, [U * g, n, ...], of `x` [U, N, ...]."""
+        return x[:, self.cells].flatten(0, 1)
+
+    def slots(self, picks: Tensor) -> Tensor:
+        """Slots in the visual, [U, g * m], of places in the crops, [U * g, m]."""
+        places = picks.unflatten(0, (-1, len(self.cells)))
+        return self.cells.expand(len(places), -1, -1).gather(2, places).flatten(1)
+
+
+def alike_crops(views: Sequence[Grid], tokens: int, k: int, device: torch.device) -> list[Crops]:
+    """All crops of a visual in the order of their first slots (tiles of one view in raster order), batched where neighbours
+    are alike.
+
+    views: the grids that the `tokens` tokens lie in, one behind the other; empty: all tokens are one crop. `k` is split by
+    size, exactly (`split_budget`); crops that get nothing are left out. Host arithmetic on shapes, no synchronisation.
+    """
+    if not views:
+        return [Crops(torch.arange(tokens, device=device)[None], k)]
+    crops = [crop for first, view in _starts(views) for crop in _tiles(first, view, device)]
+    budgets = split_budget(k, [len(crop) for crop in crops])
+    runs = groupby(zip(crops, budgets, strict=True), key=lambda crop: (len(crop[0]), crop[1]))
+    return [Crops(torch.stack([cells for cells, _ in run]), quota) for (_, quota), run in runs if quota]
+
+
+def _starts(views: Sequence[Grid]) -> Iterator[tuple[int, Grid]]:
+    """Every view with its first slot."""
+    first = 0
+    for view in views:
+        yield first, view
+        first += view.grid[0] * view.grid[1]
+
+
+def _tiles(first: int, view: Grid, device: torch.device) -> Iterator[Tensor]:
+    """Slots of each tile of a view; a cell belongs to the tile that its centre is in."""
+    if not any(view.seams):
+        yield torch.arange(first, first + view.grid[0] * view.grid[1], device=device)
+        return
+    edges = []
+    for cells, seams in zip(view.grid, view.seams, strict=True):
+        inner = [sum(i + 0.5 <= seam for i in range(cells)) for seam in seams]
+        edges.append(sorted({0, *inner, cells}))
+    columns = view.grid[1]
+    for top, bottom in pairwise(edges[0]):
+        for left, right in pairwise(edges[1]):
+            row = first + columns * torch.arange(top, bottom, device=device)
+            yield (row[:, None] + torch.arange(left, right, device=device)).flatten()

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each token has to do with a text."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mean_cosine(tokens: Tensor, text: Tensor) -> Tensor:
+    """Mean cosine of every token to all rows of a text, [U, N] float32; 0 where there is no text.
+
+    tokens [U, N, D], text [U, T, D] in the same space. A zero vector has cosine 0. Cost O((N + T) D).
+    """
+    direction = F.normalize(text.float(), dim=-1).sum(1) / max(1, text.shape[1])
+    return (F.normalize(tokens.float(), dim=-1) @ direction[..., None])[..., 0]

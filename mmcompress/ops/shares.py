@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sharing a budget out over parts, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def split_budget(k: int, sizes: Sequence[int]) -> list[int]:
+    """`k` tokens over parts of known sizes, in proportion to them: rounded down, the rest to the largest remainders (the
+    first of equals). No part gets more than its size as long as `k` is at most their sum."""
+    total = sum(sizes)
+    parts = [k * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -(k * sizes[i] % total))
+    for i in by_remainder[: k - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def worth_shares(worth: Tensor, room: Tensor, k: int) -> Tensor:
+    """`k` tokens over parts in proportion to their worth, [U, P] int64 that sums to exactly `k` in every row.
+
+    worth [U, P], not negative; room [P] or [U, P] int64: the most that a part can take; k at most the sum of the room. What
+    full parts cannot take goes to the others by worth, until nothing is left over (in closed form: the parts fill up in the
+    order of room / worth). Shares are rounded down, the rest goes one by one to the parts of the largest worth; ties to the
+    lower part. Parts without worth share equally what all others cannot take. Cost P log P.
+    """
+    worth = worth.float()
+    room = room.expand(worth.shape)
+    worth = torch.maximum(worth, (1e-12 * worth.amax(1, keepdim=True)).clamp_min(1e-30))
+    order = (room / worth).sort(dim=1, stable=True).indices
+    size, weight = room.gather(1, order), worth.gather(1, order)
+    left = k - (size.cumsum(1) - size)
+    rate = left / weight.flip(1).cumsum(1).flip(1)
+    full = (rate * weight >= size).long().cumprod(1).sum(1, keepdim=True)
+    rate = rate.gather(1, full.clamp_max(worth.shape[1] - 1))
+    share = torch.minimum((rate * worth).floor(), room).long()
+    share = _fill(share, torch.full_like(share[:, :1], k))  # rounding must never give out more than k
+
+    by_worth = worth.masked_fill(share >= room, -1).sort(dim=1, descending=True, stable=True).indices
+    one = _fill((share < room).long().gather(1, by_worth), k - share.sum(1, keepdim=True))
+    share = share + torch.zeros_like(share).scatter(1, by_worth, one)
+    return share + _fill(room - share, k - share.sum(1, keepdim=True))
+
+
+def _fill(room: Tensor, count: Tensor) -> Tensor:
+    """`count` [U, 1] over the parts from the left, each filled up before the next."""
+    filled = torch.minimum(room.cumsum(1), count)
+    return filled.diff(dim=1, prepend=torch.zeros_like(count))
