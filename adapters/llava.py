@@ -68,7 +68,7 @@ class LlavaAdapter(Adapter):
     @property
     def signals(self) -> frozenset[str]:
         always = {"received_attention", "keys", "encoder_features"}
-        return frozenset(always | {"cls_attention", "cls_feature"} if self.prefix else always)
+        return frozenset(always | {"cls_attention", "cls_logits", "cls_feature"} if self.prefix else always)
 
     @property
     def structural(self) -> int:

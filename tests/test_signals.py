@@ -155,3 +155,56 @@ def test_attention_received_in_blocks_equals_the_whole_map(causal: bool, block: 
     rows = seen[:, 0, 0, :, None]
     expected = (whole * rows).sum(1) / rows.sum(1)
     assert torch.allclose(attention_received(q, k, 0.3, seen, causal, block), expected, atol=1e-6)
+
+
+@mm.register("deep_spy")
+@dataclass(frozen=True, repr=False)
+class DeepSpy(mm.InputStage):
+    """Keeps what it is shown of other blocks, for the tests."""
+
+    keep: float | int = 0.5
+    needs: ClassVar[tuple] = (
+        "received_attention@0",
+        "received_attention@0.5",
+        "keys@-1",
+        "cls_logits@-1",
+        "cls_attention",
+    )
+
+    def select(self, visuals: mm.Visuals) -> mm.Selection:
+        SEEN["visuals"] = visuals
+        return mm.Selection.top(visuals["received_attention@0"], visuals.k)
+
+
+@torch.no_grad()
+def test_signals_of_other_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    inputs = prompts(model, ALIKE)
+    with mm.compressed(model, "deep_spy"):
+        model(**inputs)
+    visuals: mm.Visuals = SEEN["visuals"]
+    model.set_attn_implementation("eager")
+    weights, eager = [], modeling_clip.eager_attention_forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        out = eager(*args, **kwargs)
+        weights.append(out[1])
+        return out
+
+    monkeypatch.setattr(modeling_clip, "eager_attention_forward", spy)
+    states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    for name, block in (("received_attention@0", 0), ("received_attention@0.5", 2)):
+        assert torch.allclose(visuals[name], weights[block].mean((1, 2))[:, 1:], atol=1e-5)
+    assert torch.allclose(visuals["cls_attention"], weights[2].mean(1)[:, 0, 1:], atol=1e-5)
+    last = model.model.vision_tower.encoder.layers[3]
+    normed = last.layer_norm1(states[3])
+    q, k = (p(normed).unflatten(-1, (4, -1)).transpose(1, 2) for p in (last.self_attn.q_proj, last.self_attn.k_proj))
+    assert torch.allclose(visuals["keys@-1"], k.mean(1)[:, 1:], atol=1e-5)
+    logits = (q[:, :, :1] @ k.transpose(2, 3)).mean(1)[:, 0, 1:] * last.self_attn.scale
+    assert torch.allclose(visuals["cls_logits@-1"], logits, atol=1e-4)
+
+
+def test_a_block_that_is_not_there() -> None:
+    stage = type("Far", (DeepSpy,), {"needs": ("keys@7",)})()
+    with pytest.raises(ValueError, match=r"keys@7.*has 4 blocks"):
+        mm.compress(build(), stage)

@@ -34,13 +34,13 @@ from .encoder import EncoderFacade
 from .masks import layers_differ, logical_mask, validity
 from .packing import Group, pack, take, take_last
 from .record import CallRecord, Span
-from .signals import LayerTap, VisionTap
+from .signals import PER_TOKEN, LayerTap, VisionTap, kind_of
 
 CALL = "mmcompress_call"
 """Private keyword that carries the call from the language model to its layers. Gradient checkpointing replays layers
 with their keywords when the call is over; engine state would be gone then."""
 
-VISION_SIGNALS = ("cls_attention", "received_attention", "keys", "encoder_features", "cls_feature")
+VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature"})
 TEXT_SIGNALS = ("text_embeddings",)
 LAYER_SIGNALS = ("last_attention", "mean_attention")
 
@@ -55,7 +55,7 @@ class Engine:
         self.positions = self._position_policy()
         self.substitutes = self._resolve_needs()
         self.facade = EncoderFacade(adapter, plan.encoder_stages[0]) if plan.encoder_stages else None
-        names = set(self.substitutes.values()) & set(VISION_SIGNALS)
+        names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
         self.vision_tap = VisionTap(adapter, names, self.facade) if names else None
         self.layer_stages = {stage.layer: stage for stage in plan.layer_stages}
         self.layer_taps = {
@@ -115,7 +115,7 @@ class Engine:
             there = set(LAYER_SIGNALS) if isinstance(stage, LayerStage) else self.adapter.signals | set(TEXT_SIGNALS)
             for need in stage.needs:
                 names = (need,) if isinstance(need, str) else need
-                name = next((n for n in names if n is None or n in there), "")
+                name = next((n for n in names if n is None or kind_of(n) in there), "")
                 if name == "":
                     raise NotImplementedError(
                         f"{stage!r} needs {' or '.join(map(str, names))}, which this model cannot give "

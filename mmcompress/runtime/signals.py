@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -18,34 +19,60 @@ from .adapter import Adapter, Encoded
 from .cache import PrunedLayer
 from .encoder import EncoderFacade
 
+PER_TOKEN = frozenset({"cls_attention", "cls_logits", "received_attention", "keys"})
+"""Signals of one attention block."""
+
+
+def kind_of(name: str) -> str:
+    """The signal without its block: "keys" of "keys@0.25"."""
+    return name.partition("@")[0]
+
 
 class VisionTap:
     """Records what the signals `names` need while the tower runs, and computes them afterwards.
 
-    Attention and keys are those of the block whose output becomes the LLM's tokens (of the last one if there are several);
-    keys are taken before any rotation. Where several patches make one LLM token, it has their mean. Where an encoder stage
-    has merged tokens, every patch shows the value of its cluster.
+    Attention and keys are those of the block whose output becomes the LLM's tokens (of the last one if there are several),
+    or of the one that the name gives: "keys@0" is the first block, "keys@-1" the last, "keys@0.375" the one at that part of
+    the depth. Keys are taken before any rotation. Where several patches make one LLM token, it has their mean. Where an
+    encoder stage has merged tokens, every patch shows the value of its cluster.
     """
 
     def __init__(self, adapter: Adapter, names: set[str], facade: EncoderFacade | None) -> None:
         self.adapter, self.names, self.facade = adapter, names, facade
-        self.index = adapter.feature_blocks[-1]
-        if self.index < 0:
-            raise NotImplementedError("signals need vision features from a block; this model takes its embeddings")
-        self.block = adapter.blocks[self.index]
+        self.at: dict[int, list[str]] = defaultdict(list)
+        """Names of the signals of each block that is listened to."""
+        for name in sorted(names):
+            if kind_of(name) in PER_TOKEN:
+                self.at[self._block(name)].append(name)
         self.seen: dict[str, Any] | None = None
+
+    def _block(self, name: str) -> int:
+        """Index of the block that a signal comes from."""
+        where, count = name.partition("@")[2], len(self.adapter.blocks)
+        if "." in where:
+            index = min(count - 1, round(float(where) * count))
+        else:
+            index = int(where) if where else self.adapter.feature_blocks[-1]
+            if not where and index < 0:
+                raise NotImplementedError("signals need vision features from a block; this model takes its embeddings")
+            index += count if index < 0 else 0
+        if not 0 <= index < count:
+            raise ValueError(f"signal {name!r}: the vision encoder has {count} blocks")
+        return index
 
     def install(self) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
-        if self.names & {"cls_attention", "received_attention", "keys"}:
-            handles += self.block.tap(self._keep)
-            handles.append(self.block.attention.register_forward_pre_hook(self._keep_arguments, with_kwargs=True))
+        for index in self.at:
+            block = self.adapter.blocks[index]
+            handles += block.tap(functools.partial(self._keep_heads, index))
+            record = functools.partial(self._keep_arguments, index)
+            handles.append(block.attention.register_forward_pre_hook(record, with_kwargs=True))
         if "encoder_features" in self.names:
             handles.append(self.adapter.projector.register_forward_pre_hook(self._keep_features))
         if "cls_feature" in self.names:
             for i in self.adapter.feature_blocks:
-                record = functools.partial(self._keep_output, f"block {i}")
-                handles.append(self.adapter.blocks[i].module.register_forward_hook(record))
+                output = functools.partial(self._keep_output, f"output {i}")
+                handles.append(self.adapter.blocks[i].module.register_forward_hook(output))
         return handles
 
     def start(self) -> None:
@@ -64,12 +91,11 @@ class VisionTap:
             if self.adapter.packed:  # patch after patch; the merger takes a unit at a time
                 features = features.unflatten(0, (-1, self.adapter.unit)).flatten(1)
             rows["encoder_features"] = features
-        if "k" in seen:
-            q, k = (seen[n].detach() for n in "qk")
-            if self.adapter.packed:
-                found = self._packed(q, k, seen["arguments"])
-            else:
-                found = self._batched(q.transpose(1, 2), k.transpose(1, 2), seen["arguments"].get("attention_mask"))
+        for index, names in self.at.items():
+            q, k = (seen.get(f"{n} {index}") for n in "qk")
+            if k is None or q is None:
+                continue  # blocks behind the one that the model reads need not run
+            found = (self._packed if self.adapter.packed else self._batched)(index, q.detach(), k.detach(), names)
             rows |= {name: self._per_token(patches) for name, patches in found.items()}
         arrange = functools.partial(self.adapter.arrange, encoded, arguments)
         signals = {
@@ -77,43 +103,57 @@ class VisionTap:
             for name, x in rows.items()
         }
         if "cls_feature" in self.names:
-            cls = torch.cat([seen[f"block {i}"][:, 0] for i in self.adapter.feature_blocks], -1)
+            cls = torch.cat([seen[f"output {i}"][:, 0] for i in self.adapter.feature_blocks], -1)
             signals["cls_feature"] = self._of_first_view(cls, encoded, arguments)
         return signals
 
-    def _batched(self, q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """Signals of every patch of the tower, from queries and keys [n, heads, T, d]: [n, P] or [n, P, d]."""
+    def _batched(self, index: int, q: Tensor, k: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Signals of every patch of the tower, from queries and keys [n, T, heads, d]: [n, P] or [n, P, d]."""
+        assert self.seen is not None
+        q, k, scale = q.transpose(1, 2), k.transpose(1, 2), self.adapter.blocks[index].scale
+        mask = self.seen[f"arguments {index}"].get("attention_mask")
         found = {}
-        if "cls_attention" in self.names:
-            found["cls_attention"] = attention_rows(q[:, :, :1], k, self.block.scale, mask).mean(1)[:, 0]
-        if "received_attention" in self.names:
-            found["received_attention"] = attention_received(q, k, self.block.scale, mask)
-        if "keys" in self.names:
-            found["keys"] = k.mean(1)
-        spread = self.facade.spread(self.index) if self.facade else None
+        for name in names:
+            kind = kind_of(name)
+            if kind == "cls_attention":
+                found[name] = attention_rows(q[:, :, :1], k, scale, mask).mean(1)[:, 0]
+            elif kind == "cls_logits":
+                found[name] = ((q[:, :, :1] @ k.transpose(2, 3)).float() * scale).mean(1)[:, 0]
+            elif kind == "received_attention":
+                found[name] = attention_received(q, k, scale, mask)
+            else:
+                found[name] = k.mean(1)
+        spread = self.facade.spread(index) if self.facade else None
         if spread is not None:
             found = {name: gather(x, spread) for name, x in found.items()}
         return {name: x[:, self.adapter.prefix :] for name, x in found.items()}
 
-    def _packed(self, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    def _packed(self, index: int, q: Tensor, k: Tensor, names: list[str]) -> dict[str, Tensor]:
         """The same for a packed sequence: queries and keys [T, heads, d]; attention stays within its segments."""
+        assert self.seen is not None
         found = {}
-        if "received_attention" in self.names:
-            cos, sin = (t[None].float() for t in arguments["position_embeddings"])
-            bounds = arguments["cu_seqlens"].tolist()
-            lengths = [b - a for a, b in itertools.pairwise(bounds)]
-            turned = [rotate(x.float().transpose(0, 1)[None], cos, sin).to(x.dtype)[0] for x in (q, k)]
-            received: list[Tensor] = [torch.empty(0)] * len(lengths)
-            for length in set(lengths):
-                same = [i for i, n in enumerate(lengths) if n == length]
-                queries, keys = (torch.stack([x[:, bounds[i] : bounds[i + 1]] for i in same]) for x in turned)
-                for i, values in zip(same, attention_received(queries, keys, self.block.scale), strict=True):
-                    received[i] = values
-            found["received_attention"] = torch.cat(received)
-        if "keys" in self.names:
-            found["keys"] = k.mean(1)
-        spread = self.facade.spread(self.index) if self.facade else None
+        for name in names:
+            if kind_of(name) == "received_attention":
+                found[name] = self._received(q, k, self.seen[f"arguments {index}"], self.adapter.blocks[index].scale)
+            else:
+                found[name] = k.mean(1)
+        spread = self.facade.spread(index) if self.facade else None
         return found if spread is None else {name: x[spread[0]] for name, x in found.items()}
+
+    @staticmethod
+    def _received(q: Tensor, k: Tensor, arguments: dict[str, Any], scale: float) -> Tensor:
+        """Attention that each patch [T] of a packed sequence receives within its segment."""
+        cos, sin = (t[None].float() for t in arguments["position_embeddings"])
+        bounds = arguments["cu_seqlens"].tolist()
+        lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        turned = [rotate(x.float().transpose(0, 1)[None], cos, sin).to(x.dtype)[0] for x in (q, k)]
+        received: list[Tensor] = [torch.empty(0)] * len(lengths)
+        for length in set(lengths):
+            same = [i for i, n in enumerate(lengths) if n == length]
+            queries, keys = (torch.stack([x[:, bounds[i] : bounds[i + 1]] for i in same]) for x in turned)
+            for i, values in zip(same, attention_received(queries, keys, scale), strict=True):
+                received[i] = values
+        return torch.cat(received)
 
     def _per_token(self, patches: Tensor) -> Tensor:
         """Mean over the patches that make one token: [n, P, ...] to [n, N, ...] (packed: [P, ...] to [N, ...])."""
@@ -131,16 +171,18 @@ class VisionTap:
         views = self.adapter.views(encoded, arguments)
         return [rows[sum(views[:i])] for i in range(len(views))]
 
-    def _keep(self, name: str, value: Tensor) -> None:
+    def _keep(self, name: str, value: Any) -> None:
         if self.seen is not None:
             self.seen[name] = value
+
+    def _keep_heads(self, index: int, name: str, value: Tensor) -> None:
+        self._keep(f"{name} {index}", value)
 
     def _keep_output(self, name: str, module: Any, args: tuple, output: Any) -> None:
         self._keep(name, output[0] if isinstance(output, tuple) else output)
 
-    def _keep_arguments(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.seen is not None:
-            self.seen["arguments"] = kwargs
+    def _keep_arguments(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._keep(f"arguments {index}", kwargs)
 
     def _keep_features(self, module: Any, args: tuple) -> None:
         # the first call is the family's own; later ones project rows that a method has made
