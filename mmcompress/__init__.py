@@ -2,31 +2,28 @@
 """mmcompress: fewer visual tokens for existing vision-language models, in one call on a stock model."""
 
 from .api import compress, compressed, report, trace, uncompress
-from .methods import DivPrune, FastV, Random, ToMe, Uniform, VisionZip
+from .methods import *  # noqa: F403 - every method class
+from .methods import __all__ as _methods
 from .plan import as_pipeline, methods, register
 from .selection import Selection
 from .stage import EncoderStage, InputStage, LayerStage, Pipeline, Stage
-from .trace import Report, Trace
-from .visuals import Layout, Visuals
+from .trace import EncoderReport, Report, Trace
+from .visuals import Layout, View, Visuals
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "DivPrune",
+    "EncoderReport",
     "EncoderStage",
-    "FastV",
     "InputStage",
     "LayerStage",
     "Layout",
     "Pipeline",
-    "Random",
     "Report",
     "Selection",
     "Stage",
-    "ToMe",
     "Trace",
-    "Uniform",
-    "VisionZip",
+    "View",
     "Visuals",
     "as_pipeline",
     "compress",
@@ -37,3 +34,4 @@ __all__ = [
     "trace",
     "uncompress",
 ]
+__all__ += _methods

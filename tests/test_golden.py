@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .golden.replay import RUNNERS, cases, replay
+from .golden.form import RUNNERS
+from .golden.replay import cases, replay
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -50,11 +50,11 @@ class CDPruner(InputStage):
     @torch.no_grad()
     def select(self, visuals: Visuals) -> Selection:
         relevance = self.relevance(visuals)
-        quality = relevance
-        if self.theta is not None:
-            # divided by its maximum, which changes no choice, so that it cannot overflow
-            quality = (self.theta / (2 * (1 - self.theta)) * (quality - quality.amax(1, keepdim=True))).exp()
-        return Selection.of(greedy_map(visuals.features, quality, visuals.k), relevance)
+        if self.theta is None:
+            log_quality = relevance.log()
+        else:
+            log_quality = self.theta / (2 * (1 - self.theta)) * relevance
+        return Selection.of(greedy_map(visuals.features, log_quality, visuals.k), relevance)
 
     def relevance(self, visuals: Visuals) -> Tensor:
         """Relevance of each token to the instruction, [U, N] float32 in (0, 1]; 1 where all are the same."""

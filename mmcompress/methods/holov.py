@@ -44,7 +44,7 @@ class HoloV(InputStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.strips is not None and (isinstance(self.strips, bool) or self.strips < 1):
+        if self.strips is not None and (type(self.strips) is not int or self.strips < 1):
             raise ValueError(f"strips={self.strips!r}: give a count of at least 1, or None (16 N / 9 k)")
         if not self.variety >= 0:
             raise ValueError(f"variety={self.variety!r}: give a weight >= 0 (0.09 in the paper)")
@@ -53,10 +53,11 @@ class HoloV(InputStage):
 
     def select(self, visuals: Visuals) -> Selection:
         score = visuals["cls_attention", "received_attention"].float()
+        features = visuals.features.detach()[..., : None if self.variety else 0]
         views = visuals.layout.views if visuals.slots is None else ()
         keep, filled = [], []
         for part in alike_crops(views, visuals.n, visuals.k, score.device):
-            picks, real = self._choose(part.take(score), part.take(visuals.features.detach()), part.k)
+            picks, real = self._choose(part.take(score), part.take(features), part.k)
             keep.append(part.slots(picks))
             filled.append(real.view(len(score), -1))
         slots = torch.cat(keep, 1)

@@ -43,7 +43,7 @@ class VisPruner(InputStage):
             raise ValueError(
                 f"important={self.important!r}: give the part of the budget that goes by attention, in [0, 1]"
             )
-        if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 1:
+        if type(self.step) is not int or self.step < 1:
             raise ValueError(
                 f"step={self.step!r}: give how many tokens are deleted in a round, at least 1 (the paper: 8)"
             )
@@ -68,12 +68,12 @@ class VisPruner(InputStage):
         if left == 0 or left == rest.shape[1]:
             return rest[:, :left]
         unit = F.normalize(features.float(), dim=-1)
-        similar = unit @ unit.transpose(1, 2)
-        crop = torch.arange(len(rest), device=rest.device)[:, None, None]
+        similar = (unit @ unit.transpose(1, 2)).flatten(1)
         while rest.shape[1] > left:
             even, odd = rest[:, ::2], rest[:, 1::2]
             gone = min(self.step, rest.shape[1] - left, even.shape[1])
-            closest = similar[crop, even[:, :, None], odd[:, None, :]].amax(-1)
+            pairs = even[:, :, None] * unit.shape[1] + odd[:, None, :]
+            closest = similar.gather(1, pairs.flatten(1)).view_as(pairs).amax(-1)
             order = closest.sort(dim=1, descending=True, stable=True).indices
             rest = torch.cat([even.gather(1, order[:, gone:]), odd], 1)
         return rest

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from .ties import argmax_first
 
-_BLOCK = 4096
-"""Largest number of rows of a coverage table that are worked on at a time."""
+_BLOCK = {"cpu": 2**19}
+"""Numbers of a coverage table that are worked on at a time, by device: what its cache holds; elsewhere 2**25."""
 
 
-def _blocks(rows: int) -> Iterator[slice]:
-    return (slice(first, min(first + _BLOCK, rows)) for first in range(0, rows, _BLOCK))
+def _blocks(table: Tensor) -> Iterator[slice]:
+    """Rows of `table` [U, R, N], block by block."""
+    visuals, rows, tokens = table.shape
+    step = max(1, _BLOCK.get(table.device.type, 2**25) // (visuals * tokens))
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 @torch.no_grad()
@@ -28,7 +31,7 @@ def soft_coverage(targets: Tensor, tokens: Tensor, temperature: float) -> Tensor
     count = targets.shape[1]
     targets, tokens = (F.normalize(x.float(), dim=-1, eps=1e-8) for x in (targets, tokens))
     table = tokens.new_empty(len(tokens), count, tokens.shape[1])
-    for rows in _blocks(count):
+    for rows in _blocks(table):
         table[:, rows] = (targets[:, rows] @ tokens.transpose(1, 2) / temperature).softmax(-1) / count
     return table
 
@@ -47,7 +50,7 @@ def max_coverage(table: Tensor, k: int, last: Tensor | None = None) -> Tensor:
     picks: list[Tensor] = []
     for _ in range(k):
         gain = table.new_zeros(taken.shape)
-        for rows in _blocks(table.shape[1]):
+        for rows in _blocks(table):
             gain += (table[:, rows] - best[:, rows, None]).relu_().sum(1)
         if last is not None:
             gain.masked_fill_(last, -1.0)
