@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.adapter import Adapter, Block, Encoded
+from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded
 from ..visuals import Layout
 from .layouts import tiled
 
@@ -73,7 +73,7 @@ class InternVLAdapter(Adapter):
     @property
     def signals(self) -> frozenset[str]:
         # no cls_feature: a CLS token cannot take the road through the pixel shuffle
-        return frozenset({"cls_attention", "cls_logits", "received_attention", "keys", "encoder_features"})
+        return OF_CLS | OF_PATCHES | {"encoder_features"}
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         side = math.isqrt(lengths[0]) if lengths else 0

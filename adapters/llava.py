@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.adapter import Adapter, Block, Encoded
+from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded
 from ..visuals import Layout, View
 from .layouts import AnyRes, resize
 
@@ -67,8 +67,8 @@ class LlavaAdapter(Adapter):
 
     @property
     def signals(self) -> frozenset[str]:
-        always = {"received_attention", "keys", "encoder_features"}
-        return frozenset(always | {"cls_attention", "cls_logits", "cls_feature"} if self.prefix else always)
+        always = OF_PATCHES | {"encoder_features"}
+        return always | OF_CLS | {"cls_feature"} if self.prefix else always
 
     @property
     def structural(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from ..runtime.adapter import Adapter, Block, Encoded
+from ..runtime.adapter import OF_PATCHES, Adapter, Block, Encoded
 from ..visuals import Layout
 
 
@@ -62,7 +62,7 @@ class QwenVLAdapter(Adapter):
 
     @property
     def signals(self) -> frozenset[str]:
-        return frozenset({"received_attention", "keys", "encoder_features"})
+        return OF_PATCHES | {"encoder_features"}
 
     @staticmethod
     def _grids(arguments: dict[str, Any]) -> Tensor:

@@ -105,11 +105,14 @@ class Visuals:
     features  [U, N, D]: the patch tokens as they are about to enter the LLM (or, in an LLM layer, their hidden states).
     layout    how the N tokens lie before any stage has acted.
     k         exact number of tokens to keep.
-    signals   by name: `cls_attention` [U, N], `cls_logits` [U, N] (the same before the softmax), `received_attention`
-              [U, N], `keys` [U, N, d] (all of these means over heads; "keys@0" is that of another block than the one
-              whose output the LLM gets), `encoder_features` [U, N, De], `cls_feature` [U, De], `text_embeddings`
-              [U, T, D] (of the instruction, as they enter the LLM), `last_attention` [U, N] (of the last prompt token),
-              `mean_attention` [U, N] (of all prompt tokens). Only what the stages of a plan ask for is computed.
+    signals   by name; only what the stages of a plan ask for is computed. Means over heads, of the block whose output the
+              LLM gets; with "@" of another one ("keys@0", "cls_logits@-1", "received_attention@0.375" of the depth):
+              `cls_attention`, `cls_logits` (before the softmax) [U, N], `cls_joint_attention` [U, N] (heads not split);
+              `received_attention`, `given_attention`, `received_logits`, `given_logits` [U, N] (means over the patches on
+              the other side); `keys` [U, N, d], `joint_keys` [U, N, C] (heads side by side).
+              `encoder_features` [U, N, De], `cls_feature` [U, De]; `text_embeddings` [U, T, D] of the instruction, as they
+              enter the LLM; in layer stages `last_attention` [U, N] (of the last prompt token), `mean_attention` [U, N]
+              (of all prompt tokens).
     slots     [U, N]: which cell of `layout` each token is; the cells in order as long as no stage has acted.
     """
 

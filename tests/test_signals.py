@@ -208,3 +208,62 @@ def test_a_block_that_is_not_there() -> None:
     stage = type("Far", (DeepSpy,), {"needs": ("keys@7",)})()
     with pytest.raises(ValueError, match=r"keys@7.*has 4 blocks"):
         mm.compress(build(), stage)
+
+
+@mm.register("map_spy")
+@dataclass(frozen=True, repr=False)
+class MapSpy(mm.InputStage):
+    """Keeps what it is shown of the attention map between patches, for the tests."""
+
+    keep: float | int = 0.5
+    needs: ClassVar[tuple] = (
+        "given_attention", "received_logits", "given_logits", "joint_keys@-1", ("cls_joint_attention@-1", None),
+    )  # fmt: skip
+
+    def select(self, visuals: mm.Visuals) -> mm.Selection:
+        SEEN["visuals"] = visuals
+        return mm.Selection.top(visuals["given_logits"], visuals.k)
+
+
+@torch.no_grad()
+def test_rows_and_columns_of_the_map_between_patches() -> None:
+    model = build()
+    inputs = prompts(model, ALIKE)
+    with mm.compressed(model, "map_spy"):
+        model(**inputs)
+    visuals: mm.Visuals = SEEN["visuals"]
+    tower = model.model.vision_tower
+    states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+
+    def heads(layer: Any, which: str, state: torch.Tensor) -> torch.Tensor:
+        projected = getattr(layer.self_attn, f"{which}_proj")(layer.layer_norm1(state))
+        return projected.unflatten(-1, (4, -1)).transpose(1, 2)
+
+    read, last = tower.encoder.layers[2], tower.encoder.layers[3]
+    logits = heads(read, "q", states[2]) @ heads(read, "k", states[2]).transpose(2, 3) * read.self_attn.scale
+    patches = logits[:, :, 1:, 1:].mean(1)
+    assert torch.allclose(visuals["given_logits"], patches.mean(2), atol=1e-4)
+    assert torch.allclose(visuals["received_logits"], patches.mean(1), atol=1e-4)
+    weights = logits.softmax(-1)[:, :, 1:, 1:].mean(1)
+    assert torch.allclose(visuals["given_attention"], weights.mean(2), atol=1e-5)
+    q, k = (heads(last, which, states[3]).transpose(1, 2).flatten(2) for which in "qk")
+    assert torch.allclose(visuals["joint_keys@-1"], k[:, 1:], atol=1e-5)
+    joint = (q[:, :1] @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
+    assert torch.allclose(visuals["cls_joint_attention@-1"], joint[:, 0, 1:], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_map_signals_in_every_kind_of_encoder(family: str) -> None:
+    """Means of the logits over patches are what rows and columns of the same map must agree on."""
+    from . import families
+
+    model = families.build(family)
+    with mm.compressed(model, "map_spy"):
+        model(**families.prompts(model, family, [[4, families.image(family, True), 3]]))
+    visuals: mm.Visuals = SEEN["visuals"]
+    for name in ("given_attention", "received_logits", "given_logits"):
+        assert visuals[name].shape == visuals.features.shape[:2] and visuals[name].isfinite().all()
+    if family not in families.PINPOINTS:  # tiles are cropped
+        assert torch.allclose(visuals["given_logits"].mean(), visuals["received_logits"].mean(), atol=1e-4)
+    assert ("cls_joint_attention@-1" in visuals.signals) == (family in ("llava_next", "internvl"))

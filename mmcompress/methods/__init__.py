@@ -2,11 +2,15 @@
 """One file per method; importing this package registers all of them."""
 
 from .cdpruner import CDPruner
+from .cen_prune import CenPrune
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .fastv import FastV
+from .flash_compression import FlashCompression
+from .fopru import FoPru
 from .holov import HoloV
 from .mmtok import MMTok
+from .pool import Pool
 from .random import Random
 from .tome import ToMe
 from .uniform import Uniform
@@ -15,11 +19,15 @@ from .vispruner import VisPruner
 
 __all__ = [
     "CDPruner",
+    "CenPrune",
     "DivPrune",
     "FastV",
     "FasterVLM",
+    "FlashCompression",
+    "FoPru",
     "HoloV",
     "MMTok",
+    "Pool",
     "Random",
     "ToMe",
     "Uniform",

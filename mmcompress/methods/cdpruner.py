@@ -50,11 +50,11 @@ class CDPruner(InputStage):
     @torch.no_grad()
     def select(self, visuals: Visuals) -> Selection:
         relevance = self.relevance(visuals)
-        if self.theta is None:
-            log_quality = relevance.log()
-        else:
-            log_quality = self.theta / (2 * (1 - self.theta)) * relevance
-        return Selection.of(greedy_map(visuals.features, log_quality, visuals.k), relevance)
+        return Selection.of(greedy_map(visuals.features, self.log_quality(relevance), visuals.k), relevance)
+
+    def log_quality(self, relevance: Tensor) -> Tensor:
+        """Logarithm of what the kernel is scaled by."""
+        return relevance.log() if self.theta is None else self.theta / (2 * (1 - self.theta)) * relevance
 
     def relevance(self, visuals: Visuals) -> Tensor:
         """Relevance of each token to the instruction, [U, N] float32 in (0, 1]; 1 where all are the same."""

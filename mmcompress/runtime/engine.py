@@ -27,14 +27,14 @@ from transformers.masking_utils import create_causal_mask
 from ..selection import Selection, gather
 from ..stage import LayerStage, Pipeline, Selecting
 from ..visuals import Layout, Visuals
-from .adapter import Adapter, Encoded
+from .adapter import PER_TOKEN, Adapter, Encoded
 from .cache import Ledger, book, is_pruned, ledger_of
 from .call import Call, alike, locate, placeholder_masks
 from .encoder import EncoderFacade
 from .masks import layers_differ, logical_mask, validity
 from .packing import Group, pack, take, take_last
 from .record import CallRecord, Span
-from .signals import PER_TOKEN, LayerTap, VisionTap, kind_of
+from .signals import LayerTap, VisionTap, kind_of
 
 CALL = "mmcompress_call"
 """Private keyword that carries the call from the language model to its layers. Gradient checkpointing replays layers

@@ -9,18 +9,17 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from ..ops import attention_received, attention_rows
+from ..ops.marginals import attention_marginals
 from ..selection import gather
-from .adapter import Adapter, Encoded
+from .adapter import OF_CLS, PER_TOKEN, Adapter, Encoded
 from .cache import PrunedLayer
 from .encoder import EncoderFacade
-
-PER_TOKEN = frozenset({"cls_attention", "cls_logits", "received_attention", "keys"})
-"""Signals of one attention block."""
 
 
 def kind_of(name: str) -> str:
@@ -117,12 +116,13 @@ class VisionTap:
             kind = kind_of(name)
             if kind == "cls_attention":
                 found[name] = attention_rows(q[:, :, :1], k, scale, mask).mean(1)[:, 0]
-            elif kind == "cls_logits":
-                found[name] = ((q[:, :, :1] @ k.transpose(2, 3)).float() * scale).mean(1)[:, 0]
-            elif kind == "received_attention":
-                found[name] = attention_received(q, k, scale, mask)
+            elif kind in OF_CLS:
+                products = (q[:, :, :1] @ k.transpose(2, 3)).float()[:, :, 0]
+                width = q.shape[1] * q.shape[3]  # of all heads side by side
+                joint = kind == "cls_joint_attention"
+                found[name] = (products.sum(1) * width**-0.5).softmax(-1) if joint else products.mean(1) * scale
             else:
-                found[name] = k.mean(1)
+                found[name] = _among_patches(kind, q, k, scale, mask, self.adapter.prefix)
         spread = self.facade.spread(index) if self.facade else None
         if spread is not None:
             found = {name: gather(x, spread) for name, x in found.items()}
@@ -133,27 +133,28 @@ class VisionTap:
         assert self.seen is not None
         found = {}
         for name in names:
-            if kind_of(name) == "received_attention":
-                found[name] = self._received(q, k, self.seen[f"arguments {index}"], self.adapter.blocks[index].scale)
+            if kind_of(name) in ("keys", "joint_keys"):
+                found[name] = k.mean(1) if kind_of(name) == "keys" else k.flatten(1)
             else:
-                found[name] = k.mean(1)
+                arguments, scale = self.seen[f"arguments {index}"], self.adapter.blocks[index].scale
+                found[name] = self._in_segments(kind_of(name), q, k, arguments, scale)
         spread = self.facade.spread(index) if self.facade else None
         return found if spread is None else {name: x[spread[0]] for name, x in found.items()}
 
     @staticmethod
-    def _received(q: Tensor, k: Tensor, arguments: dict[str, Any], scale: float) -> Tensor:
-        """Attention that each patch [T] of a packed sequence receives within its segment."""
+    def _in_segments(kind: str, q: Tensor, k: Tensor, arguments: dict[str, Any], scale: float) -> Tensor:
+        """What the patches of a packed sequence say of each other within its segments, [T]."""
         cos, sin = (t[None].float() for t in arguments["position_embeddings"])
         bounds = arguments["cu_seqlens"].tolist()
         lengths = [b - a for a, b in itertools.pairwise(bounds)]
         turned = [rotate(x.float().transpose(0, 1)[None], cos, sin).to(x.dtype)[0] for x in (q, k)]
-        received: list[Tensor] = [torch.empty(0)] * len(lengths)
+        parts: list[Tensor] = [torch.empty(0)] * len(lengths)
         for length in set(lengths):
             same = [i for i, n in enumerate(lengths) if n == length]
             queries, keys = (torch.stack([x[:, bounds[i] : bounds[i + 1]] for i in same]) for x in turned)
-            for i, values in zip(same, attention_received(queries, keys, scale), strict=True):
-                received[i] = values
-        return torch.cat(received)
+            for i, values in zip(same, _among_patches(kind, queries, keys, scale, None, 0), strict=True):
+                parts[i] = values
+        return torch.cat(parts)
 
     def _per_token(self, patches: Tensor) -> Tensor:
         """Mean over the patches that make one token: [n, P, ...] to [n, N, ...] (packed: [P, ...] to [N, ...])."""
@@ -188,6 +189,21 @@ class VisionTap:
         # the first call is the family's own; later ones project rows that a method has made
         if self.seen is not None and "features" not in self.seen:
             self.seen["features"] = args[0][:, self.adapter.structural :] if self.adapter.structural else args[0]
+
+
+def _among_patches(kind: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:
+    """A signal of OF_PATCHES from queries and keys [n, heads, T, d]: [n, T] or [n, T, d], 0 for the first `prefix` tokens
+    where they take no part."""
+    if kind == "keys":
+        return k.mean(1)
+    if kind == "joint_keys":
+        return k.transpose(1, 2).flatten(2)
+    if kind == "received_attention":
+        return attention_received(q, k, scale, mask)
+    if mask is not None:
+        raise NotImplementedError(f"{kind} behind an encoder stage with proportional attention: use proportional=False")
+    received, given = attention_marginals(q, k, scale, prefix, softmax=kind.endswith("attention"))
+    return F.pad(received if kind.startswith("received") else given, (prefix, 0))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
