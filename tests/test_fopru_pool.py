@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -284,10 +284,16 @@ def naive_cen_prune(x: Tensor, k: int, center: bool = True, weigh: bool = True) 
     d = 1 - F.cosine_similarity(c[:, None], c[None], dim=-1)
     if n == 1:
         return [0]
-    picked = [max(range(n), key=lambda i: min(d[i, j].item() for j in range(n) if j != i))]
+
+    def choose(worth: dict[int, float]) -> int:
+        best, *others = sorted(worth.values(), reverse=True)
+        assume(not others or best - others[0] > 1e-5)  # near ties are decided by rounding
+        return max(worth, key=lambda i: worth[i])
+
+    picked = [choose({i: min(d[i, j].item() for j in range(n) if j != i) for i in range(n)})]
     while len(picked) < k:
         left = [i for i in range(n) if i not in picked]
-        picked.append(max(left, key=lambda i: min(1.0, w[i].item()) * min(d[i, s].item() for s in picked)))
+        picked.append(choose({i: min(1.0, w[i].item()) * min(d[i, s].item() for s in picked) for i in left}))
     return sorted(picked)
 
 
