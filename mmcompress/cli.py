@@ -81,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     train = command("train", _train, "train an embedded model on the synthetic benchmark (restartable)")
-    train.add_argument("model", choices=(*MODELS, CLIP), help="all but llava-shapes start from the one in the package")
+    trained = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes", CLIP)
+    train.add_argument("model", choices=trained, help="all but llava-shapes start from the one in the package")
     train.add_argument("--out", type=Path, help="default: runs/MODEL")
     train.add_argument("--device", default=None)
     return parser
