@@ -8,6 +8,8 @@ from .fastervlm import FasterVLM
 from .fastv import FastV
 from .flash_compression import FlashCompression
 from .fopru import FoPru
+from .globalcom2 import GlobalCom2
+from .hiprune import HiPrune
 from .holov import HoloV
 from .mmtok import MMTok
 from .pool import Pool
@@ -25,6 +27,8 @@ __all__ = [
     "FasterVLM",
     "FlashCompression",
     "FoPru",
+    "GlobalCom2",
+    "HiPrune",
     "HoloV",
     "MMTok",
     "Pool",

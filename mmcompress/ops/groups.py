@@ -9,7 +9,7 @@ from torch import Tensor
 
 def of_cells(values: Tensor, slots: Tensor | None, features: Tensor) -> Tensor:
     """What the tokens `features` [U, N, D] have of `values` [cells]: [U, N], by the cells `slots` [U, N] that they are."""
-    values = values.to(features.device).expand(len(features), -1)
+    values = values.to(features.device, non_blocking=True).expand(len(features), -1)
     return values if slots is None else values.gather(1, slots.to(features.device))
 
 

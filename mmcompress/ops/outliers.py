@@ -9,7 +9,7 @@ from torch import Tensor
 def iqr_threshold(x: Tensor, factor: float = 1.5) -> Tensor:
     """Q3 + factor (Q3 - Q1) of every row of `x` [U, N], [U, 1] float32: what is larger is an outlier (Tukey's fence).
 
-    Quartiles are interpolated linearly. At most a quarter of a row is larger, none where all are equal. Cost N log N.
+    Quartiles are interpolated linearly. About a quarter of a row can be larger, none where all are equal. Cost N log N.
     """
     ordered, last = x.float().sort(dim=1).values, x.shape[1] - 1
     low, high = (_between(ordered, part * last) for part in (0.25, 0.75))
