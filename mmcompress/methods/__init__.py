@@ -13,7 +13,9 @@ from .hiprune import HiPrune
 from .holov import HoloV
 from .mmtok import MMTok
 from .pool import Pool
+from .prumerge import PruMerge
 from .random import Random
+from .token_correlation import TokenCorrelation
 from .tome import ToMe
 from .uniform import Uniform
 from .visionzip import VisionZip
@@ -32,8 +34,10 @@ __all__ = [
     "HoloV",
     "MMTok",
     "Pool",
+    "PruMerge",
     "Random",
     "ToMe",
+    "TokenCorrelation",
     "Uniform",
     "VisPruner",
     "VisionZip",

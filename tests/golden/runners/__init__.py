@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Importing this package registers all runners."""
 
-from . import attention, crops, first, pooling, text
+from . import adaptive, attention, crops, first, pooling, text
 
-__all__ = ["attention", "crops", "first", "pooling", "text"]
+__all__ = ["adaptive", "attention", "crops", "first", "pooling", "text"]
