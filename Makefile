@@ -34,10 +34,10 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy -p mmcompress
 
-results: $(READY)  ## measure again what the README shows (about an hour and a half on two cores) and fill it in
+results: $(READY)  ## measure again what the README shows (about an hour on two cores) and fill it in
 	rm -f results/demo.json results/bench.json
-	$(RUN) -m mmcompress demo --model llava-shapes --questions 700 --out results
-	$(RUN) -m mmcompress demo --model llava-next-shapes --model qwen3-vl-shapes --model internvl-shapes --questions 350 --out results
+	$(RUN) -m mmcompress demo --model llava-shapes --questions 490 --out results
+	$(RUN) -m mmcompress demo --model llava-next-shapes --model qwen3-vl-shapes --questions 210 --out results
 	$(RUN) -m mmcompress bench all --out results/bench.json
 	$(RUN) -m mmcompress.eval.readme
 

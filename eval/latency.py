@@ -181,8 +181,12 @@ def video_memory(plan: str) -> dict[str, Any]:
 
 
 def peak_rss_mib() -> float:
-    """Peak resident memory of this process so far, MiB (Linux counts in KiB, macOS in bytes)."""
+    """Peak resident memory of this process so far, MiB. Linux: VmHWM, since ru_maxrss is handed down by the parent process."""
     gc.collect()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

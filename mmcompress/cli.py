@@ -211,7 +211,7 @@ BENCH_PLANS = (
     "tome(keep=0.25)",
     "uniform(keep=0.998)",
 )
-MEMORY_PLANS = ("random(keep=0.1)", "uniform(keep=0.1)", "visionzip(keep=0.1)", "divprune(keep=0.1)", "tome(keep=0.1)")
+MEMORY_PLANS = ("random(keep=0.1)", "uniform(keep=0.1)", "visionzip(keep=0.1)", "divprune(keep=0.1)", "tome(keep=0.25)")
 
 
 def _bench(options: argparse.Namespace, console: Console) -> None:
@@ -249,6 +249,7 @@ def _bench(options: argparse.Namespace, console: Console) -> None:
         record["families"][family] = {
             "machine": here, "conditions": conditions, "rows": [dataclasses.asdict(row) for row in rows],
         }  # fmt: skip
+        _write(record, options.out)
     if "memory" in wanted:
         memory = [video_memory(plan) for plan in ("stock", *(options.plan or MEMORY_PLANS))]
         table = Table(
@@ -265,14 +266,20 @@ def _bench(options: argparse.Namespace, console: Console) -> None:
             table.add_row(found["plan"], *cells)
         console.print(table)
         record["memory"] = {"machine": here, "rows": memory}
+        _write(record, options.out)
     console.print(
         "[dim]FLOPs ratio: stock over compressed, vision tower included, counted by torch; reached: measured speed-up over that "
         "ratio; uniform(keep=0.998) drops a token or two: its decode step shows the hooks alone[/dim]"
     )
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"record: {options.out}")
+
+
+def _write(record: dict[str, Any], path: Path | None) -> None:
+    """Keep what was measured so far."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _train(options: argparse.Namespace, console: Console) -> None:
