@@ -103,7 +103,7 @@ def bench(record: dict[str, Any]) -> str:
         f"sdpa, batch 1), medians of {llava['conditions']['repeats']} interleaved rounds, prefill with the vision tower. Reached: "
         f"measured speed-up over the FLOPs ratio (counted by torch). `uniform(keep=0.998)` drops a token or two: its decode step "
         f"shows what the hooks cost. The LLaVA in full:\n\n{table(Timing.HEADINGS, body)}\n\nSpeed-up of the prefill (and how "
-        f"much of the FLOPs ratio that is) in every family:\n\n{table(['plan', *families], side)}\n\n"
+        f"much of the FLOPs ratio that is) by family, as far as measured:\n\n{table(['plan', *families], side)}\n\n"
         f"Shown by `make bench` ({conditions(llava)})."
     )
 
