@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded
 from ..visuals import Layout
@@ -33,10 +33,6 @@ class InternVLAdapter(Adapter):
         return True
 
     @property
-    def tower(self) -> Any:
-        return self.base.vision_tower
-
-    @property
     def blocks(self) -> list[Block]:
         return [
             Block(
@@ -53,11 +49,6 @@ class InternVLAdapter(Adapter):
         ]
 
     @property
-    def feature_blocks(self) -> list[int]:
-        chosen, count = self.model.config.vision_feature_layer, len(self.tower.encoder.layer)
-        return [count - 1 if chosen == -1 else (chosen if chosen >= 0 else count + 1 + chosen) - 1]
-
-    @property
     def prefix(self) -> int:
         return 1
 
@@ -65,10 +56,6 @@ class InternVLAdapter(Adapter):
         side = math.isqrt(patches)
         grid = torch.arange(patches).view(side // 2, 2, side // 2, 2)
         return grid.permute(0, 2, 1, 3).flatten()
-
-    @property
-    def projector(self) -> nn.Module:
-        return self.base.multi_modal_projector
 
     @property
     def signals(self) -> frozenset[str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +16,20 @@ from transformers.image_processing_utils import select_best_resolution
 from ..visuals import Layout, View
 
 
+@functools.lru_cache(maxsize=256)
+def _best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Height and width among `pinpoints` that a picture of `size` is fitted into; asked for many times per picture."""
+    height, width = select_best_resolution(size, [list(p) for p in pinpoints])
+    return int(height), int(width)
+
+
 @dataclass(frozen=True)
 class AnyRes:
-    """A picture in the LLaVA-NeXT way: [prefix | thumbnail | tiles laid together, without padding, a newline after each row].
+    """A picture in the LLaVA-NeXT way: [thumbnail | tiles laid together, without padding, a newline after each row].
 
     size           height and width of the original picture in pixels.
     pinpoints      the resolutions (height, width) that the picture may be cut from.
     tile, patch    side of a tile and of a patch in pixels.
-    prefix         tokens before the patches of each view (CLS, where the model keeps it).
     most_tiles     OneVision shrinks what has more tokens than that many tiles.
     """
 
@@ -30,7 +37,6 @@ class AnyRes:
     pinpoints: tuple[tuple[int, int], ...]
     tile: int
     patch: int
-    prefix: int = 0
     most_tiles: int | None = None
 
     @property
@@ -41,8 +47,7 @@ class AnyRes:
     @property
     def target(self) -> tuple[int, int]:
         """Height and width of the padded picture that is cut into tiles."""
-        height, width = select_best_resolution(self.size, [list(p) for p in self.pinpoints])
-        return int(height), int(width)
+        return _best_resolution(self.size, self.pinpoints)
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -91,10 +96,8 @@ class AnyRes:
         views = [View((self.side, self.side), role="thumbnail")]
         if 0 not in self.grid:  # nothing is left of the tiles of a picture that is thinner than a patch
             views.append(View(self.grid, box, "tiles", (seams[0], seams[1])))
-        first, (rows, columns) = self.prefix + self.side**2, self.grid
-        return Layout(
-            tuple(views), (*range(self.prefix), *(first + (row + 1) * (columns + 1) - 1 for row in range(rows)))
-        )
+        first, (rows, columns) = self.side**2, self.grid
+        return Layout(tuple(views), tuple(first + (row + 1) * (columns + 1) - 1 for row in range(rows)))
 
     def pack(self, views: Tensor, nearest: bool = False) -> Tensor:
         """[thumbnail and tiles, side * side, C] in the order of the LLM's tokens, newlines left out: [N, C]."""

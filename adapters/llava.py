@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded
 from ..visuals import Layout, View
@@ -37,10 +37,6 @@ class LlavaAdapter(Adapter):
         return True
 
     @property
-    def tower(self) -> Any:
-        return self.base.vision_tower
-
-    @property
     def blocks(self) -> list[Block]:
         return [
             Block(
@@ -50,20 +46,8 @@ class LlavaAdapter(Adapter):
         ]
 
     @property
-    def feature_blocks(self) -> list[int]:
-        chosen = self.model.config.vision_feature_layer
-        count = len(self.tower.encoder.layers)
-        states = [chosen] if isinstance(chosen, int) else list(chosen)
-        # hidden_states[0] are the embeddings, hidden_states[i] is the output of block i - 1
-        return [(state if state >= 0 else count + 1 + state) - 1 for state in states]
-
-    @property
     def prefix(self) -> int:
         return TOWERS[self.model.config.vision_config.model_type]
-
-    @property
-    def projector(self) -> nn.Module:
-        return self.base.multi_modal_projector
 
     @property
     def signals(self) -> frozenset[str]:

@@ -50,10 +50,12 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **text
             image_grid_pinpoints=[[336, 672], [672, 336], [672, 672]],
         )  # fmt: skip
     elif family == "qwen2_5_vl":
-        vision = {**QWEN, "window_size": 112, "fullatt_block_indexes": [1, 3]}
+        vision = {**QWEN, "out_hidden_size": sizes["hidden_size"], "window_size": 112, "fullatt_block_indexes": [1, 3]}
         config = t.Qwen2_5_VLConfig(text_config={**sizes, "rope_parameters": ROPE}, vision_config=vision, **IDS)
     elif family == "qwen3_vl":
-        vision = {**QWEN, "num_position_embeddings": 2304, "deepstack_visual_indexes": [0, 1, 2]}
+        vision = {
+            **QWEN, "out_hidden_size": sizes["hidden_size"], "num_position_embeddings": 2304, "deepstack_visual_indexes": [0, 1, 2],
+        }  # fmt: skip
         rope = {**ROPE, "mrope_interleaved": True}
         text_config = {
             **sizes,

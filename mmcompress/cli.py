@@ -145,7 +145,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     import torch
 
     from . import api
-    from .eval.synthetic.benchmark import prompt
+    from .eval.synthetic.benchmark import prompt, takes_any_shape
     from .plan import as_pipeline
     from .visualize import Panel, encoded_view, kept_figure, kept_overlay
 
@@ -176,8 +176,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.print(str(api.report(model)), highlight=False, markup=False)
     if options.out:
         visuals = api.trace(model).visuals
-        square = model.config.model_type == "llava"  # its processor may cut the middle out of a picture
-        views = [encoded_view(processor, pixels) for pixels in inputs["pixel_values"]] if square else pictures
+        whole = takes_any_shape(model)  # else the processor may have cut the middle out
+        views = pictures if whole else [encoded_view(processor, pixels) for pixels in inputs["pixel_values"]]
         panels = [
             Panel(
                 kept_overlay(view, visual),

@@ -16,7 +16,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmcompress as mm
 from mmcompress.methods.cdpruner import CDPruner
@@ -31,6 +30,8 @@ from mmcompress.ops.groups import apportion
 from mmcompress.ops.latents import latent_pool
 from mmcompress.ops.marginals import attention_marginals
 from mmcompress.visuals import View
+
+from .watch import Watch
 
 METHODS = [
     "fopru",
@@ -144,18 +145,6 @@ def test_gradients_flow_through_features(method: str) -> None:
     seen.take(chosen).features.sum().backward()
     assert features.grad is not None and features.grad.isfinite().all()
     assert (features.grad.abs().sum(-1) > 0).sum() == (24 if method.startswith(POOLING) else 10)
-
-
-class Watch(TorchDispatchMode):
-    """Collects the names of all operations on tensors of the visuals (their device is `meta` in spirit: not the host)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmcompress as mm
 from mmcompress.methods.cdpruner import CDPruner
@@ -24,6 +23,8 @@ from mmcompress.ops.coverage import max_coverage, soft_coverage
 from mmcompress.ops.dpp import greedy_map
 from mmcompress.ops.relevance import mean_cosine
 from mmcompress.visuals import View
+
+from .watch import Watch
 
 METHODS = ["mmtok", "cdpruner", "cdpruner(clip)", "cdpruner(theta)"]
 
@@ -101,18 +102,6 @@ def test_under_autocast(method: str) -> None:
     seen = some_visuals(2, 30, 30, clip="clip" in method)
     with torch.autocast("cpu", torch.bfloat16):
         assert make(method, 30).select(seen).keep.tolist() == [list(range(30))] * 2
-
-
-class Watch(TorchDispatchMode):
-    """Collects the names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -27,7 +27,6 @@ class Family(ABC):
     """How one embedded model is built.
 
     image     how an image is written in a prompt before the processor expands it.
-    scale     what the weights of linear layers are drawn with.
     """
 
     name: ClassVar[str]
@@ -45,13 +44,13 @@ class Family(ABC):
     def layout(self, picture: Image.Image) -> Layout:
         """Where the tokens of a picture lie."""
 
-    @abstractmethod
     def tower(self, model: Any) -> list[nn.Module]:
         """What the vision stage trains beside the projector."""
+        return [model.model.vision_tower]
 
-    @abstractmethod
     def projector(self, model: Any) -> list[nn.Module]:
         """What makes LLM tokens of encoder features."""
+        return [model.model.multi_modal_projector]
 
     def start(self, model: Any) -> None:  # noqa: B027 - most families have nothing to start from
         """Give the new vision encoder weights of another embedded model, where there is one of its kind."""
@@ -111,12 +110,6 @@ class LlavaNext(Family):
     def layout(self, picture: Image.Image) -> Layout:
         pinpoints = tuple((height, width) for height, width in self.pinpoints)
         return AnyRes((picture.height, picture.width), pinpoints, TILE, 8).layout()
-
-    def tower(self, model: Any) -> list[nn.Module]:
-        return [model.model.vision_tower]
-
-    def projector(self, model: Any) -> list[nn.Module]:
-        return [model.model.multi_modal_projector]
 
     def whole(self, output: Any, layouts: list[Layout]) -> Tensor | None:
         tiles = [1 + int(layout.views[1].tiles().max()) + 1 for layout in layouts]
@@ -202,12 +195,6 @@ class InternVL(Family):
             for which, weight, bias in zip("qkv", weights, biases, strict=True):
                 projection = getattr(layer.attention, f"{which}_proj")
                 projection.weight.data, projection.bias.data = weight.clone(), bias.clone()
-
-    def tower(self, model: Any) -> list[nn.Module]:
-        return [model.model.vision_tower]
-
-    def projector(self, model: Any) -> list[nn.Module]:
-        return [model.model.multi_modal_projector]
 
     def whole(self, output: Any, layouts: list[Layout]) -> Tensor | None:
         last = torch.tensor([len(layout.views) for layout in layouts]).cumsum(0) - 1

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops.centring import centred, distinctiveness, weighted_max_min
 from ..ops.crops import alike_crops
 from ..ops.dpp import greedy_map
+from ..ops.relevance import mean_of_patches
 from ..plan import as_pipeline, register
 from ..selection import Selection
 from ..stage import InputStage, Need
@@ -100,9 +101,4 @@ class CenPrune(InputStage):
         """The features whose cosines count, [U, N, C]."""
         if self.space == "llm":
             return visuals.features
-        features = visuals["encoder_features"]
-        if features.shape[-1] % self.patches:
-            raise ValueError(
-                f"patches={self.patches}: encoder features of width {features.shape[-1]} are not made of that many patches"
-            )
-        return features.float().unflatten(-1, (self.patches, -1)).mean(-2)
+        return mean_of_patches(visuals["encoder_features"], self.patches)

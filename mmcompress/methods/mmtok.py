@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.coverage import max_coverage, soft_coverage
+from ..ops.relevance import mean_of_patches
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage, Need
@@ -56,14 +57,7 @@ class MMTok(InputStage):
 
     def coverage(self, visuals: Visuals) -> Tensor:
         """How well each token covers each word and each token, [U, T + N, N] float32."""
-        seen = visuals["encoder_features"]
-        if seen.shape[-1] % self.patches:
-            raise ValueError(
-                f"patches={self.patches}: encoder features of width {seen.shape[-1]} are not made of that many patches; "
-                f"patches=1 compares them as they are"
-            )
-        if self.patches > 1:
-            seen = seen.float().unflatten(-1, (self.patches, -1)).mean(-2)
+        seen = mean_of_patches(visuals["encoder_features"], self.patches)
         words = soft_coverage(visuals["text_embeddings"], visuals.features, self.text_temperature)
         return torch.cat([words, self.alpha * soft_coverage(seen, seen, self.vision_temperature)], 1)
 

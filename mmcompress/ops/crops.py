@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -15,13 +15,15 @@ from .shares import split_budget
 
 
 class Grid(Protocol):
-    """What is asked of a view of a layout: rows and columns, and where in them another tile begins."""
+    """What is asked of a view of a layout: rows and columns, where in them another tile begins, and the tile of each cell."""
 
     @property
     def grid(self) -> tuple[int, int]: ...
 
     @property
     def seams(self) -> tuple[tuple[float, ...], tuple[float, ...]]: ...
+
+    def tiles(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,6 @@ def _tiles(first: int, view: Grid, device: torch.device) -> Iterator[Tensor]:
     if not any(view.seams):
         yield torch.arange(first, first + view.grid[0] * view.grid[1], device=device)
         return
-    edges = []
-    for cells, seams in zip(view.grid, view.seams, strict=True):
-        inner = [sum(i + 0.5 <= seam for i in range(cells)) for seam in seams]
-        edges.append(sorted({0, *inner, cells}))
-    columns = view.grid[1]
-    for top, bottom in pairwise(edges[0]):
-        for left, right in pairwise(edges[1]):
-            row = first + columns * torch.arange(top, bottom, device=device)
-            yield (row[:, None] + torch.arange(left, right, device=device)).flatten()
+    numbers = view.tiles()
+    cells = first + numbers.sort(stable=True).indices
+    yield from (tile.to(device) for tile in cells.split(numbers.bincount().tolist()) if len(tile))

@@ -14,3 +14,13 @@ def mean_cosine(tokens: Tensor, text: Tensor) -> Tensor:
     """
     direction = F.normalize(text.float(), dim=-1).sum(1) / max(1, text.shape[1])
     return (F.normalize(tokens.float(), dim=-1) @ direction[..., None])[..., 0]
+
+
+def mean_of_patches(features: Tensor, patches: int) -> Tensor:
+    """Encoder features [U, N, patches * C] with the patches of a token side by side as their mean, [U, N, C] float32."""
+    if features.shape[-1] % patches:
+        raise ValueError(
+            f"patches={patches}: encoder features of width {features.shape[-1]} are not made of that many patches; "
+            f"patches=1 compares them as they are"
+        )
+    return features.float().unflatten(-1, (patches, -1)).mean(-2)

@@ -161,9 +161,20 @@ class Adapter(Encoder):
         return {name: modality for name, modality in there.items() if hasattr(self.base, name)}
 
     @property
+    def tower(self) -> Any:
+        return self.base.vision_tower
+
+    @property
+    def feature_blocks(self) -> list[int]:
+        chosen, count = self.model.config.vision_feature_layer, len(self.blocks)
+        states = [chosen] if isinstance(chosen, int) else list(chosen)
+        # hidden_states[0] are the embeddings, hidden_states[i] is the output of block i - 1
+        return [(state if state >= 0 else count + 1 + state) - 1 for state in states]
+
+    @property
     def projector(self) -> nn.Module:
         """The module that receives the encoder features of the patches."""
-        raise NotImplementedError
+        return self.base.multi_modal_projector
 
     @property
     def signals(self) -> frozenset[str]:

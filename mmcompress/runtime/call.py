@@ -74,8 +74,11 @@ def placeholder_masks(call: Call, adapter: Adapter) -> dict[str, Tensor]:
     return masks
 
 
-def locate(call: Call, adapter: Adapter, valid: Tensor | None, device: torch.device) -> tuple[Tensor, list[Span]]:
-    """Which tokens are real, [B, S] on the host, and where each visual lies. The one wait for the device of a prefill."""
+def locate(
+    call: Call, adapter: Adapter, valid: Tensor | None, device: torch.device, text: bool
+) -> tuple[Tensor, list[Span]]:
+    """Which tokens are real, [B, S] on the host, and where each visual lies; with `text`, also where its instruction is.
+    The one wait for the device of a prefill."""
     masks = placeholder_masks(call, adapter)
     kinds = torch.zeros(next(iter(masks.values())).shape, dtype=torch.int8, device=device)
     for code, mask in enumerate(masks.values(), start=1):
@@ -88,17 +91,24 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, device: torch.dev
         encoded = [e for e in call.encoded if e.modality == modality]
         if encoded and bool((kinds == code).any()):
             spans += _deal(modality, encoded, kinds == code, adapter)
+    if text:
+        instruction = _instruction(kinds, adapter.delimited)
+        for span in spans:
+            span.text = instruction[span.row].nonzero()[:, 0]
+    return kinds >= 0, spans
+
+
+def _instruction(kinds: Tensor, delimited: bool) -> Tensor:
+    """The text after the last visual of each row, [B, S] bool; all text of rows that have none there.
+
+    kinds [B, S]: 0 for text, above 0 for visual tokens. delimited: the tokens beside those are no text.
+    """
     visual, words = kinds > 0, kinds == 0
-    if adapter.delimited:
+    if delimited:
         beside = torch.nn.functional.pad(visual, (1, 1))
         words &= ~(beside[:, :-2] | beside[:, 2:])
-    text = words & visual.long().flip(1).cumsum(1).flip(1).eq(0)  # after the last visual of its row
-    for row in {span.row for span in spans}:
-        if not bool(text[row].any()):  # the question came before the picture
-            text[row] = words[row]
-    for span in spans:
-        span.text = text[span.row].nonzero()[:, 0]
-    return kinds >= 0, spans
+    after = words & visual.long().flip(1).cumsum(1).flip(1).eq(0)
+    return torch.where(after.any(1, keepdim=True), after, words)  # where the question came before the picture
 
 
 def _deal(modality: str, encoded: list[Encoded], mask: Tensor, adapter: Adapter) -> list[Span]:
@@ -136,9 +146,9 @@ def _runs(mask: Tensor) -> list[int]:
     return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
 
 
-def alike(spans: list[Span], by_text: bool) -> list[list[Span]]:
-    """Spans in batches that can be decided as one dense tensor; `by_text`: also with texts of the same length."""
+def alike(spans: list[Span]) -> list[list[Span]]:
+    """Spans in batches that can be decided as one dense tensor."""
     batches: dict[Any, list[Span]] = defaultdict(list)
     for span in spans:
-        batches[span.modality, span.layout, span.kept, len(span.text) if by_text else 0].append(span)
+        batches[span.modality, span.layout, span.kept, len(span.text)].append(span)
     return list(batches.values())

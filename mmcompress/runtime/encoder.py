@@ -113,7 +113,7 @@ class EncoderFacade:
     @property
     def merged(self) -> list[int] | None:
         """How many units each block has merged away in the first row (segment) of the last call."""
-        return self._schedule(self.lengths[0]) if self.lengths else None
+        return self.schedules[self.lengths[0]] if self.lengths else None
 
     # ------------------------------------------------------------------ indices of units and patches
     def _patches(self, index: Tensor) -> Tensor:
@@ -130,7 +130,6 @@ class EncoderFacade:
         return index if self.from_tower is None else index[:, self.from_tower.to(index.device)]
 
     def _schedule(self, length: int) -> list[int]:
-        """How many units of a row of `length` each block merges away."""
         prefix = self.encoder.prefix
         planned = self.stage.schedule(length - prefix, self.active_blocks, prefix)
         return planned + [0] * (len(self.blocks) - self.active_blocks)
@@ -139,6 +138,8 @@ class EncoderFacade:
     def _begin(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self.arguments = kwargs
         self.lengths: list[int] = []
+        self.schedules: dict[int, list[int]] = {}
+        """How many units of a row of a length each block merges away."""
         self.units = 0
         self.states: list[_State] = [_State([])] * (len(self.blocks) + 1)
         """What enters each block, and what comes out of the last one."""
@@ -162,6 +163,7 @@ class EncoderFacade:
                 self.to_tower = torch.cat([torch.arange(prefix), order + prefix])
                 self.from_tower = self.to_tower.argsort()
         self.states[0] = _State(self.lengths)
+        self.schedules = {length: self._schedule(length) for length in set(self.lengths)}
 
     def _rows(self, hidden: Tensor) -> Tensor:
         return hidden[None] if self.encoder.packed else hidden
@@ -210,7 +212,7 @@ class EncoderFacade:
         return torch.cat([size[:, :prefix], size[:, prefix:].repeat_interleave(self.encoder.unit, 1)], 1)
 
     def _keep_keys(self, i: int, name: str, heads: Tensor) -> None:
-        if name == "k" and self.merges[i] is None and any(self._schedule(n)[i] for n in set(self.lengths)):
+        if name == "k" and self.merges[i] is None and any(schedule[i] for schedule in self.schedules.values()):
             self.keys = self._rows(heads.detach()).mean(-2)
 
     def _norm_pre(self, i: int, module: Any, args: tuple) -> tuple | None:
@@ -257,9 +259,9 @@ class EncoderFacade:
         """Target of every unit [n, T] and the new lengths of the segments."""
         prefix = self.encoder.prefix
         if not self.encoder.packed:
-            target, count = self.stage.match(keys, self._schedule(self.lengths[0])[i], prefix)
+            target, count = self.stage.match(keys, self.schedules[self.lengths[0]][i], prefix)
             return target, [count]
-        after = [now - self._schedule(before)[i] for now, before in zip(lengths, self.lengths, strict=True)]
+        after = [now - self.schedules[before][i] for now, before in zip(lengths, self.lengths, strict=True)]
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for segment, sizes in enumerate(zip(lengths, after, strict=True)):
             alike[sizes].append(segment)

@@ -55,6 +55,7 @@ class Engine:
         self.positions = self._position_policy()
         self.substitutes = self._resolve_needs()
         self.facade = EncoderFacade(adapter, plan.encoder_stages[0]) if plan.encoder_stages else None
+        self.reads_text = any(name in TEXT_SIGNALS for name in self.substitutes.values())
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
         self.vision_tap = VisionTap(adapter, names, self.facade) if names else None
         self.layer_stages = {stage.layer: stage for stage in plan.layer_stages}
@@ -264,7 +265,7 @@ class Engine:
         call.start = self._now()
         embeds: Tensor = kwargs["inputs_embeds"]
         device = embeds.device
-        host_valid, spans = locate(call, self.adapter, valid, device)
+        host_valid, spans = locate(call, self.adapter, valid, device, self.reads_text)
         for span in spans:
             span.kept = self._budget(call, span)
         counts = host_valid.sum(1).tolist()
@@ -285,8 +286,7 @@ class Engine:
             counts[span.row] += span.kept - len(span.patches)
         places, patches = places.to(device), patches.to(device)
         levels = self._deepstack_levels(kwargs, embeds)
-        by_text = any(name in TEXT_SIGNALS for name in self.substitutes.values())
-        for batch in alike(spans, by_text):
+        for batch in alike(spans):
             places, embeds, levels = self._select(call, batch, places, embeds, levels)
         packed = pack(places, counts)
         call.record.seconds["select"] = self._since(start)
@@ -353,11 +353,11 @@ class Engine:
         rows = torch.tensor([span.row for span in spans], device=device)[:, None]
         at = torch.stack([span.patches for span in spans]).to(device)
         origin = [call.origin(span) for span in spans]
-        first = origin[0][0]
+        first, number = origin[0]
         signals = {
             name: torch.stack([encoded.signals[name][i] for encoded, i in origin]).to(device) for name in first.signals
         }
-        if any(name in TEXT_SIGNALS for name in self.substitutes.values()):
+        if self.reads_text:
             signals["text_embeddings"] = embeds[rows, torch.stack([span.text for span in spans]).to(device)]
         visuals = Visuals(embeds[rows, at], spans[0].layout, spans[0].kept, signals, road=self.adapter.project)
         stacked = [level[rows, at] for level in levels]
@@ -366,7 +366,7 @@ class Engine:
         remade = False
         if first.clusters is not None:
             clusters = torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]).to(device)
-            chosen = Selection.of_clusters(clusters, origin[0][0].left[origin[0][1]])
+            chosen = Selection.of_clusters(clusters, first.left[number])
             visuals, total = visuals.take(chosen), chosen
             stacked = [chosen.apply(level) for level in stacked]
         for stage in self.plan.input_stages:

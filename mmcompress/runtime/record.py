@@ -21,7 +21,8 @@ class Span:
     index      number of the visual in encoding order (rows that `generate` repeated share it).
     patches    places of its patch tokens in the sequence, [N] on the host.
     kept       number of tokens that enter the LLM.
-    text       places of the instruction: the text after the last visual of the row (all text if there is none).
+    text       places of the instruction: the text after the last visual of the row (all text if there is none); empty if no
+               stage reads it.
     selection  the decision before the LLM for the batch of visuals that this one was in, and its row there.
     """
 

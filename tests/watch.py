@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watching the operations of a method: on an accelerator some of them would wait for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero")
+
+
+class Watch(TorchDispatchMode):
+    """Collects the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at the first operation that waits, indexing by a mask included."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        word = func.__name__.partition(".")[0]
+        assert word not in WAITING, word
+        if word.startswith("index"):
+            assert all(i is None or i.dtype != torch.bool for i in (args[1] if isinstance(args[1], list) else []))
+        return func(*args, **(kwargs or {}))
