@@ -78,6 +78,11 @@ class Selection:
     def k(self) -> int:
         return self.keep.shape[1]
 
+    @property
+    def merges(self) -> bool:
+        """Whether output tokens are other than those of the slots in `keep`."""
+        return self.rows is not None or self.weight is not None
+
     def apply(self, x: Tensor) -> Tensor:
         """The companion tensor `x` [U, N, ...] of the output tokens: [U, k, ...], gathered or merged."""
         if self.weight is None or self.assign is None or not x.is_floating_point():

@@ -41,6 +41,10 @@ class Stage:
         ]
         return f"{self.name}({', '.join(shown)})"
 
+    def expand(self) -> tuple[Stage, ...]:
+        """The stages that this one stands for: itself, or those of a `Recipe`."""
+        return (self,)
+
     def options(self) -> dict[str, Any]:
         """The options by name, as plain values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -73,21 +77,44 @@ class InputStage(Selecting):
     positions: ClassVar[str] = "reindex"
 
 
-class LayerStage(Selecting):
-    """Acts before LLM layer `layer` on all visual tokens of a sample together; positions are kept.
+def layer_at(where: int | float, depth: int) -> int:
+    """A layer of `depth`, at least 1: an int is its number, a float the part of the depth that comes before it."""
+    return where if isinstance(where, int) else max(1, round(where * depth))
 
-    Attention signals are those of layer `layer - 1`.
+
+def check_layer(where: int | float, name: str = "layer") -> None:
+    """Raise unless `where` can be the place of a cut."""
+    whole = isinstance(where, int) and not isinstance(where, bool) and where >= 1
+    if not whole and not (isinstance(where, float) and 0.0 < where < 1.0):
+        raise ValueError(
+            f"{name}={where!r}: the cut comes before an LLM layer and reads the attention of the layer before: give its number "
+            f"as an int, at least 1, or its place as a part of the depth, a float between 0 and 1"
+        )
+
+
+class LayerStage(Selecting):
+    """Acts before LLM layer `layer` (a number, or a part of the depth) on all visual tokens of a sample together.
+
+    A stage may cut several times: `cuts` and `budgets` say where and how much, and `visuals.cut` in `select` which cut it is.
+    Attention signals are those of the layer before the cut; with "@next" those of the layer behind it.
+    `positions` is what the reference does with position ids behind a cut; a plan can override it.
     """
 
     kind: ClassVar[str] = "layer"
-    layer: int
+    positions: ClassVar[str] = "keep"
+    layer: int | float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise ValueError(
-                f"layer={self.layer!r}: the cut comes before an LLM layer and reads the attention of the layer before: at least 1"
-            )
+        check_layer(self.layer)
+
+    def cuts(self, depth: int) -> tuple[int, ...]:
+        """Before which of `depth` LLM layers it cuts, ascending."""
+        return (layer_at(self.layer, depth),)
+
+    def budgets(self, tokens: int, depth: int) -> tuple[int, ...]:
+        """How many are left after each cut of the `tokens` that come to the first one."""
+        return (self.budget(tokens),)
 
 
 class EncoderStage(Stage):
@@ -113,6 +140,15 @@ class EncoderStage(Stage):
         return tokens - sum(self.schedule(tokens, blocks, protected))
 
 
+class Recipe(Stage):
+    """A method that is several stages in a row under one name."""
+
+    kind: ClassVar[str] = "recipe"
+
+    def expand(self) -> tuple[Stage, ...]:
+        raise NotImplementedError
+
+
 POSITIONS = ("keep", "reindex")
 _ORDER: dict[type[Stage], int] = {EncoderStage: 0, InputStage: 1, LayerStage: 2}
 
@@ -122,7 +158,8 @@ class Pipeline:
     """Stages in a row. Every `keep` refers to the tokens that enter its stage.
 
     positions: "keep" leaves the kept tokens their position ids in the full prompt, "reindex" numbers what is left
-    without gaps; None takes the default of the first stage before the LLM (see its paper) and of the family.
+    without gaps; None takes the default of the family and of each method: of the first stage before the LLM, and of each stage
+    in it.
     """
 
     stages: tuple[Stage, ...]
@@ -133,14 +170,12 @@ class Pipeline:
             raise ValueError(f"positions={self.positions!r}: choose 'keep', 'reindex' or None (the method's default)")
         if not self.stages:
             raise ValueError("a plan needs at least one stage")
+        object.__setattr__(self, "stages", tuple(part for stage in self.stages for part in stage.expand()))
         ranks = [next(rank for kind, rank in _ORDER.items() if isinstance(stage, kind)) for stage in self.stages]
         if ranks != sorted(ranks):
             raise ValueError(f"{self!r}: stages must follow the way of a token: encoder >> input >> layer")
         if len(self.encoder_stages) > 1:
             raise ValueError(f"{self!r}: a plan can have one encoder stage")
-        layers = [stage.layer for stage in self.layer_stages]
-        if layers != sorted(set(layers)):
-            raise ValueError(f"{self!r}: layer stages must come in ascending order, one per layer")
 
     @property
     def encoder_stages(self) -> tuple[EncoderStage, ...]:
@@ -155,9 +190,29 @@ class Pipeline:
         return tuple(s for s in self.stages if isinstance(s, LayerStage))
 
     def position_policy(self) -> str:
-        """The policy in force: the plan's own, else that of its first stage before the LLM."""
+        """The policy in force before the LLM: the plan's own, else that of its first stage there."""
         early: tuple[EncoderStage | InputStage, ...] = (*self.encoder_stages, *self.input_stages)
         return self.positions or (early[0].positions if early else "keep")
+
+    def cuts(self, depth: int) -> dict[int, tuple[LayerStage, int]]:
+        """Every cut in an LLM of `depth` layers: the layer it comes before, its stage, and its number among those of the stage.
+
+        Raises ValueError for a layer that is not there, and for stages whose cuts are not in ascending order.
+        """
+        found: dict[int, tuple[LayerStage, int]] = {}
+        for stage in self.layer_stages:
+            for number, layer in enumerate(stage.cuts(depth)):
+                if not 1 <= layer < depth:
+                    raise ValueError(
+                        f"{stage!r}: the language model has {depth} layers, cut before one of 1 to {depth - 1}, not {layer}"
+                    )
+                if layer <= max(found, default=0):
+                    raise ValueError(
+                        f"{self!r}: layer stages must come in ascending order, one cut before a layer; in a language model of "
+                        f"{depth} layers {stage!r} cuts before layer {layer}, and there is a cut before layer {max(found)}"
+                    )
+                found[layer] = (stage, number)
+        return found
 
     def __rshift__(self, other: Stage | Pipeline) -> Pipeline:
         after = other if isinstance(other, Pipeline) else Pipeline((other,))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .selection import Selection, gather
 
-PER_VISUAL = frozenset({"cls_feature", "text_embeddings"})
+PER_VISUAL = frozenset({"cls_feature", "text_embeddings", "clip_text"})
 """Signals that have one value per visual, not one per token."""
 
 
@@ -111,9 +111,16 @@ class Visuals:
               `received_attention`, `given_attention`, `received_logits`, `given_logits` [U, N] (means over the patches on
               the other side); `keys` [U, N, d], `joint_keys` [U, N, C] (heads side by side).
               `encoder_features` [U, N, De], `cls_feature` [U, De]; `text_embeddings` [U, T, D] of the instruction, as they
-              enter the LLM; in layer stages `last_attention` [U, N] (of the last prompt token), `mean_attention` [U, N]
-              (of all prompt tokens).
+              enter the LLM.
+              In layer stages, of the layer before the cut or with "@next" of the one behind it: `last_attention` [U, N] (of the
+              last prompt token), `mean_attention` (of all prompt tokens), `pagerank` [U, N], `text_attention` [U, T, N] (of the
+              instruction), `text_attention_heads` [U, heads, T, N], `key_norms` [U, N] and `text_key_norms` [U, T] (L1),
+              `rotary_gain` [U, T, N] (what the rotary embedding alone would make the logits). Of the residual stream behind
+              the final norm: `final_states` [U, N, D], `text_final_states` [U, T, D]. `transitions@6` [U, N]: how much the
+              layers from 6 on have changed each token. From before the LLM: `text_relevance` [U, T] (how much the visual
+              tokens mean each word), `input_scores` [U, N] (of the last input stage).
     slots     [U, N]: which cell of `layout` each token is; the cells in order as long as no stage has acted.
+    cut       number of the cut, for layer stages that cut several times.
     """
 
     features: Tensor
@@ -122,6 +129,7 @@ class Visuals:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     slots: Tensor | None = None
     road: Callable[[Tensor], Tensor] = _no_road
+    cut: int = 0
 
     @property
     def n(self) -> int:

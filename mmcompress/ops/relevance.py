@@ -24,3 +24,9 @@ def mean_of_patches(features: Tensor, patches: int) -> Tensor:
             f"patches=1 compares them as they are"
         )
     return features.float().unflatten(-1, (patches, -1)).mean(-2)
+
+
+def text_relevance(visual: Tensor, text: Tensor) -> Tensor:
+    """How much each text token is meant by the visual ones, [U, T] float32: softmax over the text of the plain dot products, mean
+    over the visual tokens. visual [U, N, D]; text [U, T, D]; cost N T D."""
+    return (visual.float() @ text.float().transpose(1, 2)).softmax(-1).mean(1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 if TYPE_CHECKING:
     from .packing import Group
@@ -30,7 +30,7 @@ class Ledger:
     dropped  logical minus physical length.
     valid    [B, P] bool for the first P physical rows, later ones are valid; None: all are.
     floor    logical position behind the last dropped token; the cache cannot be cropped below it.
-    shift    [B] int64: what position ids are ahead of those in use (plans that reindex); None: nothing.
+    shift    [B] int64: what position ids are ahead of those in use (stages that reindex); None: nothing.
     """
 
     dropped: int = 0
@@ -108,6 +108,11 @@ def is_pruned(cache: Cache | None) -> bool:
     return cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether `layer.keys` holds all keys as they are (a quantised cache has only the newest there)."""
+    return type(layer).update in (DynamicLayer.update, StaticLayer.update)
+
+
 def ledger_of(cache: Cache | None, index: int) -> Ledger | None:
     """The ledger that speaks for layer `index`; recurrent layers have none and follow the first attention layer."""
     if not is_pruned(cache):
@@ -119,15 +124,14 @@ def ledger_of(cache: Cache | None, index: int) -> Ledger | None:
     return layer.ledger
 
 
-def book(
-    cache: Cache, group_of: Callable[[int], Group], past_valid: Tensor | None, shift: Tensor | None, batch: int
-) -> None:
+def book(cache: Cache, group_of: Callable[[int], Group], past_valid: Tensor | None, batch: int) -> None:
     """Write down, after a forward pass that dropped or padded tokens, what each layer now holds.
 
     group_of(i): the tokens of this call that layer i received. past_valid [B, P]: validity of what an unpruned cache held
-    before. shift [B]: new total for position ids, None to leave it.
+    before.
     """
     books: dict[tuple[int, int], Ledger] = {}
+    shifts: dict[tuple[int, int], Tensor | None] = {}
     previous: list[Ledger | None] = []  # keeps old ledgers alive, so that ids stay unique
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, CacheLayerMixin):
@@ -139,9 +143,11 @@ def book(
         leads = key not in books
         if leads:
             stored = int(layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length())
-            books[key] = _updated(old or Ledger(valid=past_valid), group, stored, batch)
-            if shift is not None:
-                books[key].shift = shift
+            before = old.shift if old is not None else None
+            pair = (id(before), id(group.gone))
+            if pair not in shifts:  # layers that are shifted alike share the tensor, and so rotary tables
+                shifts[pair] = before if group.gone is None else group.gone if before is None else before + group.gone
+            books[key] = _updated(old or Ledger(valid=past_valid), group, stored, batch, shifts[pair])
         if old is None:  # same state, new type: assigning __class__ fails where the object layouts differ
             cls: Any = _pruned_class(type(layer))
             pruned = cls.__new__(cls)
@@ -150,9 +156,9 @@ def book(
         layer.ledger, layer.leads = books[key], leads  # type: ignore[attr-defined]
 
 
-def _updated(old: Ledger, group: Group, stored: int, batch: int) -> Ledger:
+def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor | None) -> Ledger:
     """The ledger after `group`; `stored` rows are in the layer, this call's included."""
-    new = Ledger(old.dropped, old.valid, old.floor, old.shift)
+    new = Ledger(old.dropped, old.valid, old.floor, shift)
     if old.valid is not None or group.valid is not None:
         device = (group.valid if group.valid is not None else old.valid).device  # type: ignore[union-attr]
 

@@ -15,15 +15,20 @@ from .adapter import Adapter, Encoded
 from .packing import Group
 from .record import CallRecord, Span
 
+BROKEN = 64
+"""Added to the kind of a token whose embedding is not finite."""
+
 
 @dataclass
 class Call:
     """One forward pass of the base model.
 
     past, past_valid  logical length of the cache before the call, and which tokens of an unpruned cache are real.
-    shift             [B] what position ids are ahead of those in use after this call.
     groups            the tokens of the call, from the first layer on and after each cut.
-    patches           [B, physical] bool: which slots of the last group hold patch tokens; patch_counts: how many per row.
+    patches, texts    [B, physical] bool: which slots of the last group hold patch tokens, and the instruction (where a layer
+                      stage reads it); patch_counts, text_counts: how many per row.
+    kept              by name: a number for each slot of the last group, [B, physical], for signals that come from before.
+    entered           how many visual tokens of each row came to the first cut of the stage that is cutting.
     cuts              layers whose stage has been decided.
     deepstack         by layer: features [B, physical of the first group, H] that are added before it (DeepStack levels that
                       come after the first cut; the model adds the others itself).
@@ -36,13 +41,17 @@ class Call:
     batch: int = 0
     past: int = 0
     past_valid: Tensor | None = None
-    shift: Tensor | None = None
     groups: list[Group] = field(default_factory=list)
     patches: Tensor | None = None
+    texts: Tensor | None = None
     patch_counts: list[int] = field(default_factory=list)
+    text_counts: list[int] = field(default_factory=list)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    entered: list[int] = field(default_factory=list)
     cuts: set[int] = field(default_factory=set)
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[tuple[int, int], Any] = field(default_factory=dict)
+    tables: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict)
     record: CallRecord | None = None
     start: float | None = None
 
@@ -74,18 +83,23 @@ def placeholder_masks(call: Call, adapter: Adapter) -> dict[str, Tensor]:
     return masks
 
 
-def locate(
-    call: Call, adapter: Adapter, valid: Tensor | None, device: torch.device, text: bool
-) -> tuple[Tensor, list[Span]]:
+def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, text: bool) -> tuple[Tensor, list[Span]]:
     """Which tokens are real, [B, S] on the host, and where each visual lies; with `text`, also where its instruction is.
-    The one wait for the device of a prefill."""
+    The one wait for the device of a prefill. Raises ValueError if `embeds` [B, S, D] are not finite at a visual token."""
+    device = embeds.device
     masks = placeholder_masks(call, adapter)
     kinds = torch.zeros(next(iter(masks.values())).shape, dtype=torch.int8, device=device)
     for code, mask in enumerate(masks.values(), start=1):
         kinds[mask.to(device)] = code
     if valid is not None:
         kinds[~valid.to(device)] = -1
-    kinds = kinds.cpu()
+    broken = (kinds > 0) & ~embeds.isfinite().all(-1)
+    kinds = torch.where(broken, kinds + BROKEN, kinds).cpu()
+    for row in (kinds > BROKEN).any(1).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"visual features of batch row {row} are not finite (NaN or Inf), so nothing can be chosen among them: look at the "
+            f"picture's pixel values, and run a vision encoder that overflows in float16 in bfloat16 or float32"
+        )
     spans: list[Span] = []
     for code, modality in enumerate(masks, start=1):
         encoded = [e for e in call.encoded if e.modality == modality]

@@ -16,6 +16,7 @@ import functools
 import inspect
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_causal_mask
 
+from ..ops.relevance import text_relevance
 from ..selection import Selection, gather
 from ..stage import LayerStage, Pipeline, Selecting
 from ..visuals import Layout, Visuals
@@ -31,10 +33,11 @@ from .adapter import PER_TOKEN, Adapter, Encoded
 from .cache import Ledger, book, is_pruned, ledger_of
 from .call import Call, alike, locate, placeholder_masks
 from .encoder import EncoderFacade
+from .layers import AROUND, OF_TEXT, SIGNALS, Cut, Heads, LayerTap, Tables, TransitionTap
 from .masks import layers_differ, logical_mask, validity
-from .packing import Group, pack, take, take_last
+from .packing import Group, pack, renumbered, take
 from .record import CallRecord, Span
-from .signals import LayerTap, VisionTap, kind_of
+from .signals import VisionTap, kind_of
 
 CALL = "mmcompress_call"
 """Private keyword that carries the call from the language model to its layers. Gradient checkpointing replays layers
@@ -42,7 +45,11 @@ with their keywords when the call is over; engine state would be gone then."""
 
 VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature"})
 TEXT_SIGNALS = ("text_embeddings",)
-LAYER_SIGNALS = ("last_attention", "mean_attention")
+
+
+def _needs_before(name: str) -> bool:
+    """Whether a signal of a cut reads the attention module before it."""
+    return kind_of(name) in AROUND and not name.endswith("@next")
 
 
 class Engine:
@@ -52,18 +59,21 @@ class Engine:
         self.adapter, self.plan, self.timing = adapter, plan, timing
         self.base, self.language_model = adapter.base, adapter.language_model
         self._check_language_model()
-        self.positions = self._position_policy()
+        self.depth = len(self.language_model.layers)
+        self.cuts = plan.cuts(self.depth)
+        self._check_positions()
         self.substitutes = self._resolve_needs()
         self.facade = EncoderFacade(adapter, plan.encoder_stages[0]) if plan.encoder_stages else None
-        self.reads_text = any(name in TEXT_SIGNALS for name in self.substitutes.values())
+        self.layer_kinds = {kind_of(name) for stage in plan.layer_stages for name in self._names(stage)}
+        self.reads_text = bool(self.layer_kinds & OF_TEXT) or any(n in TEXT_SIGNALS for n in self.substitutes.values())
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
         self.vision_tap = VisionTap(adapter, names, self.facade) if names else None
-        self.layer_stages = {stage.layer: stage for stage in plan.layer_stages}
-        self.layer_taps = {
-            layer: LayerTap(self.language_model.layers[layer - 1].self_attn, layer - 1)
-            for layer, stage in self.layer_stages.items()
-            if any(name in LAYER_SIGNALS for name in self._names(stage))
-        }
+        layers = self.language_model.layers
+        listened = {i - 1 for i, (stage, _) in self.cuts.items() if any(map(_needs_before, self._names(stage)))}
+        self.layer_taps = {i: LayerTap(layers[i].self_attn) for i in listened}
+        changing = {i for stage in plan.layer_stages for i in self._changing(stage)}
+        self.transition_taps = {i: TransitionTap(layers[i]) for i in sorted(changing)}
+        self.taps: tuple[LayerTap | TransitionTap, ...] = (*self.layer_taps.values(), *self.transition_taps.values())
         self.parameters = list(inspect.signature(self.base.forward).parameters)
         self.handles: list[RemovableHandle] = []
         self.wrapped: list[tuple[str, Any]] = []
@@ -89,21 +99,25 @@ class Engine:
                 f"the language model has layers of type {', '.join(sorted(kinds))}: only full attention is supported, since "
                 f"a window counts tokens that may be gone"
             )
-        layers = len(self.language_model.layers)
-        for stage in self.plan.layer_stages:
-            if stage.layer >= layers:
-                raise ValueError(
-                    f"{stage!r}: the language model has {layers} layers, cut before one of 1 to {layers - 1}"
-                )
 
-    def _position_policy(self) -> str:
-        if self.adapter.reindexes:
-            return self.plan.position_policy()
-        if self.plan.positions == "reindex":
+    def _check_positions(self) -> None:
+        if self.plan.positions == "reindex" and not self.adapter.reindexes:
             raise NotImplementedError(
                 f"positions='reindex' is not defined for {self.adapter.family}: use positions='keep'"
             )
-        return "keep"
+
+    def _reindexes(self, policy: str) -> bool:
+        return self.adapter.reindexes and policy == "reindex"
+
+    def _changing(self, stage: LayerStage) -> range:
+        """The layers whose changes of tokens a stage adds up."""
+        starts = [self._layer(name) for name in self._names(stage) if kind_of(name) == "transitions"]
+        return range(min(starts), stage.cuts(self.depth)[-1]) if starts else range(0)
+
+    def _layer(self, name: str) -> int:
+        """The layer that a signal "transitions@..." begins at: a number, or a part of the depth."""
+        where = name.partition("@")[2]
+        return round(float(where) * self.depth) if "." in where else int(where)
 
     @staticmethod
     def _names(stage: Any) -> list[str]:
@@ -113,7 +127,9 @@ class Engine:
         """The signal that serves each need of each stage; raises if there is none."""
         found: dict[str, str] = {}
         for stage in self.plan.stages:
-            there = set(LAYER_SIGNALS) if isinstance(stage, LayerStage) else self.adapter.signals | set(TEXT_SIGNALS)
+            there = set(SIGNALS) if isinstance(stage, LayerStage) else {*self.adapter.signals, *TEXT_SIGNALS}
+            if not self.plan.input_stages:
+                there.discard("input_scores")
             for need in stage.needs:
                 names = (need,) if isinstance(need, str) else need
                 name = next((n for n in names if n is None or kind_of(n) in there), "")
@@ -143,7 +159,7 @@ class Engine:
         add(self.language_model.register_forward_hook(self._language_post))
         for i, layer in enumerate(self.language_model.layers):
             add(layer.register_forward_pre_hook(functools.partial(self._layer_pre, i), with_kwargs=True))
-        for part in (self.facade, self.vision_tap, *self.layer_taps.values()):
+        for part in (self.facade, self.vision_tap, *self.taps):
             if part is not None:
                 self.handles += part.install()
         for name in self.adapter.encoders:
@@ -265,7 +281,7 @@ class Engine:
         call.start = self._now()
         embeds: Tensor = kwargs["inputs_embeds"]
         device = embeds.device
-        host_valid, spans = locate(call, self.adapter, valid, device, self.reads_text)
+        host_valid, spans = locate(call, self.adapter, valid, embeds, self.reads_text)
         for span in spans:
             span.kept = self._budget(call, span)
         counts = host_valid.sum(1).tolist()
@@ -279,15 +295,20 @@ class Engine:
 
         start = self._now()
         places = torch.arange(embeds.shape[1]).masked_fill(~host_valid, -1)
-        patches = torch.zeros_like(host_valid)
+        patches, texts = torch.zeros_like(host_valid), torch.zeros_like(host_valid)
+        call.patch_counts, call.text_counts = [0] * call.batch, [0] * call.batch
         for span in spans:
             patches[span.row, span.patches] = True
+            texts[span.row, span.text] = True
             places[span.row, span.patches] = -1
             counts[span.row] += span.kept - len(span.patches)
+            call.patch_counts[span.row] += span.kept
+            call.text_counts[span.row] = len(span.text)
         places, patches = places.to(device), patches.to(device)
         levels = self._deepstack_levels(kwargs, embeds)
+        scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
         for batch in alike(spans):
-            places, embeds, levels = self._select(call, batch, places, embeds, levels)
+            places, embeds, levels, scores = self._select(call, batch, places, embeds, levels, scores)
         packed = pack(places, counts)
         call.record.seconds["select"] = self._since(start)
 
@@ -295,20 +316,56 @@ class Engine:
         last_patch = max((int(span.patches[-1]) for span in spans), default=-1)
         padded = length - int((host_valid.flip(1).cumsum(1) > 0).sum(1).min())  # padding on the right of any row
         tail = min(length - 1 - last_patch, physical) if padded == 0 else 0
-        group = Group(0, length, physical, counts, packed.valid, packed.source, tail=tail)
+        positions, gone = renumbered(
+            self._given_positions(call, kwargs, embeds),
+            places,
+            packed,
+            valid,
+            self._reindexes(self.plan.position_policy()),
+        )
+        group = Group(
+            0, length, physical, counts, packed.valid, packed.source, tail=tail, positions=positions, gone=gone
+        )
         call.groups = call.record.groups = [group]
-        call.patches = patches.gather(1, packed.source)
+        call.patches, call.texts = patches.gather(1, packed.source), texts.to(device).gather(1, packed.source)
         if packed.valid is not None:
-            call.patches = call.patches & packed.valid
-        call.patch_counts = [sum(s.kept for s in spans if s.row == row) for row in range(call.batch)]
-        kwargs["position_ids"] = self._packed_positions(call, kwargs.get("position_ids"), places, packed, valid)
+            call.patches, call.texts = call.patches & packed.valid, call.texts & packed.valid
         kwargs["inputs_embeds"] = take(embeds, packed.source)
+        kwargs["position_ids"] = self._shifted(positions, ledger_of(call.cache, 0))
+        if scores is not None:
+            call.kept["input_scores"] = scores.gather(1, packed.source)
+        if "text_relevance" in self.layer_kinds:
+            call.kept["text_relevance"] = self._text_relevance(call, kwargs["inputs_embeds"])
         if levels:
             self._pack_deepstack(call, kwargs, [take(level, packed.source) for level in levels])
         kwargs["attention_mask"] = logical_mask(call, group, 0, device)
-        for tap in self.layer_taps.values():
+        for tap in self.taps:
             tap.armed = True
         return True
+
+    @staticmethod
+    def _given_positions(call: Call, kwargs: dict[str, Any], embeds: Tensor) -> Tensor:
+        """Position ids of the whole prompt as the model would use them, [..., B or 1, S]."""
+        positions: Tensor | None = kwargs.get("position_ids")
+        if positions is None:
+            positions = (torch.arange(embeds.shape[1], device=embeds.device) + call.past)[None]
+        return positions
+
+    @staticmethod
+    def _shifted(positions: Tensor, ledger: Ledger | None) -> Tensor:
+        """Position ids less what earlier calls have taken from them in the layers of `ledger`."""
+        if ledger is None or ledger.shift is None:
+            return positions
+        return positions - ledger.shift.to(positions.device)[:, None]
+
+    @torch.no_grad()
+    def _text_relevance(self, call: Call, embeds: Tensor) -> Tensor:
+        """How much each token of the instruction is meant by the visual tokens that enter the LLM, [B, M]; 0 elsewhere."""
+        found = torch.zeros(embeds.shape[:2], device=embeds.device)
+        for rows, at, text in self._rows_alike(call, lambda row: 0).values():
+            relevance = text_relevance(embeds[rows, at], embeds[rows, text])
+            found = found.index_put((rows.expand_as(text), text), relevance)
+        return found
 
     def _follow(self, call: Call, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Nothing is dropped in this call, but the cache is pruned: mask and positions that fit it."""
@@ -317,13 +374,8 @@ class Engine:
             valid = None
         call.groups = [Group(0, length, length, [length] * call.batch, valid)]
         kwargs["attention_mask"] = logical_mask(call, call.groups[0], 0, device)
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = (torch.arange(length, device=device) + call.past)[None]
-        ledger = ledger_of(call.cache, 0)
-        if ledger is not None and ledger.shift is not None:
-            positions = positions - ledger.shift.to(positions.device)[:, None]
-        kwargs["position_ids"] = positions
+        call.groups[0].positions = positions = self._given_positions(call, kwargs, kwargs["inputs_embeds"])
+        kwargs["position_ids"] = self._shifted(positions, ledger_of(call.cache, 0))
 
     # ------------------------------------------------------------------ visuals of a call
     def _budget(self, call: Call, span: Span) -> int:
@@ -342,13 +394,19 @@ class Engine:
             if span.kept < len(span.patches):
                 return True
             left[span.row] += span.kept
-        return any(stage.budget(n) < n for stage in self.plan.layer_stages for n in left.values())
+        for tokens in left.values():
+            for stage in self.plan.layer_stages:
+                budgets = stage.budgets(tokens, self.depth)
+                if min(budgets) < tokens:
+                    return True
+        return False
 
     def _select(
-        self, call: Call, spans: list[Span], places: Tensor, embeds: Tensor, levels: list[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Run encoder clusters and input stages on visuals of one layout; returns the new `places`, `embeds` and DeepStack
-        levels (merged like the embeddings; where a method makes its tokens anew, the levels of the slots they stand for)."""
+        self, call: Call, spans: list[Span], places: Tensor, embeds: Tensor, levels: list[Tensor], scores: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+        """Run encoder clusters and input stages on visuals of one layout; returns the new `places`, `embeds`, DeepStack levels
+        (merged like the embeddings; where a method makes its tokens anew, the levels of the slots they stand for), and the
+        scores [B, S] of the last stage."""
         device = embeds.device
         rows = torch.tensor([span.row for span in spans], device=device)[:, None]
         at = torch.stack([span.patches for span in spans]).to(device)
@@ -371,23 +429,30 @@ class Engine:
             stacked = [chosen.apply(level) for level in stacked]
         for stage in self.plan.input_stages:
             k = stage.budget(visuals.n)
-            if k == visuals.n:
+            last = scores is not None and stage is self.plan.input_stages[-1]
+            if k == visuals.n and not last:
                 continue
-            chosen = self._checked(stage, stage.select(replace(visuals, k=k)), visuals, k)
+            chosen = self._chosen(stage, replace(visuals, k=k))
+            if scores is not None and last:
+                if chosen.scores is None:
+                    raise NotImplementedError(f"{stage!r} gives no scores, which a later stage of the plan reads")
+                given = gather(chosen.scores.float(), chosen.keep)
             visuals, total = visuals.take(chosen), total.then(chosen, tokens)
             stacked = [chosen.apply(level) for level in stacked]
-            remade = remade or chosen.rows is not None or chosen.weight is not None
+            remade = remade or chosen.merges
         for i, span in enumerate(spans):
             span.selection, span.selection_row = total, i
         slots = gather(at, total.keep)
-        places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
+        at_slots = (rows.expand_as(slots), slots)
+        places = places.index_put(at_slots, slots.sort(dim=1).values)
+        if scores is not None:
+            scores = scores.index_put(at_slots, given)
         if remade:
-            at_slots = (rows.expand_as(slots), slots)
             embeds = embeds.index_put(at_slots, visuals.features.to(embeds.dtype))
             levels = [
                 level.index_put(at_slots, new.to(level.dtype)) for level, new in zip(levels, stacked, strict=True)
             ]
-        return places, embeds, levels
+        return places, embeds, levels, scores
 
     # ------------------------------------------------------------------ DeepStack
     @staticmethod
@@ -404,7 +469,7 @@ class Engine:
         """Give the model the levels [B, M, H] of the packed tokens: those before the first cut in its own form, the others
         are added by the hooks of the layers."""
         assert call.patches is not None
-        cut = min(self.layer_stages, default=len(levels))
+        cut = min(self.cuts, default=len(levels))
         call.deepstack = {j + 1: level for j, level in enumerate(levels) if j >= cut}
         count = sum(call.patch_counts)
         order = call.patches.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
@@ -412,34 +477,17 @@ class Engine:
         kwargs["deepstack_visual_embeds"] = [level.flatten(0, 1)[order] for level in levels[:cut]]
 
     @staticmethod
-    def _checked(stage: Selecting, selection: Selection, visuals: Visuals, k: int) -> Selection:
-        """A selection with the promised shape; a third-party method that breaks the budget must not get further."""
-        if selection.keep.shape != (visuals.features.shape[0], k):
+    def _chosen(stage: Selecting, visuals: Visuals) -> Selection:
+        """The decision of a stage, made in full precision and with the promised shape: a third-party method that breaks the
+        budget must not get further."""
+        with torch.autocast(visuals.features.device.type, enabled=False):
+            selection = stage.select(visuals)
+        promised = (len(visuals.features), visuals.k)
+        if selection.keep.shape != promised:
             raise ValueError(
-                f"{stage!r} returned keep of shape {tuple(selection.keep.shape)}, its budget is "
-                f"{(visuals.features.shape[0], k)}"
+                f"{stage!r} returned keep of shape {tuple(selection.keep.shape)}, its budget is {promised}"
             )
         return selection
-
-    def _packed_positions(
-        self, call: Call, positions: Any, places: Tensor, packed: Any, valid: Tensor | None
-    ) -> Tensor:
-        """Position ids of the packed tokens, by the policy of the plan; also the new total shift for the cache."""
-        device, length = places.device, places.shape[1]
-        if positions is None:
-            positions = (torch.arange(length, device=device) + call.past)[None]
-        ledger = ledger_of(call.cache, 0)
-        before = ledger.shift if ledger is not None else None
-        if self.positions == "keep":
-            call.shift = before
-            positions = take_last(positions, packed.source)
-        else:
-            gone = places < 0
-            gone = (gone if valid is None else gone & valid.to(device)).long().cumsum(1)
-            place = packed.place.clamp_min(0)
-            positions = take_last(positions, place) - gone.gather(1, place).to(positions.device)
-            call.shift = gone[:, -1] if before is None else before.to(device) + gone[:, -1]
-        return positions if before is None else positions - before.to(positions.device)[:, None]
 
     # ------------------------------------------------------------------ language model, after
     def _language_post(self, module: Any, args: tuple, output: Any) -> Any:
@@ -450,13 +498,13 @@ class Engine:
             call.record.seconds["language"] = self._since(call.start) - call.record.seconds["select"]
         if not call.groups:
             return None
-        for tap in self.layer_taps.values():
-            tap.armed, tap.seen = False, None
+        for tap in self.taps:
+            tap.clear()
         last = call.groups[-1]
         cache = getattr(output, "past_key_values", None)
         compressed = last.source is not None
         if cache is not None and (compressed or any(group.valid is not None for group in call.groups)):
-            book(cache, call.group_of, call.past_valid, call.shift if compressed else None, call.batch)
+            book(cache, call.group_of, call.past_valid, call.batch)
         if compressed:
             output.last_hidden_state = last.restore(output.last_hidden_state)
         return output
@@ -472,61 +520,71 @@ class Engine:
             level, before = call.deepstack[index], call.group_of(index - 1)
             level = level if before.from_base is None else take(level, before.from_base)
             hidden = hidden + level.to(hidden)
-        stage = self.layer_stages.get(index)
-        if stage is not None and call.patches is not None and index not in call.cuts:
+        if index in self.cuts and call.patches is not None and index not in call.cuts:
             call.cuts.add(index)  # decided once; gradient checkpointing replays layers and only applies it again
             start = self._now()
             with torch.no_grad():
-                self._cut(call, stage, hidden)
+                self._cut(call, index, hidden, kwargs)
             if call.record is not None:
                 call.record.seconds["select"] += self._since(start)
         group = call.group_of(index)
-        if group.start == index and group.from_previous is not None:
-            hidden = take(hidden, group.from_previous)
-        if group.from_base is not None:
-            kwargs["position_embeddings"] = tuple(take(t, group.from_base) for t in kwargs["position_embeddings"])
+        if group.start == index:
+            hidden = group.enter(hidden)
         mine, first = ledger_of(call.cache, index), ledger_of(call.cache, 0)
+        kwargs["position_embeddings"] = self._tables(call, group, mine, hidden, kwargs["position_embeddings"])
         if group.from_base is not None or mine is not first:  # other tokens than layer 0 has: an own mask
             kwargs["attention_mask"] = self._layer_mask(call, group, index, mine, hidden)
         if call.groups[0].source is not None:
             kwargs["position_ids"] = None  # gaps would be taken for packed sequences by flash attention
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def _cut(self, call: Call, stage: LayerStage, hidden: Tensor) -> None:
-        """Decide a layer stage and append the group of tokens that is left."""
-        assert call.patches is not None and call.record is not None
+    def _tables(self, call: Call, group: Group, ledger: Ledger | None, hidden: Tensor, given: Tables) -> Tables:
+        """Rotary tables of the tokens of `group` in a layer with `ledger`; `given` are those of the first layer."""
+        first, before = call.groups[0], ledger_of(call.cache, 0)
+        shifted = (
+            ledger is not before and ledger is not None and before is not None and ledger.shift is not before.shift
+        )
+        if group.gone is first.gone and not shifted:
+            return given if group.from_base is None else tuple(take(t, group.from_base) for t in given)
+        key = (id(group), id(ledger))
+        if key not in call.tables:
+            assert group.positions is not None
+            positions = self._shifted(group.positions, ledger).to(hidden.device)
+            call.tables[key] = self.language_model.rotary_emb(hidden, positions)
+        return call.tables[key]
+
+    def _cut(self, call: Call, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Decide a cut before layer `index` and append the group of tokens that is left."""
+        assert call.patches is not None and call.texts is not None and call.record is not None
+        stage, number = self.cuts[index]
         before = call.groups[-1]
+        if number == 0:
+            call.entered = list(call.patch_counts)
+        budgets = {row: stage.budgets(tokens, self.depth)[number] for row, tokens in enumerate(call.entered) if tokens}
+        if all(k >= call.patch_counts[row] for row, k in budgets.items()):
+            return
         counts, patch_counts = list(before.counts), list(call.patch_counts)
         device = call.patches.device
         places = torch.arange(before.physical, device=device).expand(call.batch, -1)
         if before.valid is not None:
             places = places.masked_fill(~before.valid, -1)
-        batches: dict[int, list[int]] = defaultdict(list)
-        for row, tokens in enumerate(call.patch_counts):
-            if tokens and stage.budget(tokens) < tokens:
-                batches[tokens].append(row)
-        if not batches:
-            return
-        tap = self.layer_taps.get(stage.layer)
-        signals = {
-            name: tap.signal(name, before.valid, call.cache, call.past_valid).to(device)
-            for name in self._names(stage)
-            if tap is not None
-        }
-        for tokens, members in batches.items():
-            k = stage.budget(tokens)
-            rows = torch.tensor(members, device=device)[:, None]
-            at = call.patches[rows[:, 0]].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :tokens]
-            layout = Layout.raster(1, 1, tokens)
-            own = {name: signal[rows, at] for name, signal in signals.items()}
-            visuals = Visuals(hidden[rows.to(hidden.device), at.to(hidden.device)], layout, k, own)
-            chosen = self._checked(stage, stage.select(visuals), visuals, k)
-            if chosen.rows is not None or chosen.weight is not None:
-                raise NotImplementedError(f"{stage!r}: merging inside the LLM is not supported")
-            slots = gather(at, chosen.keep.sort(dim=1).values)
-            gone = torch.full_like(at, -1)
-            places = places.index_put((rows.expand_as(at), at), gone).index_put((rows.expand_as(slots), slots), slots)
-            for row in members:
+        around = self._around(call, index, hidden, kwargs)
+        merges = []
+        for (tokens, k, _), (rows, at, text) in self._rows_alike(call, lambda row: budgets.get(row, 0)).items():
+            if k >= tokens:
+                continue
+            places = places.index_put((rows.expand_as(at), at), torch.full_like(at, -1))
+            if k:
+                cut = replace(around, rows=rows, at=at, text=text)
+                signals = {name: cut.signal(name).to(device) for name in self._names(stage)}
+                features = hidden[rows.to(hidden.device), at.to(hidden.device)]
+                layout = Layout.raster(1, 1, tokens)
+                chosen = self._chosen(stage, Visuals(features, layout, k, signals, cut=number))
+                slots = gather(at, chosen.keep)
+                places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
+                if chosen.merges:
+                    merges.append((rows, at, chosen))
+            for row in rows[:, 0].tolist():
                 counts[row] += k - tokens
                 patch_counts[row] = k
         packed = pack(places, counts)
@@ -534,15 +592,71 @@ class Engine:
         def follow(index: Tensor | None) -> Tensor:
             return packed.source if index is None else index.gather(1, packed.source)
 
-        call.patches = call.patches.gather(1, packed.source)
+        assert before.positions is not None
+        policy = self.plan.positions or stage.positions
+        positions, here = renumbered(before.positions, places, packed, before.valid, self._reindexes(policy))
+        gone = before.gone if here is None else here if before.gone is None else before.gone + here
+        call.patches, call.texts = follow(call.patches), follow(call.texts)
         if packed.valid is not None:
-            call.patches = call.patches & packed.valid
+            call.patches, call.texts = call.patches & packed.valid, call.texts & packed.valid
+        call.kept = {name: follow(values) for name, values in call.kept.items()}
         call.patch_counts = patch_counts
         group = Group(
-            stage.layer, before.logical, packed.source.shape[1], counts, packed.valid,
-            follow(before.source), follow(before.from_base), packed.source, min(before.tail, packed.source.shape[1]),
+            index, before.logical, packed.source.shape[1], counts, packed.valid, follow(before.source),
+            follow(before.from_base), packed.source, min(before.tail, packed.source.shape[1]), positions, gone, merges,
         )  # fmt: skip
         call.groups.append(group)
+
+    @staticmethod
+    def _rows_alike(
+        call: Call, budget: Callable[[int], int]
+    ) -> dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]]:
+        """Rows of the batch that can be decided as one dense tensor, by (visual tokens, budget, text tokens): their numbers
+        [U, 1], and the places of their visual tokens [U, N] and of their instruction [U, T] in the last group."""
+        assert call.patches is not None and call.texts is not None
+        members: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+        for row, tokens in enumerate(call.patch_counts):
+            if tokens:
+                members[tokens, budget(row), call.text_counts[row]].append(row)
+        found = {}
+        for (tokens, k, words), numbers in members.items():
+            rows = torch.tensor(numbers, device=call.patches.device)
+            at, text = (
+                mask[rows].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+                for mask, count in ((call.patches, tokens), (call.texts, words))
+            )
+            found[tokens, k, words] = rows[:, None], at, text
+        return found
+
+    def _around(self, call: Call, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Cut:
+        """What can be asked about a cut before layer `index`, for no rows yet."""
+        group, layer = call.groups[-1], self.language_model.layers[index]
+
+        def before() -> Heads:
+            seen = self.layer_taps[index - 1].seen
+            assert seen is not None
+            return Heads(self.language_model.layers[index - 1].self_attn, *seen, group.valid, call, index - 1, ran=True)
+
+        def behind() -> Heads:
+            tables = self._tables(call, group, ledger_of(call.cache, index), hidden, kwargs["position_embeddings"])
+            return Heads(layer.self_attn, layer.input_layernorm(hidden), tables, group.valid, call, index, ran=False)
+
+        def transitions(start: str) -> Tensor:
+            total = torch.zeros(call.batch, group.physical, device=hidden.device)
+            for i in range(self._layer(f"@{start}"), index):
+                then = call.group_of(i)
+                values = self.transition_taps[i].value(then.valid)
+                for later in call.groups[call.groups.index(then) + 1 :]:
+                    assert later.from_previous is not None
+                    values = values.gather(1, later.from_previous.to(values.device))
+                total = total + values.to(total.device)
+            return total
+
+        none = torch.empty(0, 0, dtype=torch.int64)
+        return Cut(
+            none, none, none, hidden, self.language_model.norm, functools.cache(before), functools.cache(behind),
+            transitions, call.kept,
+        )  # fmt: skip
 
     def _layer_mask(self, call: Call, group: Group, index: int, ledger: Ledger | None, hidden: Tensor) -> Any:
         key = (id(group), id(ledger))

@@ -64,10 +64,14 @@ def logical_mask(call: Call, group: Group, layer: int, device: torch.device) -> 
 
 
 def layers_differ(call: Call, length: int) -> bool:
-    """Whether layers need masks of their own in a call that drops nothing: not if all share one ledger, and not for a
-    single query without padding."""
+    """Whether layers need masks or rotary tables of their own in a call that drops nothing: not if all share one ledger, and
+    no mask for a single query without padding."""
     assert call.cache is not None
     leaders: list[Any] = [layer for layer in call.cache.layers if getattr(layer, "leads", False)]
     if len(leaders) == 1:
         return False
-    return length > 1 or any(leader.ledger.valid is not None or leader.is_compileable for leader in leaders)
+    first = leaders[0].ledger.shift
+    return length > 1 or any(
+        leader.ledger.shift is not first or leader.ledger.valid is not None or leader.is_compileable
+        for leader in leaders
+    )

@@ -6,9 +6,11 @@ Counts are known on the host before the forward pass (budgets are exact), so not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from ..selection import Selection, gather
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -47,6 +49,22 @@ def pack(places: Tensor, counts: list[int]) -> Packed:
     return Packed(source, place, None if min(counts) == longest else place >= 0)
 
 
+def renumbered(
+    positions: Tensor, places: Tensor, packed: Packed, valid: Tensor | None, reindex: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Position ids of packed tokens, [..., B, M], and how many ids have gone in each row, [B].
+
+    positions [..., B or 1, S]; places, packed: as given to and made by `pack`; valid [B, S]: which tokens were real.
+    With `reindex` a token loses as many as have gone before its place, else every token keeps its own.
+    """
+    if not reindex:
+        return take_last(positions, packed.source), None
+    gone = places < 0
+    gone = (gone if valid is None else gone & valid.to(gone.device)).long().cumsum(1)
+    place = packed.place.clamp_min(0)
+    return take_last(positions, place) - gone.gather(1, place).to(positions.device), gone[:, -1]
+
+
 @dataclass(eq=False)
 class Group:
     """The tokens of one call as the layers from `start` on see them.
@@ -58,6 +76,9 @@ class Group:
     from_base          [B, physical] slot of the first group of the call (after cuts in layers only).
     from_previous      [B, physical] slot of the group before (after cuts in layers only).
     tail               how many tokens at the end no row has dropped.
+    positions          [..., B or 1, physical] position ids, before what earlier calls have shifted; gone [B]: by how much this
+                       call has shifted them in each row so far; None: not at all.
+    merges             what a cut merges: rows [U, 1] of the batch, slots [U, N] in the group before, and the selection.
     """
 
     start: int
@@ -69,6 +90,18 @@ class Group:
     from_base: Tensor | None = None
     from_previous: Tensor | None = None
     tail: int = 0
+    positions: Tensor | None = None
+    gone: Tensor | None = None
+    merges: list[tuple[Tensor, Tensor, Selection]] = field(default_factory=list)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the group before, [B, S, H], as those of this one: merged and gathered, [B, physical, H]."""
+        for rows, at, chosen in self.merges:
+            rows, at = rows.to(hidden.device), at.to(hidden.device)
+            made = chosen.rows if chosen.rows is not None else chosen.apply(hidden[rows, at])
+            slots = gather(at, chosen.keep)
+            hidden = hidden.index_put((rows.expand_as(slots), slots), made.to(hidden))
+        return hidden if self.from_previous is None else take(hidden, self.from_previous)
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Rows [B, physical, H] back at their logical places, [B, logical, H], zeros where a token is gone."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals: attention and features picked up on the way, recomputed for just the rows that are needed."""
+"""Signals of the vision encoder: features and attention picked up on the way, recomputed for just the rows needed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache
 
 from ..ops import attention_received, attention_rows
 from ..ops.marginals import attention_marginals
 from ..selection import gather
 from .adapter import OF_CLS, PER_TOKEN, Adapter, Encoded
-from .cache import PrunedLayer
 from .encoder import EncoderFacade
+from .rotary import rotate
 
 
 def kind_of(name: str) -> str:
@@ -204,86 +203,3 @@ def _among_patches(kind: str, q: Tensor, k: Tensor, scale: float, mask: Tensor |
         raise NotImplementedError(f"{kind} behind an encoder stage with proportional attention: use proportional=False")
     received, given = attention_marginals(q, k, scale, prefix, softmax=kind.endswith("attention"))
     return F.pad(received if kind.startswith("received") else given, (prefix, 0))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split form: x [B, heads, S, d], tables [B, S, d]."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * cos[:, None] + turned * sin[:, None]
-
-
-class LayerTap:
-    """Keeps the input of one LLM attention module and recomputes rows of its attention.
-
-    Projections are called, never their weights used: LoRA, quantisation and offloading live in the call.
-    """
-
-    def __init__(self, attention: Any, index: int) -> None:
-        self.attention, self.index = attention, index
-        self.armed = False
-        self.seen: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
-
-    def install(self) -> list[RemovableHandle]:
-        return [self.attention.register_forward_pre_hook(self._record, with_kwargs=True)]
-
-    def _record(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.armed:
-            self.seen = (args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"])
-
-    def signal(self, name: str, valid: Tensor | None, cache: Cache | None, past_valid: Tensor | None) -> Tensor:
-        """`last_attention` or `mean_attention` of all tokens of the call, [B, S] float32, heads averaged.
-
-        valid [B, S] or None; the last token of every row is its last prompt token (rows are right-aligned). Keys that the
-        cache held before this call take part in the softmax; past_valid says which are real in a cache not yet pruned.
-        """
-        assert self.seen is not None
-        hidden, (cos, sin) = self.seen
-        batch, length, _ = hidden.shape
-        cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
-        k = self._heads("k", hidden, cos, sin)
-        visible = (
-            torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
-            if valid is None
-            else valid.to(hidden.device)
-        )
-        new = visible
-        past = self._past_keys(cache, length, past_valid)
-        if past is not None:
-            keys, past_visible = past
-            k = torch.cat([keys.to(k), k], 2)
-            visible = torch.cat([past_visible.to(visible.device).expand(batch, -1), visible], 1)
-        scale = self.attention.scaling
-        if name == "last_attention":
-            q = self._heads("q", hidden[:, -1:], cos[:, -1:], sin[:, -1:])
-            return attention_rows(q, k, scale, visible[:, None, None]).mean(1)[:, 0, -length:]
-        if name == "mean_attention":
-            if past is not None:
-                raise NotImplementedError(
-                    "mean_attention (fastv query='all') in a later turn on a cache: use query='last'"
-                )
-            q = self._heads("q", hidden, cos, sin)
-            return attention_received(q, k, scale, new[:, None, None], causal=True)
-        raise ValueError(f"unknown attention signal {name!r}: there is last_attention and mean_attention")
-
-    def _heads(self, which: str, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries or keys after norm and rotation, [B, heads, S, d]."""
-        x = getattr(self.attention, f"{which}_proj")(hidden).unflatten(-1, (-1, self.attention.head_dim))
-        norm = getattr(self.attention, f"{which}_norm", None)
-        x = norm(x) if norm is not None else x
-        return rotate(x.transpose(1, 2), cos, sin)
-
-    def _past_keys(self, cache: Cache | None, new: int, past_valid: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Keys [B, kv_heads, P, d] that the cache held before this call, and which of them are real [B or 1, P]."""
-        if cache is None:
-            return None
-        layer: Any = cache.layers[self.index]
-        stored = int(layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length())
-        before = stored - new  # this layer has run already
-        if before <= 0:
-            return None
-        known = layer.ledger.valid if isinstance(layer, PrunedLayer) else past_valid
-        if known is None:
-            known = torch.ones(1, before, dtype=torch.bool)
-        visible = torch.cat([known, known.new_ones(known.shape[0], before - known.shape[1])], 1)
-        return layer.keys[:, :, :before], visible
