@@ -6,7 +6,7 @@ from .methods import *  # noqa: F403 - every method class
 from .methods import __all__ as _methods
 from .plan import as_pipeline, methods, register
 from .selection import Selection
-from .stage import EncoderStage, InputStage, LayerStage, Pipeline, Stage
+from .stage import EncoderStage, InputStage, LayerStage, Pipeline, PixelStage, Recipe, Stage
 from .trace import EncoderReport, Report, Trace
 from .visuals import Layout, View, Visuals
 
@@ -19,6 +19,8 @@ __all__ = [
     "LayerStage",
     "Layout",
     "Pipeline",
+    "PixelStage",
+    "Recipe",
     "Report",
     "Selection",
     "Stage",

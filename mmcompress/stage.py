@@ -117,6 +117,17 @@ class LayerStage(Selecting):
         return (self.budget(tokens),)
 
 
+class PixelStage(Selecting):
+    """Acts on the pixels before the vision encoder: it gets every picture in a lower resolution."""
+
+    kind: ClassVar[str] = "pixel"
+    positions: ClassVar[str] = "reindex"
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of tokens that a picture of `rows` by `columns` tokens is shrunk to."""
+        raise NotImplementedError
+
+
 class EncoderStage(Stage):
     """Acts inside the vision encoder: merges tokens between attention and MLP of its blocks."""
 
@@ -150,7 +161,7 @@ class Recipe(Stage):
 
 
 POSITIONS = ("keep", "reindex")
-_ORDER: dict[type[Stage], int] = {EncoderStage: 0, InputStage: 1, LayerStage: 2}
+_ORDER: dict[type[Stage], int] = {PixelStage: 0, EncoderStage: 0, InputStage: 1, LayerStage: 2}
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,9 +184,13 @@ class Pipeline:
         object.__setattr__(self, "stages", tuple(part for stage in self.stages for part in stage.expand()))
         ranks = [next(rank for kind, rank in _ORDER.items() if isinstance(stage, kind)) for stage in self.stages]
         if ranks != sorted(ranks):
-            raise ValueError(f"{self!r}: stages must follow the way of a token: encoder >> input >> layer")
-        if len(self.encoder_stages) > 1:
-            raise ValueError(f"{self!r}: a plan can have one encoder stage")
+            raise ValueError(f"{self!r}: stages must follow the way of a token: pixel or encoder >> input >> layer")
+        if len(self.encoder_stages) + len(self.pixel_stages) > 1:
+            raise ValueError(f"{self!r}: a plan can have one pixel stage or one encoder stage")
+
+    @property
+    def pixel_stages(self) -> tuple[PixelStage, ...]:
+        return tuple(s for s in self.stages if isinstance(s, PixelStage))
 
     @property
     def encoder_stages(self) -> tuple[EncoderStage, ...]:
@@ -191,7 +206,8 @@ class Pipeline:
 
     def position_policy(self) -> str:
         """The policy in force before the LLM: the plan's own, else that of its first stage there."""
-        early: tuple[EncoderStage | InputStage, ...] = (*self.encoder_stages, *self.input_stages)
+        early: tuple[PixelStage | EncoderStage | InputStage, ...]
+        early = (*self.pixel_stages, *self.encoder_stages, *self.input_stages)
         return self.positions or (early[0].positions if early else "keep")
 
     def cuts(self, depth: int) -> dict[int, tuple[LayerStage, int]]:

@@ -4,6 +4,7 @@
 from .cdpruner import CDPruner
 from .cen_prune import CenPrune
 from .divprune import DivPrune
+from .downsample import Downsample
 from .fastervlm import FasterVLM
 from .fastv import FastV
 from .flash_compression import FlashCompression
@@ -25,6 +26,7 @@ __all__ = [
     "CDPruner",
     "CenPrune",
     "DivPrune",
+    "Downsample",
     "FastV",
     "FasterVLM",
     "FlashCompression",

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ..ops import merge_mean, proportional_bias
 from ..selection import gather
 from ..stage import EncoderStage
-from .adapter import Encoder
+from .adapter import Adapter, Encoded, Encoder
 
 
 @dataclass
@@ -95,14 +95,16 @@ class EncoderFacade:
         state = self.states[block]
         return None if state.source is None else self._in_tower_order(self._patches(state.source))
 
-    def clusters(self) -> Tensor | None:
-        """Cluster of every unit at the end, [n, N] (packed: [T]); None if nothing was merged."""
+    def clusters(self, encoded: Encoded, arguments: dict[str, Any]) -> list[Tensor] | None:
+        """Which tokens of each visual are one cluster at the end, [N] each; None if nothing was merged."""
         source = self.states[self.active_blocks].source
         if source is None:
             return None
         source = source[:, self.encoder.prefix :]
         rows = torch.arange(len(source), device=source.device)[:, None] * self.units
-        return source[0] if self.encoder.packed else source + rows
+        numbers = source[0] if self.encoder.packed else source + rows
+        assert isinstance(self.encoder, Adapter)
+        return [row[:, 0] for row in self.encoder.arrange(encoded, arguments, numbers[..., None], nearest=True)]
 
     def left(self, tokens: int, first_view: int) -> int:
         """How many are left of a visual with `tokens` LLM tokens. Where packing crops or pools what the encoder gives, a

@@ -36,6 +36,7 @@ from .encoder import EncoderFacade
 from .layers import AROUND, OF_TEXT, SIGNALS, Cut, Heads, LayerTap, Tables, TransitionTap
 from .masks import layers_differ, logical_mask, validity
 from .packing import Group, pack, renumbered, take
+from .pixels import PixelFacade
 from .record import CallRecord, Span
 from .signals import VisionTap, kind_of
 
@@ -63,7 +64,7 @@ class Engine:
         self.cuts = plan.cuts(self.depth)
         self._check_positions()
         self.substitutes = self._resolve_needs()
-        self.facade = EncoderFacade(adapter, plan.encoder_stages[0]) if plan.encoder_stages else None
+        self.facade = self._facade()
         self.layer_kinds = {kind_of(name) for stage in plan.layer_stages for name in self._names(stage)}
         self.reads_text = bool(self.layer_kinds & OF_TEXT) or any(n in TEXT_SIGNALS for n in self.substitutes.values())
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
@@ -99,6 +100,16 @@ class Engine:
                 f"the language model has layers of type {', '.join(sorted(kinds))}: only full attention is supported, since "
                 f"a window counts tokens that may be gone"
             )
+
+    def _of_tower(self) -> frozenset[str]:
+        """Signals that are taken inside the vision encoder."""
+        return PER_TOKEN | {"encoder_features"} if self.adapter.packed else PER_TOKEN
+
+    def _facade(self) -> PixelFacade | EncoderFacade | None:
+        """What stands between the vision encoder and the rest, where its tokens become fewer."""
+        if self.plan.pixel_stages:
+            return PixelFacade(self.adapter, self.plan.pixel_stages[0])
+        return EncoderFacade(self.adapter, self.plan.encoder_stages[0]) if self.plan.encoder_stages else None
 
     def _check_positions(self) -> None:
         if self.plan.positions == "reindex" and not self.adapter.reindexes:
@@ -137,6 +148,11 @@ class Engine:
                     raise NotImplementedError(
                         f"{stage!r} needs {' or '.join(map(str, names))}, which this model cannot give "
                         f"({self.adapter.lacks or self.adapter.family}; it has {', '.join(sorted(there))})"
+                    )
+                if name is not None and self.plan.pixel_stages and kind_of(name) in self._of_tower():
+                    raise NotImplementedError(
+                        f"{stage!r} reads {name} of the vision encoder, which {self.plan.pixel_stages[0]!r} gives smaller "
+                        f"pictures: there is no such signal for the tokens as they were; choose a method that reads features"
                     )
                 if name is not None:
                     found[str(names[0])] = name
@@ -231,9 +247,9 @@ class Engine:
             if self.vision_tap is not None:
                 self.vision_tap.stop()
         self.vision_seconds = self._since(start)
-        if self.facade is not None and (clusters := self.facade.clusters()) is not None:
-            rows = self.adapter.arrange(encoded, arguments, clusters[..., None], nearest=True)
-            encoded.clusters = [row[:, 0] for row in rows]
+        if self.facade is not None:
+            encoded.clusters = self.facade.clusters(encoded, arguments)
+        if self.facade is not None and encoded.clusters is not None:
             encoded.left = [self.facade.left(layout.cells, layout.views[0].cells) for layout in encoded.layouts]
         self.encoded_last[encoded.modality] = encoded
         if hasattr(output, "pooler_output"):

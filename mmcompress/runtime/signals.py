@@ -18,6 +18,7 @@ from ..ops.marginals import attention_marginals
 from ..selection import gather
 from .adapter import OF_CLS, PER_TOKEN, Adapter, Encoded
 from .encoder import EncoderFacade
+from .pixels import PixelFacade
 from .rotary import rotate
 
 
@@ -35,7 +36,7 @@ class VisionTap:
     encoder stage has merged tokens, every patch shows the value of its cluster.
     """
 
-    def __init__(self, adapter: Adapter, names: set[str], facade: EncoderFacade | None) -> None:
+    def __init__(self, adapter: Adapter, names: set[str], facade: PixelFacade | EncoderFacade | None) -> None:
         self.adapter, self.names, self.facade = adapter, names, facade
         self.at: dict[int, list[str]] = defaultdict(list)
         """Names of the signals of each block that is listened to."""

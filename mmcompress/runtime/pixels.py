@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smaller pictures for the vision encoder behind a full-length facade.
+
+The encoder gets every picture (tile, frame) in a lower resolution; its output is spread over the grid of the picture as it
+was, so that projector, packing and placeholder counts see all tokens. Tokens of one origin are a cluster, of which one enters
+the LLM.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ..stage import PixelStage
+from .adapter import Adapter, Encoded
+
+
+class PixelFacade:
+    """Runs one PixelStage in front of a vision encoder."""
+
+    merged = None
+
+    def __init__(self, adapter: Adapter, stage: PixelStage) -> None:
+        self.adapter, self.stage = adapter, stage
+        self.side = math.isqrt(adapter.unit)
+        self.spread_units: list[Tensor] = []
+        """For every row (segment) of the encoder: the coarse unit that each of its units has come from."""
+        self.coarse_units: list[int] = []
+        """How many coarse units each row has."""
+
+    def install(self) -> list[RemovableHandle]:
+        tower = self.adapter.tower
+        return [
+            tower.register_forward_pre_hook(self._shrink, with_kwargs=True),
+            tower.register_forward_hook(self._spread_output),
+        ]
+
+    # ------------------------------------------------------------------ what the runtime asks
+    def spread(self, block: int) -> Tensor | None:
+        return None
+
+    def clusters(self, encoded: Encoded, arguments: dict[str, Any]) -> list[Tensor]:
+        """Which tokens of each visual have come from the same one, [N] each."""
+        if self.adapter.packed:
+            frames = iter(self.spread_units)
+            return [
+                torch.cat([next(frames) + i * layout.cells for i in range(len(layout.views))])
+                for layout in encoded.layouts
+            ]
+        units = torch.stack(self.spread_units)
+        numbers = units + torch.arange(len(units), device=units.device)[:, None] * units.shape[1]
+        return [row[:, 0] for row in self.adapter.arrange(encoded, arguments, numbers[..., None], nearest=True)]
+
+    def left(self, tokens: int, first_view: int) -> int:
+        """How many of the tokens of a visual enter the LLM."""
+        return self.stage.budget(tokens)
+
+    # ------------------------------------------------------------------ hooks
+    def _grids(self, rows: int, columns: int) -> tuple[tuple[int, int], Tensor]:
+        """From the patches of a picture: the patches of its smaller version, and the coarse unit of each unit."""
+        side = self.side
+        units = (rows // side, columns // side)
+        coarse = self.stage.grid(*units)
+        y, x = ((torch.arange(n) + 0.5).mul(c / n).long() for n, c in zip(units, coarse, strict=True))
+        return (coarse[0] * side, coarse[1] * side), (y[:, None] * coarse[1] + x).flatten()
+
+    def _shrink(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        kwargs = dict(kwargs)
+        name = next(iter(inspect.signature(module.forward).parameters))
+        pixels = args[0] if args else kwargs.pop(name)
+        if self.adapter.packed:
+            pixels, kwargs["grid_thw"] = self._shrink_packed(pixels, kwargs["grid_thw"])
+            return (pixels,), kwargs
+        patch = self.adapter.tower.config.patch_size
+        patch = patch if isinstance(patch, int) else patch[0]
+        self.full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        self.coarse, units = self._grids(*self.full)
+        self.spread_units = [units.to(pixels.device)] * len(pixels)
+        if self.coarse == self.full:
+            return (pixels,), kwargs
+        if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
+            kwargs["interpolate_pos_encoding"] = True
+        return (_resized(pixels, self.coarse[0] * patch, self.coarse[1] * patch),), kwargs
+
+    def _shrink_packed(self, patches: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches [P, C * t * p * p] of packed pictures and their grids, both of the smaller pictures."""
+        config, side = self.adapter.tower.config, self.side
+        p, depth = config.patch_size, config.temporal_patch_size
+        made, sizes, self.spread_units, self.coarse_units = [], [], [], []
+        first = 0
+        for frames, rows, columns in grids.tolist():
+            (few_rows, few_columns), units = self._grids(rows, columns)
+            part = patches[first : first + frames * rows * columns]
+            first += len(part)
+            sizes.append([frames, few_rows, few_columns])
+            self.spread_units += [units.to(patches.device)] * frames
+            self.coarse_units += [few_rows * few_columns // side**2] * frames
+            if (few_rows, few_columns) == (rows, columns):
+                made.append(part)
+                continue
+            part = part.view(frames, rows // side, columns // side, side, side, -1, depth, p, p)
+            picture = part.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(frames * depth, -1, rows * p, columns * p)
+            small = _resized(picture, few_rows * p, few_columns * p)
+            small = small.view(frames, depth, -1, few_rows // side, side, p, few_columns // side, side, p)
+            made.append(small.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(frames * few_rows * few_columns, -1))
+        return torch.cat(made), torch.tensor(sizes, device=grids.device, dtype=grids.dtype)
+
+    def _spread_output(self, module: Any, args: tuple, output: Any) -> Any:
+        if self.adapter.packed:
+            rows = self._packed_rows()
+            output.pooler_output = output.pooler_output[rows]
+            if getattr(output, "deepstack_features", None):
+                output.deepstack_features = [level[rows] for level in output.deepstack_features]
+            return output
+        if self.coarse == self.full:
+            return output
+        prefix, device = self.adapter.prefix, output.last_hidden_state.device
+        patches = self._patches().to(device) + prefix
+        index = torch.cat([torch.arange(prefix, device=device), patches])
+        output.last_hidden_state = output.last_hidden_state[:, index]
+        if output.hidden_states is not None:
+            # transformers fills in only the states that the model reads
+            output.hidden_states = tuple(state if state is None else state[:, index] for state in output.hidden_states)
+        return output
+
+    def _patches(self) -> Tensor:
+        """The coarse patch that each patch of a picture shows: the same corner of the coarse unit."""
+        (rows, columns), (_, few), side = self.full, self.coarse, self.side
+        units = self.spread_units[0].view(rows // side, columns // side).cpu()
+        corner = torch.arange(side)
+        y = (units // (few // side))[:, None, :, None] * side + corner[None, :, None, None]
+        x = (units % (few // side))[:, None, :, None] * side + corner[None, None, None, :]
+        return (y * few + x).expand(-1, side, -1, side).flatten()
+
+    def _packed_rows(self) -> Tensor:
+        """The merged token of the small pictures that each token of the pictures shows, in order."""
+        first = [sum(self.coarse_units[:i]) for i in range(len(self.coarse_units))]
+        return torch.cat([units + start for units, start in zip(self.spread_units, first, strict=True)])
+
+
+def _resized(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Pictures [n, C, H, W] at another size, as an image processor makes them smaller."""
+    small = F.interpolate(pictures.float(), (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return small.to(pictures.dtype)
