@@ -75,7 +75,7 @@ def synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-def _milliseconds(run: Callable[[], Any]) -> float:
+def milliseconds(run: Callable[[], Any]) -> float:
     synchronize()
     start = time.perf_counter()
     run()
@@ -119,9 +119,9 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 3
                     token = out.logits[:, -1].argmax(-1, keepdim=True)
                     out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
 
-            first = _milliseconds(run_prefill)
+            first = milliseconds(run_prefill)
             chosen = mm.report(model).milliseconds["select"] if plan != "stock" else 0.0
-            steps = _milliseconds(run_decode) / new_tokens
+            steps = milliseconds(run_decode) / new_tokens
             if round_ >= warmup:
                 prefill[plan].append(first)
                 decode[plan].append(steps)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a selection takes: every method on random visuals, without a model around it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import mmcompress as mm
+
+from ..stage import InputStage, LayerStage, Need, Selecting, Stage
+from .latency import milliseconds
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a visual and its signals measure: dimension of features, of encoder features, of keys; LLM heads, words."""
+
+    features: int = 4096
+    encoder: int = 1024
+    keys: int = 64
+    heads: int = 32
+    text: int = 32
+
+
+@dataclass(frozen=True)
+class SelectionTime:
+    """Median milliseconds of one selection with making the output tokens; iqr: spread of the middle half."""
+
+    method: str
+    milliseconds: float
+    iqr: float
+
+
+def names_of(needs: Iterable[Need]) -> list[str]:
+    """All signals that may serve `needs`."""
+    return [name for need in needs for name in ((need,) if isinstance(need, str) else need) if name]
+
+
+def random_signal(
+    name: str, visuals: int, tokens: int, sizes: Sizes, generator: torch.Generator, spread: float
+) -> Tensor:
+    """A signal of the shape that `Visuals` says; `spread` 0: the same for every token."""
+    kind = name.partition("@")[0]
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * spread
+
+    widths = {
+        "keys": sizes.keys, "joint_keys": sizes.encoder, "encoder_features": sizes.encoder, "final_states": sizes.features,
+        "clip_patches": sizes.encoder,
+    }  # fmt: skip
+    if kind in widths:
+        return noise(visuals, tokens, widths[kind]) + torch.randn(widths[kind], generator=generator)
+    if kind in ("cls_feature", "clip_text"):
+        return torch.randn(visuals, sizes.encoder, generator=generator)
+    if kind in ("text_embeddings", "text_final_states"):
+        return torch.randn(visuals, sizes.text, sizes.features, generator=generator)
+    if kind in ("text_attention", "rotary_gain"):
+        return noise(visuals, sizes.text, tokens).exp() / tokens
+    if kind == "text_attention_heads":
+        return noise(visuals, sizes.heads, sizes.text, tokens).exp() / tokens
+    if kind in ("text_key_norms", "text_relevance"):
+        return torch.rand(visuals, sizes.text, generator=generator)
+    values = noise(visuals, tokens)
+    return values if "logits" in kind or kind == "clip_relevance" else values.softmax(-1)
+
+
+def random_visuals(
+    stage: Stage, k: int, layout: mm.Layout, sizes: Sizes, visuals: int = 1, spread: float = 1.0, seed: int = 3
+) -> mm.Visuals:
+    """Visuals with everything that `stage` may read."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(visuals, layout.cells, sizes.features, generator=generator) * spread
+    features = features + torch.randn(sizes.features, generator=generator)
+    signals = {n: random_signal(n, visuals, layout.cells, sizes, generator, spread) for n in names_of(stage.needs)}
+
+    def road(rows: Tensor) -> Tensor:  # the projector's time is not the selection's
+        same = sizes.encoder == sizes.features
+        return rows if same else rows.new_zeros(*rows.shape[:-1], sizes.features)
+
+    return mm.Visuals(features, layout, k, signals, road=road)
+
+
+def anyres(side: int = 24) -> mm.Layout:
+    """A thumbnail and 2 x 2 tiles laid together: 2,880 tokens for the 24 of CLIP-L/14-336."""
+    half = float(side)
+    return mm.Layout(
+        (mm.View((side, side), role="thumbnail"), mm.View((2 * side, 2 * side), role="tiles", seams=((half,), (half,))))
+    )
+
+
+@torch.no_grad()
+def selection_times(
+    names: Iterable[str], keep: float = 0.1, repeats: int = 9, sizes: Sizes | None = None, side: int = 24
+) -> Iterator[SelectionTime]:
+    """Time every stage of the methods that selects tokens before or in the LLM, on the default layout of LLaVA-NeXT."""
+    layout, sizes = anyres(side), sizes or Sizes()
+    for name in names:
+        for stage in mm.as_pipeline(name).stages:
+            if not isinstance(stage, InputStage | LayerStage):
+                continue
+            visuals = random_visuals(stage, round(keep * layout.cells), layout, sizes)
+            times = [milliseconds(lambda s=stage, v=visuals: _whole(s, v)) for _ in range(repeats + 2)][2:]
+            low, median, high = statistics.quantiles(times, n=4)
+            yield SelectionTime(stage.name, median, high - low)
+
+
+def _whole(stage: Selecting, visuals: mm.Visuals) -> Tensor:
+    chosen = stage.select(visuals)
+    return chosen.rows if chosen.rows is not None else chosen.apply(visuals.features)
