@@ -9,8 +9,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import mmcompress as mm
+
 from .latency import Timing
 from .midsize import FAMILIES
+from .selection import names_of
+from .standing import Standing, difference
 from .synthetic import CHANCE, KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +78,97 @@ def types(record: dict[str, Any]) -> str:
             body.append([f"{models[0]}, `{row['method']}` 25 %", *values])
     body.append(["chance", *(f"{100 * CHANCE[k]:.1f}" for k in KINDS)])
     return table(["accuracy, %", *KINDS], body)
+
+
+ACTS = {
+    "pixel": "before the encoder", "encoder": "in the encoder", "input": "before the LLM", "layer": "in the LLM",
+    "attention": "in the LLM's attention", "recipe": "before and in the LLM",
+}  # fmt: skip
+OF_QUESTION = ("text", "last_attention", "mean_attention", "pagerank", "clip_", "rotary")
+"""How the names of signals begin that depend on the question."""
+
+
+def _signals(name: str) -> str:
+    """What a method reads, in the words of `Visuals`; of signals that may stand for each other the first."""
+    found: list[str] = []
+    for stage in mm.as_pipeline(name).parts:
+        for need in stage.needs:
+            first = names_of([need])[0]
+            found += [first] if first not in found else []
+    return ", ".join(f"`{name}`" for name in found) or "-"
+
+
+def _asks(name: str) -> str:
+    """Whether the choice depends on the question."""
+    needs = [n for stage in mm.as_pipeline(name).parts for n in names_of(stage.needs)]
+    return "yes" if any(n.startswith(OF_QUESTION) for n in needs) else "no"
+
+
+def _paper(text: str) -> str:
+    found = re.search(r"\d{4}\.\d{5}", text)
+    return f"[{found[0]}](https://arxiv.org/abs/{found[0]})" if found else text or "baseline"
+
+
+def methods(record: dict[str, Any], speed: dict[str, Any]) -> str:
+    """Every method: what it is, how right it is, how long it takes, and where it loses to a baseline."""
+    models = list(record)
+    found = {(m, row["method"], row["keep"]): Standing(**row) for m in models for row in record[m]["rows"]}
+    names = list(dict.fromkeys(name for _, name, keep in found if name != "stock"))
+    milliseconds: dict[str, list[str]] = {}
+    for row in speed["selection"]["rows"]:
+        milliseconds.setdefault(row["method"], []).append(f"{row['milliseconds']:.1f}")
+
+    def at(name: str, keep: float) -> list[Standing]:
+        return [found[m, name, keep] for m in models]
+
+    def mean(name: str) -> float:
+        rows = [row.accuracy for row in at(name, 0.25 if (models[0], name, 0.25) in found else 1.0)]
+        known = [value for value in rows if value == value]
+        return sum(known) / len(known) if known else 0.0
+
+    def cell(model: str, name: str) -> str:
+        rows = [found[key] for keep in (0.5, 0.25, 0.1, 1.0) if (key := (model, name, keep)) in found]
+        return " / ".join("-" if row.refused else f"{100 * row.accuracy:.0f}" for row in rows)
+
+    def worse(name: str) -> str:
+        """Question types on which a method is beaten at 25 % by more than two standard errors."""
+        if name in ("random", "downsample") or (models[0], name, 0.25) not in found:
+            return ""
+        lost = []
+        for baseline in ("random", "downsample"):
+            pairs = [(a, b) for a, b in zip(at(baseline, 0.25), at(name, 0.25), strict=True) if not b.refused]
+            if not pairs:
+                continue
+            kinds = []
+            for kind in KINDS:
+                gain, error = difference([a for a, _ in pairs], [b for _, b in pairs], kind)
+                kinds += [kind] if gain > 2 * error > 0 else []
+            lost += [f"`{baseline}`: {', '.join(kinds)}"] if kinds else []
+        return "; ".join(lost)
+
+    body = []
+    for name in sorted(names, key=lambda n: -mean(n)):
+        cls = mm.methods()[name]
+        stages = mm.as_pipeline(name).parts
+        took = " + ".join(t for stage in stages for t in milliseconds.get(stage.name, [])[:1]) or "-"
+        positions = " + ".join(dict.fromkeys(getattr(stage, "positions", "keep") for stage in stages))
+        body.append([
+            f"`{name}`", _paper(cls.paper), ACTS[cls.kind], _signals(name), _asks(name), positions,
+            *(cell(m, name) for m in models), took, worse(name),
+        ])  # fmt: skip
+    stock = " / ".join(f"{m} {100 * found[m, 'stock', 1.0].accuracy:.0f}" for m in models)
+    questions = ", ".join(f"{record[m]['questions']} questions on {m}" for m in models)
+    headings = ["method", "paper", "acts", "reads", "question", "positions", *models, "ms", "beaten at 25 % by"]
+    count = record[models[0]]["questions"]
+    return (
+        f"Accuracy (%) with 50 / 25 / 10 % of the visual tokens ({questions}; the stock models: {stock}), the mean over seven "
+        f"question types; sorted by the mean over models at 25 %, baselines included. `keep` counts tokens behind the last cut, "
+        f"for methods with several cuts it is the mean over all LLM layers; `-`: cannot be reached, or not possible with this "
+        f"model. ms: selection of 288 of 2,880 tokens of 4,096 features, without its signals, float32. Last column: question types "
+        f"on which the baseline is better by more than two standard errors, all models together. Every budget is exact.\n\n"
+        f"{table(headings, body)}\n\n"
+        f"Shown by `mmcompress methods --measure {count}` and `mmcompress bench selection` ({conditions(record[models[0]])})."
+    )
 
 
 def bench(record: dict[str, Any]) -> str:
@@ -140,7 +235,9 @@ def main() -> None:
     text = readme.read_text()
     demo = json.loads((ROOT / "results" / "demo.json").read_text())
     speed = json.loads((ROOT / "results" / "bench.json").read_text())
+    standing = json.loads((ROOT / "results" / "methods.json").read_text())
     for name, content in (
+        ("methods", methods(standing, speed)),
         ("accuracy", accuracy(demo)),
         ("types", types(demo)),
         ("bench", bench(speed)),

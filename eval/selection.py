@@ -101,7 +101,7 @@ def selection_times(
     """Time every stage of the methods that selects tokens before or in the LLM, on the default layout of LLaVA-NeXT."""
     layout, sizes = anyres(side), sizes or Sizes()
     for name in names:
-        for stage in mm.as_pipeline(name).stages:
+        for stage in mm.as_pipeline(name).parts:
             if not isinstance(stage, InputStage | LayerStage):
                 continue
             visuals = random_visuals(stage, round(keep * layout.cells), layout, sizes)

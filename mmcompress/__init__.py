@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """mmcompress: fewer visual tokens for existing vision-language models, in one call on a stock model."""
 
-from .api import compress, compressed, report, trace, uncompress
+from .api import compress, compressed, find_sink_dims, report, trace, uncompress
+from .dominance import Dominance, modality_dominance
 from .methods import *  # noqa: F403 - every method class
 from .methods import __all__ as _methods
 from .plan import as_pipeline, methods, register
 from .selection import Selection
-from .stage import EncoderStage, InputStage, LayerStage, Pipeline, PixelStage, Recipe, Stage
+from .stage import AttentionStage, EncoderStage, InputStage, LayerStage, Pipeline, PixelStage, Recipe, Stage
 from .trace import EncoderReport, Report, Trace
-from .visuals import Layout, View, Visuals
+from .visuals import AttentionRows, Layout, View, Visuals
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionRows",
+    "AttentionStage",
+    "Dominance",
     "EncoderReport",
     "EncoderStage",
     "InputStage",
@@ -30,7 +34,9 @@ __all__ = [
     "as_pipeline",
     "compress",
     "compressed",
+    "find_sink_dims",
     "methods",
+    "modality_dominance",
     "register",
     "report",
     "trace",

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
+
 from . import methods as _registers_all_methods  # noqa: F401
 from .adapters import adapter_for
+from .ops.sinks import outlying
 from .plan import as_pipeline
 from .runtime.adapter import Adapter
 from .runtime.engine import Engine
@@ -40,22 +43,29 @@ def _take_out(stock: Any) -> Engine | TowerEngine | None:
 
 
 def compress(
-    model: M, plan: str | Stage | Pipeline, *, positions: str | None = None, timing: bool = False, **options: Any
+    model: M,
+    plan: str | Stage | Pipeline,
+    *,
+    positions: str | None = None,
+    structural: str | None = None,
+    timing: bool = False,
+    **options: Any,
 ) -> M:
     """Compress the visual tokens of a stock Hugging Face model, in place; returns the same model.
 
     Also takes a timm or open_clip vision transformer, with a method that acts inside the encoder (tome).
 
     plan       a method name with its options (`compress(model, "visionzip", keep=64)`), a stage, a pipeline
-               (`VisionZip(keep=0.25) >> FastV(layer=2)`), or a plan string.
+               (`VisionZip(keep=0.25) >> FastV(layer=2)`), a plan string, or the path of a plan file (.json).
     positions  "keep" or "reindex" position ids of what is left; default: as the method's reference does.
+    structural "keep" or "drop" newlines and other structural tokens of a visual that loses tokens; default: keep.
     timing     also measure the parts of a call on an accelerator, which makes every prefill wait for the device.
 
     A model that is compressed already gets the new plan instead. Raises ValueError or TypeError for a bad plan and
     NotImplementedError for a model that cannot be compressed so; the model is then as it was before the call.
     """
     stock = _stock(model)
-    pipeline = as_pipeline(plan, positions=positions, **options)
+    pipeline = as_pipeline(plan, positions=positions, structural=structural, **options)
     adapter = adapter_for(stock)
     engine = Engine(adapter, pipeline, timing) if isinstance(adapter, Adapter) else TowerEngine(adapter, pipeline)
     before = _take_out(stock)
@@ -93,6 +103,52 @@ def _engine(model: Any) -> Engine | TowerEngine:
     if engine is None:
         raise ValueError("this model is not compressed: call mmcompress.compress(model, plan) first")
     return engine
+
+
+@torch.no_grad()
+def find_sink_dims(
+    model: Any, inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]], tau: float = 20.0
+) -> tuple[int, ...]:
+    """The dimensions of the hidden states by which attention sinks are known in this model: the option `dims` of
+    `var_attention_sink` and `sink_correction`. They belong to the base language model; find them once per checkpoint.
+
+    inputs: what the processor made of a few prompts, with or without images; one batch, or several. A dimension counts if
+    |x_d| / rms(x) of the first token is above `tau` in every prompt, as it enters each layer but the first three and the
+    last (as proposed on top of the paper, which lists dimensions of four models). Raises ValueError if there is none. The
+    model runs once per batch, uncompressed; a plan that it has is put back.
+    """
+    stock = _stock(model)
+    batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    layers = getattr(stock, stock.base_model_prefix).language_model.layers[3:-1]
+    if not batches or not len(layers):
+        raise ValueError("give at least one batch of inputs, and a model of at least five layers")
+    first, found = torch.zeros(0), torch.zeros(0)
+
+    def look(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal found
+        hidden = args[0] if args else kwargs["hidden_states"]
+        values = outlying(hidden[torch.arange(len(hidden)), first]).amin(0).cpu()
+        found = torch.minimum(found, values) if len(found) else values
+
+    before = _take_out(stock)
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    try:
+        for batch in batches:
+            mask, ids = batch.get("attention_mask"), batch["input_ids"]
+            first = torch.zeros(len(ids), dtype=torch.int64) if mask is None else mask.cpu().long().argmax(1)
+            stock(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        if before is not None:
+            _put_in(stock, before)
+    dims = tuple((found > tau).nonzero()[:, 0].tolist())
+    if not dims:
+        raise ValueError(
+            f"no dimension of the first token is above {tau} times its rms in all layers and prompts (the largest is "
+            f"{int(found.argmax())} with {found.max():.1f}): try a lower tau, and begin prompts with the token that the model knows"
+        )
+    return dims
 
 
 def trace(model: Any) -> Trace:

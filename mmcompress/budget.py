@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections.abc import Sequence
 
 
 def check_keep(keep: float | int) -> float | int:
@@ -77,3 +79,109 @@ def exact_merge_schedule(tokens: int, keep: int, blocks: int, protected: int) ->
         f"cannot merge {tokens} tokens down to {keep} in {blocks} encoder blocks, each of which can merge at most half: "
         f"keep at least {fewest}, or prune after the encoder"
     )
+
+
+def distinct_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """One layer for each cut: a cut that falls on the layer of the one before it moves up to the next layer.
+
+    Raises ValueError if they come in the wrong order, or if one moves out of the `depth` layers.
+    """
+    found: list[int] = []
+    for i, layer in enumerate(layers):
+        if i and layer < layers[i - 1]:
+            raise ValueError(f"layers {tuple(layers)} of {depth}: cuts must come in ascending order")
+        found.append(max(layer, found[-1] + 1) if found else layer)
+    if found[-1] >= depth:
+        raise ValueError(
+            f"cuts before the layers {tuple(found)}, but the language model has {depth} layers, so that the last cut can come "
+            f"before layer {depth - 1}: cut fewer times (layers=..., ratios=...) or earlier"
+        )
+    return tuple(found)
+
+
+def floored(ratios: Sequence[float], tokens: int) -> tuple[int, ...]:
+    """`ratios` of `tokens` as whole numbers: rounded down, at least 1."""
+    return tuple(max(1, int(ratio * tokens)) for ratio in ratios)
+
+
+def layer_mean(tokens: float, counts: Sequence[float], layers: Sequence[int], depth: int) -> float:
+    """Mean over `depth` layers of the tokens that enter them: `tokens` before the first of `layers`, from each of them on the
+    next of `counts`."""
+    return sum(n * span for n, span in zip((tokens, *counts), _spans(layers, depth), strict=True)) / depth
+
+
+def _spans(layers: Sequence[int], depth: int) -> list[int]:
+    """How many layers come before the first cut, between cuts, and behind the last one."""
+    return [end - start for start, end in zip((0, *layers), (*layers, depth), strict=True)]
+
+
+def check_mean(keep: float | int | None, layers: Sequence[int], depth: int, tokens: int | None = None) -> None:
+    """Raise ValueError if cuts before `layers` cannot bring the mean over `depth` layers down to `keep` (a count: of `tokens`).
+
+    A ratio is only refused where the layers before the first cut cost that much by themselves.
+    """
+    if isinstance(keep, float) and keep * depth <= layers[0]:
+        least = f"above {layers[0] / depth:.3f}"
+    elif isinstance(keep, int) and tokens is not None and keep * depth < tokens * layers[0] + depth - layers[0]:
+        least = f"{layer_mean(tokens, [1] * len(layers), layers, depth):.1f} or more, with {tokens} visual tokens"
+    else:
+        return
+    raise ValueError(
+        f"keep={keep} is the mean over all layers, and {layers[0]} of the {depth} layers come before the first cut, so that it "
+        f"can only be {least}: cut earlier (layers=...), or prune before the language model, as in 'divprune(keep=0.25) >> ...'"
+    )
+
+
+def scaled_to_mean(
+    ratios: Sequence[float], tokens: int, layers: Sequence[int], depth: int, keep: float | int
+) -> tuple[int, ...]:
+    """Tokens after each cut, in the proportions of `ratios`, so that their mean over all layers is `keep`, a count or a part of
+    `tokens`.
+
+    All ratios are scaled by the largest factor whose counts, rounded down, do not go beyond the budget; what rounding has
+    left goes to the cuts as single tokens, from the first one on. The mean is never above the budget and less than one token
+    below it, as long as a cut can take more; only of a ratio that is too small for one token in every layer it is above.
+    No cut leaves more than the one before it, or less than 1. Raises ValueError if the mean cannot be reached.
+    """
+    resolve(keep, tokens)
+    check_mean(keep, layers, depth, tokens)
+    before, *spans = _spans(layers, depth)
+    room = int((keep if isinstance(keep, int) else keep * tokens) * depth + 1e-6) - before * tokens
+
+    def counts_at(factor: float) -> list[int]:
+        whole = factor * tokens * (1 + 1e-9)  # a product that should be a whole number may come out a little smaller
+        return [min(tokens, max(1, int(ratio * whole))) for ratio in ratios]
+
+    def cost(counts: list[int]) -> int:
+        return sum(n * span for n, span in zip(counts, spans, strict=True))
+
+    low, high = 0.0, 1 / min(ratios)
+    if cost(counts_at(high)) <= room:
+        low = high
+    for _ in range(40):
+        factor = (low + high) / 2
+        low, high = (factor, high) if cost(counts_at(factor)) <= room else (low, factor)
+    counts = counts_at(low)
+    given = True
+    while given:
+        given = False
+        for i, span in enumerate(spans):
+            if counts[i] < (counts[i - 1] if i else tokens) and cost(counts) + span <= room:
+                counts[i] += 1
+                given = True
+    return tuple(counts)
+
+
+def recycling(dropped: int) -> tuple[int, int]:
+    """How many of `dropped` tokens SparseVLM merges (30 %, and one more), and into how many (a tenth, and one more)."""
+    merged = int(0.3 * dropped) + 1 if dropped else 0
+    return merged, merged // 10 + 1 if dropped else 0
+
+
+def kept_beside_recycled(tokens: int, k: int) -> int:
+    """How many of `tokens` are kept, at least 1, where these and those that `recycling` makes of the others are to be `k`.
+
+    Of two numbers that fit, the larger one. Where k has no room for all that `recycling` makes, one token is kept.
+    """
+    fits = bisect.bisect_right(range(tokens), k, key=lambda kept: kept + recycling(tokens - kept)[1])
+    return max(1, fits - 1)

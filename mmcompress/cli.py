@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .assets import CLIP, MODELS
+from .assets import CLIP, MODELS, model_path
 
 
 class UserError(Exception):
@@ -65,13 +65,56 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     run.add_argument("--out", type=Path, help="also write a PNG of the kept tokens")
 
-    command("methods", _methods, "all methods with kind, paper and options")
+    known = command("methods", _methods, "all methods with kind, paper and options; or measure them")
+    known.add_argument(
+        "--measure", type=int, metavar="N", help="answer N held-out questions with every method on the embedded models"
+    )
+    known.add_argument(
+        "--model", action="append", choices=MODELS, help="with --measure: only this one (several allowed)"
+    )
+    known.add_argument("--method", action="append", help="with --measure: only this one (several allowed)")
+    known.add_argument(
+        "--out", type=Path, default=Path("methods.json"), help="record of --measure; continued if it exists"
+    )
+
+    tune = command(
+        "tune", _tune, "search the options of a plan for a checkpoint, and write the best plan (restartable)"
+    )
+    tune.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")
+    tune.add_argument("--plan", default="vflowopt", help="method or plan whose options are searched (default vflowopt)")
+    tune.add_argument(
+        "--budget", type=float, help="largest part of the visual tokens that may be left, mean over the LLM layers"
+    )
+    tune.add_argument(
+        "--search",
+        action="append",
+        default=[],
+        metavar="METHOD.OPTION=LOW:HIGH",
+        help="also search this option (or METHOD.OPTION=ONE|OTHER); may be given several times",
+    )
+    tune.add_argument(
+        "--data",
+        type=Path,
+        help="folder of pictures, each with its question in a .txt of the same name; default: synthetic",
+    )
+    tune.add_argument("--question", default="Describe the picture.", help="for pictures in --data without a .txt")
+    tune.add_argument("--samples", type=int, default=30, help="how many pictures (default 30)")
+    tune.add_argument("--trials", type=int, default=50)
+    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument(
+        "--out", type=Path, default=Path("plan.json"), help="plan file; trials go beside it as .trials.jsonl"
+    )
+    tune.add_argument("--device", default=None, help="default: cuda where there is one")
+    tune.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
     bench = command(
         "bench", _bench, "prefill, decode and KV cache of mid-size random models, stock and compressed in one run"
     )
     bench.add_argument(
-        "what", nargs="*", default=["llava"], help="families (see --list), 'memory' (a 20,480-token video), or 'all'"
+        "what",
+        nargs="*",
+        default=["llava"],
+        help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), or 'all'",
     )
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
     bench.add_argument("--repeats", type=int, default=12)
@@ -189,10 +232,31 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         console.print(f"kept tokens: {kept_figure([panels], repr(plan), options.out)}", markup=False)
 
 
+def _measure_methods(options: argparse.Namespace, console: Console) -> None:
+    from .demo import load
+    from .eval.standing import measure
+    from .plan import make, methods
+
+    if options.measure < 7:
+        raise UserError(f"--measure {options.measure}: at least 7 questions, one of each type")
+    _quiet()
+    names = options.method or list(methods())
+    for name in names:
+        make(name, {})  # raises with a suggestion for a name that is not known
+    models = [(name, *load(model_path(name))) for name in options.model or MODELS]
+    for label, found in measure(options.out, models, names, options.measure):
+        shown = found.refused or f"{100 * found.accuracy:.1f} %"
+        console.print(f"{label:<18} {found.plan or 'stock model':<40} {shown}", highlight=False, markup=False)
+    console.print(f"record: {options.out}")
+
+
 def _methods(options: argparse.Namespace, console: Console) -> None:
     from . import methods as _registers_all_methods  # noqa: F401
     from .plan import methods
 
+    if options.measure is not None:
+        _measure_methods(options, console)
+        return
     table = Table(title="methods")
     for heading in ("method", "acts", "paper", "options", "idea"):
         table.add_column(heading, overflow="fold")
@@ -201,6 +265,71 @@ def _methods(options: argparse.Namespace, console: Console) -> None:
         idea = (cls.__doc__ or "").strip().splitlines()[0]
         table.add_row(name, cls.kind, cls.paper or "baseline", fields, idea)
     console.print(table)
+
+
+def _tune(options: argparse.Namespace, console: Console) -> None:
+    from rich.progress import Progress
+
+    from .plan import as_pipeline
+    from .tune import Trial, parse_space, tune
+
+    if options.trials < 1 or options.samples < 1:
+        raise UserError("--trials and --samples: at least 1")
+    as_pipeline(options.plan)
+    space = parse_space(options.search)
+    pictures = _pictures(options.data, options.question)[: options.samples] if options.data else None
+    model, processor, _ = _load(options)
+    inputs = _samples(model, processor, pictures, options.samples)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("trials", total=options.trials + 1)
+
+        def show(trial: Trial) -> None:
+            progress.update(bar, advance=1, description=f"trial {trial.number}: {trial.value:.4f}")
+
+        found = tune(
+            model,
+            inputs,
+            options.plan,
+            space,
+            budget=options.budget,
+            trials=options.trials,
+            seed=options.seed,
+            journal=options.out.with_suffix(".trials.jsonl"),
+            show=show,
+        )
+    console.print(found.table())
+    if failed := sum(bool(trial.note) for trial in found.trials):
+        console.print(f"{failed} plans count 0: the journal says why", highlight=False)
+    console.print(f"best plan: {found.save(options.out)}", markup=False)
+
+
+def _pictures(folder: Path, question: str) -> list[tuple[Any, str]]:
+    """Pictures of a folder in the order of their names, with their questions."""
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: no such folder")
+    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in kinds)
+    if not paths:
+        raise UserError(f"--data {folder}: no pictures ({', '.join(kinds)}) in it")
+    texts = [path.with_suffix(".txt") for path in paths]
+    questions = [text.read_text().strip() if text.is_file() else question for text in texts]
+    return [(_open_image(path), text) for path, text in zip(paths, questions, strict=True)]
+
+
+def _samples(model: Any, processor: Any, pictures: list[tuple[Any, str]] | None, count: int) -> list[Any]:
+    """Model inputs of pictures with questions, one by one; without any, of scenes that the synthetic benchmark does not ask
+    about, in batches."""
+    from .eval.synthetic.benchmark import items, prepare, prompt, takes_any_shape
+
+    if pictures is None:
+        asked = items(count, start=8_000_000, stretched=takes_any_shape(model))
+        found = [batch.inputs for batch in prepare(processor, asked, 10)]
+    else:
+        found = [
+            processor(images=[picture], text=[prompt(processor, text)], return_tensors="pt")
+            for picture, text in pictures
+        ]
+    return [inputs.to(model.device, model.dtype) for inputs in found]
 
 
 BENCH_PLANS = (
@@ -219,13 +348,15 @@ def _bench(options: argparse.Namespace, console: Console) -> None:
     from .eval.midsize import FAMILIES, build
 
     if options.list:
-        for name, text in {**FAMILIES, "memory": "peak memory of a 20,480-token video"}.items():
+        more = {"memory": "peak memory of a 20,480-token video", "selection": "every method alone, 2,880 tokens to 288"}
+        for name, text in {**FAMILIES, **more}.items():
             console.print(f"{name:<12}{text}", highlight=False)
         return
-    wanted = [*FAMILIES, "memory"] if "all" in options.what else options.what
-    unknown = [name for name in wanted if name not in FAMILIES and name != "memory"]
+    others = ("memory", "selection")
+    wanted = [*FAMILIES, *others] if "all" in options.what else options.what
+    unknown = [name for name in wanted if name not in (*FAMILIES, *others)]
     if unknown:
-        raise UserError(f"bench {unknown[0]}: choose among {', '.join(FAMILIES)}, memory, all")
+        raise UserError(f"bench {unknown[0]}: choose among {', '.join((*FAMILIES, *others))}, all")
     if options.repeats < 1:
         raise UserError(f"--repeats {options.repeats}: at least 1")
     here = machine()
@@ -234,7 +365,7 @@ def _bench(options: argparse.Namespace, console: Console) -> None:
         record = json.loads(options.out.read_text())
     conditions = {"batch": 1, "dtype": "float32", "attention": "sdpa", "repeats": options.repeats, "text_tokens": 40}
     for family in wanted:
-        if family == "memory":
+        if family in others:
             continue
         console.print(f"{FAMILIES[family]} ...", highlight=False)
         rows = measure(build(family), ["stock", *(options.plan or BENCH_PLANS)], options.repeats)
@@ -267,12 +398,32 @@ def _bench(options: argparse.Namespace, console: Console) -> None:
         console.print(table)
         record["memory"] = {"machine": here, "rows": memory}
         _write(record, options.out)
+    if "selection" in wanted:
+        record["selection"] = {"machine": here, "repeats": options.repeats, "rows": _bench_selection(options, console)}
+        _write(record, options.out)
     console.print(
         "[dim]FLOPs ratio: stock over compressed, vision tower included, counted by torch; reached: measured speed-up over that "
         "ratio; uniform(keep=0.998) drops a token or two: its decode step shows the hooks alone[/dim]"
     )
     if options.out:
         console.print(f"record: {options.out}")
+
+
+def _bench_selection(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    from .eval.selection import selection_times
+    from .plan import methods
+
+    rows = []
+    table = Table(title="2,880 tokens of 4,096 features to 288, float32, one visual, without its signals")
+    for heading in ("stage", "ms"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for row in selection_times(
+        [name for name, cls in methods().items() if cls.kind != "recipe"], repeats=options.repeats
+    ):
+        rows.append(dataclasses.asdict(row))
+        table.add_row(row.method, f"{row.milliseconds:.1f} ± {row.iqr / 2:.1f}")
+    console.print(table)
+    return rows
 
 
 def _write(record: dict[str, Any], path: Path | None) -> None:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import json
+import os
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .stage import Pipeline, Stage
@@ -57,15 +60,21 @@ def make(name: str, options: dict[str, Any]) -> Stage:
 
 
 def as_pipeline(
-    plan: str | Stage | Pipeline | dict[str, Any], positions: str | None = None, **options: Any
+    plan: str | os.PathLike[str] | Stage | Pipeline | dict[str, Any],
+    positions: str | None = None,
+    structural: str | None = None,
+    **options: Any,
 ) -> Pipeline:
-    """A pipeline from what users write: a method name with its options, a plan string, a stage, a pipeline, or the plain
-    values of `Pipeline.to_dict`. Raises ValueError or TypeError that says what is wrong and what is allowed."""
+    """A pipeline from what users write: a method name with its options, a plan string, the path of a plan file (it ends in
+    .json), a stage, a pipeline, or the plain values of `Pipeline.to_dict`. Raises ValueError or TypeError that says what is
+    wrong and what is allowed."""
     made: Stage | Pipeline
     if isinstance(plan, str) and plan.strip().isidentifier():
         made = make(plan.strip(), options)
     elif options:
         raise TypeError(f"options {sorted(options)} go into the stage or inside the plan string: {plan!r}")
+    elif isinstance(plan, os.PathLike) or (isinstance(plan, str) and plan.strip().endswith(".json")):
+        made = _load(Path(plan.strip() if isinstance(plan, str) else plan))
     elif isinstance(plan, str):
         made = _parse(plan)
     elif isinstance(plan, dict):
@@ -73,17 +82,35 @@ def as_pipeline(
     elif isinstance(plan, (Stage, Pipeline)):
         made = plan
     else:
-        raise TypeError(f"plan={plan!r}: give a method name, a plan string, a stage or a pipeline")
+        raise TypeError(f"plan={plan!r}: give a method name, a plan string, a plan file, a stage or a pipeline")
     pipeline = made if isinstance(made, Pipeline) else Pipeline((made,))
-    return dataclasses.replace(pipeline, positions=positions) if positions is not None else pipeline
+    if positions is not None:
+        pipeline = dataclasses.replace(pipeline, positions=positions)
+    return pipeline if structural is None else dataclasses.replace(pipeline, structural=structural)
 
 
-def _from_dict(values: dict[str, Any]) -> Pipeline:
+def _load(path: Path) -> Pipeline:
+    if not path.is_file():
+        raise ValueError(f"no plan file {str(path)!r} here: a plan that ends in .json is the path of one")
+    try:
+        values = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): a plan file holds the values of Pipeline.to_dict()") from error
+    try:
+        return _from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _from_dict(values: Any) -> Pipeline:
+    entries = values.get("stages") if isinstance(values, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and "method" in e for e in entries):
+        raise ValueError('a plan as plain values is {"stages": [{"method": name, option: value, ...}, ...]}')
     stages = []
-    for entry in values["stages"]:
+    for entry in entries:
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "method"}
         stages.append(make(entry["method"], options))
-    return Pipeline(tuple(stages), values.get("positions"))
+    return Pipeline(tuple(stages), values.get("positions"), values.get("structural", "keep"))
 
 
 def _parse(text: str) -> Pipeline:
@@ -103,7 +130,12 @@ def _read(node: ast.expr, text: str) -> Pipeline:
         return Pipeline((make(node.id, {}),))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.func.id == "plan" and len(node.args) == 1:
-            return dataclasses.replace(_read(node.args[0], text), **_literals(node, text))
+            options = _literals(node, text)
+            if unknown := set(options) - {"positions", "structural"}:
+                raise ValueError(
+                    f"plan(...) has the options positions and structural, not {', '.join(sorted(unknown))}, in the plan {text!r}"
+                )
+            return dataclasses.replace(_read(node.args[0], text), **options)
         if node.args:
             raise ValueError(f"{node.func.id}: write options by name, like keep=0.25, in the plan {text!r}")
         return Pipeline((make(node.func.id, _literals(node, text)),))

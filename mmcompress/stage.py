@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from .budget import check_keep, resolve
 from .selection import Selection
-from .visuals import Visuals
+from .visuals import AttentionRows, Visuals
 
 Need: TypeAlias = str | tuple[str | None, ...]
 """A signal by name, or several of which the first that the model can give is taken (the order that the paper or its
@@ -44,6 +47,10 @@ class Stage:
     def expand(self) -> tuple[Stage, ...]:
         """The stages that this one stands for: itself, or those of a `Recipe`."""
         return (self,)
+
+    def fit(self, config: Any) -> Stage:
+        """This stage for a language model with that `config`: options that depend on it are filled in."""
+        return self
 
     def options(self) -> dict[str, Any]:
         """The options by name, as plain values."""
@@ -92,6 +99,17 @@ def check_layer(where: int | float, name: str = "layer") -> None:
         )
 
 
+def check_clip(stage: Any) -> None:
+    """Raise unless the options `clip` and `tokenizer` of a stage name something to load; a path becomes plain text."""
+    for name in ("clip", "tokenizer"):
+        value = getattr(stage, name)
+        if value is not None and (not isinstance(value, (str, os.PathLike)) or not os.fspath(value)):
+            raise ValueError(f"{name}={value!r}: give a name on the hub or a folder, as text or path, or None for none")
+        object.__setattr__(stage, name, None if value is None else os.fspath(value))
+    if stage.tokenizer is not None and stage.clip is None:
+        raise ValueError(f"tokenizer={stage.tokenizer!r} reads the question for a CLIP: give that by clip=")
+
+
 class LayerStage(Selecting):
     """Acts before LLM layer `layer` (a number, or a part of the depth) on all visual tokens of a sample together.
 
@@ -128,6 +146,29 @@ class PixelStage(Selecting):
         raise NotImplementedError
 
 
+Rewrite: TypeAlias = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""What an attention stage does to rows of a layer: softmax attention [B, heads, q, K] float32 of the rows `part` becomes
+(new attention, which rows have changed [B, q] bool). It may be asked for a few rows at a time."""
+
+
+class AttentionStage(Stage):
+    """Rewrites attention in LLM layers and drops nothing; stands behind the input stages, anywhere among layer stages.
+
+    The attention kernel of the model runs as always. The rows behind the last visual are computed once more, rewritten, and
+    put in its place where something has changed; all other rows stay as they are, bit for bit.
+    """
+
+    kind: ClassVar[str] = "attention"
+
+    def layers(self, depth: int) -> range:
+        """The layers that it looks at or rewrites, of `depth`."""
+        raise NotImplementedError
+
+    def rewriting(self, rows: AttentionRows) -> Rewrite | None:
+        """Look at one layer in one call; what to do with its rows, None for nothing."""
+        raise NotImplementedError
+
+
 class EncoderStage(Stage):
     """Acts inside the vision encoder: merges tokens between attention and MLP of its blocks."""
 
@@ -161,7 +202,7 @@ class Recipe(Stage):
 
 
 POSITIONS = ("keep", "reindex")
-_ORDER: dict[type[Stage], int] = {PixelStage: 0, EncoderStage: 0, InputStage: 1, LayerStage: 2}
+_ORDER: dict[type[Stage], int] = {PixelStage: 0, EncoderStage: 0, InputStage: 1, LayerStage: 2, AttentionStage: 2}
 
 
 @dataclass(frozen=True, repr=False)
@@ -171,38 +212,57 @@ class Pipeline:
     positions: "keep" leaves the kept tokens their position ids in the full prompt, "reindex" numbers what is left
     without gaps; None takes the default of the family and of each method: of the first stage before the LLM, and of each stage
     in it.
+    structural: "keep" leaves newlines and other structural tokens of a visual that loses tokens, "drop" removes them, as the
+    official LLaVA-NeXT codes of most methods do.
     """
 
     stages: tuple[Stage, ...]
     positions: str | None = None
+    structural: str = "keep"
 
     def __post_init__(self) -> None:
         if self.positions not in (None, *POSITIONS):
             raise ValueError(f"positions={self.positions!r}: choose 'keep', 'reindex' or None (the method's default)")
+        if self.structural not in ("keep", "drop"):
+            raise ValueError(f"structural={self.structural!r}: choose 'keep' or 'drop'")
         if not self.stages:
             raise ValueError("a plan needs at least one stage")
-        object.__setattr__(self, "stages", tuple(part for stage in self.stages for part in stage.expand()))
-        ranks = [next(rank for kind, rank in _ORDER.items() if isinstance(stage, kind)) for stage in self.stages]
+        ranks = [next(rank for kind, rank in _ORDER.items() if isinstance(part, kind)) for part in self.parts]
         if ranks != sorted(ranks):
             raise ValueError(f"{self!r}: stages must follow the way of a token: pixel or encoder >> input >> layer")
         if len(self.encoder_stages) + len(self.pixel_stages) > 1:
             raise ValueError(f"{self!r}: a plan can have one pixel stage or one encoder stage")
+        if len({type(s) for s in self.attention_stages}) < len(self.attention_stages):
+            raise ValueError(f"{self!r}: a plan can have each method that rewrites attention once")
+
+    @functools.cached_property
+    def parts(self) -> tuple[Stage, ...]:
+        """The stages that act, those of recipes in their place."""
+        return tuple(part for stage in self.stages for part in stage.expand())
 
     @property
     def pixel_stages(self) -> tuple[PixelStage, ...]:
-        return tuple(s for s in self.stages if isinstance(s, PixelStage))
+        return tuple(s for s in self.parts if isinstance(s, PixelStage))
 
     @property
     def encoder_stages(self) -> tuple[EncoderStage, ...]:
-        return tuple(s for s in self.stages if isinstance(s, EncoderStage))
+        return tuple(s for s in self.parts if isinstance(s, EncoderStage))
 
     @property
     def input_stages(self) -> tuple[InputStage, ...]:
-        return tuple(s for s in self.stages if isinstance(s, InputStage))
+        return tuple(s for s in self.parts if isinstance(s, InputStage))
 
     @property
     def layer_stages(self) -> tuple[LayerStage, ...]:
-        return tuple(s for s in self.stages if isinstance(s, LayerStage))
+        return tuple(s for s in self.parts if isinstance(s, LayerStage))
+
+    @property
+    def attention_stages(self) -> tuple[AttentionStage, ...]:
+        return tuple(s for s in self.parts if isinstance(s, AttentionStage))
+
+    def fit(self, config: Any) -> Pipeline:
+        """This plan for a language model with that `config`."""
+        return dataclasses.replace(self, stages=tuple(stage.fit(config) for stage in self.stages))
 
     def position_policy(self) -> str:
         """The policy in force before the LLM: the plan's own, else that of its first stage there."""
@@ -234,13 +294,16 @@ class Pipeline:
         after = other if isinstance(other, Pipeline) else Pipeline((other,))
         if self.positions and after.positions and self.positions != after.positions:
             raise ValueError(f"positions={self.positions!r} and positions={after.positions!r} in one plan")
-        return Pipeline(self.stages + after.stages, self.positions or after.positions)
+        structural = "drop" if "drop" in (self.structural, after.structural) else "keep"
+        return Pipeline(self.stages + after.stages, self.positions or after.positions, structural)
 
     def __repr__(self) -> str:
         row = " >> ".join(map(repr, self.stages))
-        return f"plan({row}, positions={self.positions!r})" if self.positions else row
+        options = [f"positions={self.positions!r}"] if self.positions else []
+        options += [f"structural={self.structural!r}"] if self.structural != "keep" else []
+        return f"plan({', '.join([row, *options])})" if options else row
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `as_pipeline` reads them back."""
         stages = [{"method": stage.name, **stage.options()} for stage in self.stages]
-        return {"stages": stages, "positions": self.positions}
+        return {"stages": stages, "positions": self.positions, "structural": self.structural}

@@ -158,7 +158,8 @@ class Report:
         if self.milliseconds:
             lines.append("time      " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in self.milliseconds.items()))
         for want, got in self.substitutes.items():
-            lines.append(f"note      {got} stands for {want}, which this model cannot give")
+            why = "for which no clip= is given" if want.startswith("clip_") else "which this model cannot give"
+            lines.append(f"note      {got} stands for {want}, {why}")
         return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .selection import Selection, gather
 
-PER_VISUAL = frozenset({"cls_feature", "text_embeddings", "clip_text"})
+PER_VISUAL = frozenset({"cls_feature", "text_embeddings", "clip_text", "clip_text_last"})
 """Signals that have one value per visual, not one per token."""
 
 
@@ -99,6 +99,55 @@ def _no_road(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class AttentionRows:
+    """What an attention stage sees of one LLM layer in one call, for B samples.
+
+    Rows are the last Q tokens of the call: with visuals in the call all those behind the last of them, else all. Columns are
+    the K tokens that the layer holds, of the cache and of the call, in order (a static cache: with its empty end).
+
+    layer     number of the layer.
+    stream    [B, S, D]: the residual stream that enters it, tokens of this call only.
+    changing  [B, Q] bool: which rows may change: real tokens behind the last visual of their sample.
+    visual    [B, K] bool: columns of visual tokens; real [B, K] bool: columns that are no padding.
+    fresh     which samples have visuals in this call.
+    mean      () -> [B, Q, K] float32: the softmax attention of the rows as the layer makes it, mean over heads.
+    before    () -> how many columns were there before this call; tokens () -> how many tokens the conversation has with it.
+    place     () -> [B or 1, K] int64: number in the conversation of the token of each column; the same in all layers.
+    state     by name, one row per sample: what was noted in this layer. It lives in the cache, follows its rows (beams), and
+              is there again in the next call. Replace entries, never change a tensor.
+    carried   by name: for the layers behind this one, in this call only.
+    """
+
+    layer: int
+    stream: Tensor
+    changing: Tensor
+    visual: Tensor
+    real: Tensor
+    fresh: tuple[bool, ...]
+    mean: Callable[[], Tensor]
+    before: Callable[[], int]
+    tokens: Callable[[], int]
+    place: Callable[[], Tensor]
+    state: dict[str, Tensor]
+    carried: dict[str, Tensor]
+
+    def columns(self, name: str, new: Tensor | None = None) -> Tensor:
+        """What was noted of each column under `name`, [B, K], 0 where nothing was; first `new` [B, S] is added to it, for the
+        tokens of this call."""
+        if new is not None:
+            known = self.state.get(name, new[:, :0])
+            self.state[name] = torch.cat([widened(known, self.before()), new], 1)
+        return widened(self.state.get(name, self.visual[:, :0]), self.visual.shape[1])
+
+
+def widened(x: Tensor, columns: int, fill: float = 0) -> Tensor:
+    """The first `columns` columns of `x` [B, P, ...]; missing ones are `fill`."""
+    x = x[:, :columns]
+    more = x.new_full((x.shape[0], columns - x.shape[1], *x.shape[2:]), fill)
+    return torch.cat([x, more], 1) if more.shape[1] else x
+
+
+@dataclass(frozen=True)
 class Visuals:
     """A dense batch of U visuals (images or videos) with the same layout and the same budget.
 
@@ -109,16 +158,21 @@ class Visuals:
               LLM gets; with "@" of another one ("keys@0", "cls_logits@-1", "received_attention@0.375" of the depth):
               `cls_attention`, `cls_logits` (before the softmax) [U, N], `cls_joint_attention` [U, N] (heads not split);
               `received_attention`, `given_attention`, `received_logits`, `given_logits` [U, N] (means over the patches on
-              the other side); `keys` [U, N, d], `joint_keys` [U, N, C] (heads side by side).
+              the other side); `hub_attention:9.0` [U, N] (given by the hubs, those patches that receive more than 9 times the
+              mean; by all where there are none); `keys` [U, N, d], `joint_keys` [U, N, C] (heads side by side).
               `encoder_features` [U, N, De], `cls_feature` [U, De]; `text_embeddings` [U, T, D] of the instruction, as they
-              enter the LLM.
+              enter the LLM. Where a stage has a `clip`, in its joint space, float32: `clip_patches` [U, N, E] of a block,
+              through CLIP's last norm and projection (`clip_patches_plain`: without the norm), and the question `clip_text`
+              [U, E] (`clip_text_last`: read at the last place of the padded text) of unit length.
               In layer stages, of the layer before the cut or with "@next" of the one behind it: `last_attention` [U, N] (of the
               last prompt token), `mean_attention` (of all prompt tokens), `pagerank` [U, N], `text_attention` [U, T, N] (of the
-              instruction), `text_attention_heads` [U, heads, T, N], `key_norms` [U, N] and `text_key_norms` [U, T] (L1),
+              instruction), `text_attention_heads` [U, heads, T, N], `last_attention_heads` [U, heads, 1, N],
+              `key_norms` [U, N] and `text_key_norms` [U, T] (L1),
               `rotary_gain` [U, T, N] (what the rotary embedding alone would make the logits). Of the residual stream behind
               the final norm: `final_states` [U, N, D], `text_final_states` [U, T, D]. `transitions@6` [U, N]: how much the
-              layers from 6 on have changed each token. From before the LLM: `text_relevance` [U, T] (how much the visual
-              tokens mean each word), `input_scores` [U, N] (of the last input stage).
+              layers from 6 on have changed each token (`absolute_transitions@6`: by the size of the cosine). From before the
+              LLM: `text_relevance` [U, T] (how much the visual tokens mean each word), `input_scores` [U, N] (of the last
+              input stage).
     slots     [U, N]: which cell of `layout` each token is; the cells in order as long as no stage has acted.
     cut       number of the cut, for layer stages that cut several times.
     """

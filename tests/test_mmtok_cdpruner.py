@@ -40,18 +40,18 @@ def some_visuals(
 ) -> mm.Visuals:
     g = torch.Generator().manual_seed(seed)
     features, seen = torch.randn(u, n, 6, generator=g), torch.randn(u, n, 5, generator=g)
-    text, relevance = torch.randn(u, t, 6, generator=g), torch.randn(u, n, generator=g)
+    text, patches = torch.randn(u, t, 6, generator=g), torch.randn(u, n, 3, generator=g)
     if kind == "equal":
-        features, seen, relevance = torch.ones_like(features), torch.ones_like(seen), torch.ones_like(relevance)
+        features, seen, patches = torch.ones_like(features), torch.ones_like(seen), torch.ones_like(patches)
     if kind == "zero":
-        features, seen, text, relevance = (torch.zeros_like(x) for x in (features, seen, text, relevance))
+        features, seen, text, patches = (torch.zeros_like(x) for x in (features, seen, text, patches))
     if kind == "some zero":
         features[:, ::2], seen[:, 1::2], text[:, :1] = 0, 0, 0
     if kind == "twins":
         features[:, n // 2 :], seen[:, n // 2 :] = features[:, : n - n // 2].clone(), seen[:, : n - n // 2].clone()
     signals = {"encoder_features": seen, "text_embeddings": text}
     if clip:
-        signals["clip_relevance"] = relevance
+        signals |= {"clip_patches": patches, "clip_text": F.normalize(torch.randn(u, 3, generator=g), dim=-1)}
     return mm.Visuals(features, mm.Layout.raster(1, 1, n), k, signals)
 
 
@@ -132,7 +132,7 @@ def test_plan_strings_and_needs() -> None:
         assert repr(plan) == text and mm.as_pipeline(plan.to_dict()) == plan
         assert plan.position_policy() == "reindex"
     assert MMTok.needs == ("encoder_features", "text_embeddings")
-    assert CDPruner.needs == (("clip_relevance", "text_embeddings"),)
+    assert CDPruner.needs == (("clip_text", "text_embeddings"), ("clip_patches", None))
     assert MMTok().budget(576) == CDPruner().budget(576) == 64
 
 
@@ -148,7 +148,7 @@ def test_plan_strings_and_needs() -> None:
         (lambda: CDPruner(theta=1.0), "theta=1.0"),
         (lambda: CDPruner(compat="paper"), "compat='paper'"),
         (lambda: MMTok(keep=2, patches=2).select(some_visuals(1, 4, 2)), "patches=2: encoder features of width 5"),
-        (lambda: CDPruner(keep=2).select(replace(some_visuals(1, 4, 2), signals={})), "clip_relevance or text_emb"),
+        (lambda: CDPruner(keep=2).select(replace(some_visuals(1, 4, 2), signals={})), "clip_text or text_emb"),
     ],
 )
 def test_errors(make: Any, message: str) -> None:
@@ -292,9 +292,10 @@ def test_nearly_equal_tokens_stay_finite() -> None:
 
 def test_relevance_signs_and_scale() -> None:
     seen = some_visuals(2, 9, 3, clip=True)
-    plain = replace(seen, signals={n: s for n, s in seen.signals.items() if n != "clip_relevance"})
+    plain = replace(seen, signals={n: s for n, s in seen.signals.items() if "clip" not in n})
     clip, llm = CDPruner().relevance(seen), CDPruner().relevance(plain)
-    assert clip.argmax(1).tolist() == seen["clip_relevance"].argmin(1).tolist()
+    joint = F.cosine_similarity(seen["clip_patches"], seen["clip_text"][:, None], dim=-1)
+    assert clip.argmax(1).tolist() == joint.argmin(1).tolist()
     cosine = F.cosine_similarity(plain.features[:, :, None], plain["text_embeddings"][:, None], dim=-1).mean(-1)
     assert llm.argmax(1).tolist() == cosine.argmax(1).tolist()
     for r in (clip, llm):

@@ -240,7 +240,6 @@ def test_operators_and_defaults() -> None:
         ("visionzip + fastv", "cannot read"),
         ("fastv(layer=2) >> visionzip(keep=0.5)", "encoder >> input >> layer"),
         ("tome >> tome", "one encoder stage"),
-        ("fastv(layer=3) >> fastv(layer=3)", "ascending order"),
         ("plan(visionzip, positions='none')", "choose 'keep', 'reindex'"),
         ("", "cannot read the plan"),
     ],
@@ -248,6 +247,12 @@ def test_operators_and_defaults() -> None:
 def test_bad_plans(plan: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("+", r"\+")):
         mm.as_pipeline(plan)
+
+
+@pytest.mark.parametrize("plan", ["fastv(layer=3) >> fastv(layer=3)", "fastv(layer=0.5) >> fastv(layer=4)"])
+def test_cuts_come_in_ascending_order(plan: str) -> None:
+    with pytest.raises(ValueError, match="ascending order"):
+        mm.as_pipeline(plan).cuts(10)
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.5, 0, -3, True, "0.5", None, float("nan"), float("inf")])

@@ -27,9 +27,9 @@ FLOORS = [
     ("methods",),
     ("runtime",),
     ("adapters",),
-    ("api", "trace"),
+    ("api", "trace", "dominance"),
     ("explain", "visualize"),
-    ("eval", "cli", "demo", "assets", "__main__"),
+    ("eval", "cli", "demo", "assets", "tune", "__main__"),
 ]
 """From the ground up; a module may import from its own floor and from those below."""
 

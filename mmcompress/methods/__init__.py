@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One file per method; importing this package registers all of them."""
 
+from .aim import AIM, AIMPrune
+from .aim_merge import AIMMerge
 from .cdpruner import CDPruner
 from .cen_prune import CenPrune
+from .cmai import CMAI
+from .dart import DART
 from .divprune import DivPrune
 from .downsample import Downsample
 from .fastervlm import FasterVLM
@@ -12,17 +16,34 @@ from .fopru import FoPru
 from .globalcom2 import GlobalCom2
 from .hiprune import HiPrune
 from .holov import HoloV
+from .language_overrules import LanguageOverrules
 from .mmtok import MMTok
 from .pool import Pool
 from .prumerge import PruMerge
+from .pyramiddrop import PyramidDrop
 from .random import Random
+from .recoverable_compression import RecoverableCompression
+from .sink_correction import SinkCorrection
+from .sparsevlm import SparseVLM
 from .token_correlation import TokenCorrelation
 from .tome import ToMe
+from .transprune import TransPrune
 from .uniform import Uniform
+from .var_attention_sink import VARAttentionSink
+from .vflowopt import VFlowOpt
+from .vflowopt_cuts import VFlowOptCuts
+from .vflowopt_prune import VFlowOptPrune
 from .visionzip import VisionZip
 from .vispruner import VisPruner
+from .vmtc import VMTC
 
 __all__ = [
+    "AIM",
+    "CMAI",
+    "DART",
+    "VMTC",
+    "AIMMerge",
+    "AIMPrune",
     "CDPruner",
     "CenPrune",
     "DivPrune",
@@ -34,13 +55,23 @@ __all__ = [
     "GlobalCom2",
     "HiPrune",
     "HoloV",
+    "LanguageOverrules",
     "MMTok",
     "Pool",
     "PruMerge",
+    "PyramidDrop",
     "Random",
+    "RecoverableCompression",
+    "SinkCorrection",
+    "SparseVLM",
     "ToMe",
     "TokenCorrelation",
+    "TransPrune",
     "Uniform",
+    "VARAttentionSink",
+    "VFlowOpt",
+    "VFlowOptCuts",
+    "VFlowOptPrune",
     "VisPruner",
     "VisionZip",
 ]

@@ -62,7 +62,7 @@ class CenPrune(InputStage):
 
     def stage(self) -> DivPrune | CDPruner:
         """The host."""
-        stages = as_pipeline(self.host).stages
+        stages = as_pipeline(self.host).parts
         if len(stages) != 1 or not isinstance(stages[0], (DivPrune, CDPruner)):
             raise ValueError(
                 f"host={self.host!r}: choose 'divprune' or 'cdpruner', with its options but keep if need be"
@@ -72,6 +72,14 @@ class CenPrune(InputStage):
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
         return (*self.stage().needs, *(("encoder_features",) if self.space == "encoder" else ()))
+
+    @property
+    def clip(self) -> str | None:
+        return getattr(self.stage(), "clip", None)
+
+    @property
+    def tokenizer(self) -> str | None:
+        return getattr(self.stage(), "tokenizer", None)
 
     @property
     def positions(self) -> str:  # type: ignore[override]

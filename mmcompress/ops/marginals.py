@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row and column means of an attention map between patches."""
+"""Row and column means of an attention map between patches, of all of it or of the rows that matter."""
 
 from __future__ import annotations
 
@@ -30,3 +30,25 @@ def attention_marginals(
         total = total + part.sum(1)
         parts.append(part.mean(2))
     return total / patches, torch.cat(parts, 1)
+
+
+def hubs(received: Tensor, threshold: float) -> Tensor:
+    """Which patches receive more than `threshold` times the mean of `received` [n, P], [n, P] bool; all of them in a row where
+    none does."""
+    found = received > threshold * received.mean(1, keepdim=True)
+    return found | ~found.any(1, keepdim=True)
+
+
+def hub_attention(q: Tensor, k: Tensor, scale: float, threshold: float, prefix: int = 0, block: int = 256) -> Tensor:
+    """Attention that the hubs give to each patch, mean over hubs and heads, [n, T - prefix] float32.
+
+    Hubs are the patches that receive more than `threshold` times what a patch receives on average (`hubs`). Arguments as in
+    `attention_marginals`. The map is gone over twice, never more than `block` rows of it are held.
+    """
+    received, _ = attention_marginals(q, k, scale, prefix, block=block)
+    asked = hubs(received, threshold).float()
+    total = torch.zeros_like(received)
+    for first in range(prefix, q.shape[2], block):
+        part = attention_rows(q[:, :, first : first + block], k, scale).mean(1)[..., prefix:]
+        total = total + (asked[:, None, first - prefix : first - prefix + block] @ part)[:, 0]
+    return total / asked.sum(1, keepdim=True)

@@ -16,6 +16,11 @@ def mean_cosine(tokens: Tensor, text: Tensor) -> Tensor:
     return (F.normalize(tokens.float(), dim=-1) @ direction[..., None])[..., 0]
 
 
+def direction(rows: Tensor) -> Tensor:
+    """Where the vectors `rows` [M, D] point together: the mean of them at unit length, at unit length, [D] float32."""
+    return F.normalize(F.normalize(rows.float(), dim=-1).mean(0), dim=-1)
+
+
 def mean_of_patches(features: Tensor, patches: int) -> Tensor:
     """Encoder features [U, N, patches * C] with the patches of a token side by side as their mean, [U, N, C] float32."""
     if features.shape[-1] % patches:

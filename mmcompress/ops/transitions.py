@@ -8,22 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def transition(before: Tensor, after: Tensor, absolute: bool = False) -> tuple[Tensor, Tensor]:
-    """Change of length and turn of each token [..., S, D]: (|after| / |before|, exp(1 - cosine)), both [..., S] float32.
-
-    `absolute`: the turn is exp(1 - |cosine|), as TransPrune's paper writes it (its code does not).
-    """
+def transition(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Change of length and direction of each token [..., S, D]: (|after| / |before|, cosine), both [..., S] float32."""
     before, after = before.float(), after.float()
-    cosine = F.cosine_similarity(before, after, dim=-1)
-    turn = torch.exp(1 - (cosine.abs() if absolute else cosine))
-    return after.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12), turn
+    return after.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12), F.cosine_similarity(before, after, dim=-1)
 
 
-def transition_value(length: Tensor, turn: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Token transition variation of one sub-module, [..., S]: length times the share of a token in all turns of its row.
+def transition_value(length: Tensor, cosine: Tensor, valid: Tensor | None = None, absolute: bool = False) -> Tensor:
+    """Token transition variation of one sub-module, [..., S]: length times the share of a token in all turns exp(1 - cosine)
+    of its row.
 
-    length, turn [..., S] as `transition` gives them; valid [..., S] bool: padding has no part in the sum.
+    length, cosine [..., S] as `transition` gives them; valid [..., S] bool: padding has no part in the sum. `absolute`: the
+    turn is exp(1 - |cosine|), as TransPrune's paper writes it (its code does not).
     """
+    turn = torch.exp(1 - (cosine.abs() if absolute else cosine))
     if valid is not None:
         turn = turn.masked_fill(~valid, 0.0)
     return length * turn / turn.sum(-1, keepdim=True)

@@ -15,7 +15,15 @@ from ..visuals import Layout
 
 OF_CLS = frozenset({"cls_attention", "cls_logits", "cls_joint_attention"})
 OF_PATCHES = frozenset(
-    {"received_attention", "given_attention", "received_logits", "given_logits", "keys", "joint_keys"}
+    {
+        "received_attention",
+        "given_attention",
+        "received_logits",
+        "given_logits",
+        "hub_attention",
+        "keys",
+        "joint_keys",
+    }
 )
 PER_TOKEN = OF_CLS | OF_PATCHES
 """Signals of one attention block: what CLS says of the patches, and what they say of each other."""

@@ -54,6 +54,14 @@ class PrunedLayer:
     _layer_type = None  # keeps the class out of transformers' registries of layer types
     ledger: Ledger
     leads: bool
+    state: dict[str, Tensor]
+    """What stages that rewrite attention noted in this layer, by name; one row per sequence of the batch."""
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to everything that has one row per sequence of the batch."""
+        self.state = {name: change(values) for name, values in self.state.items()}
+        if self.leads:
+            self.ledger.rows(change)
 
     @property
     def physical(self) -> Any:
@@ -70,18 +78,15 @@ class PrunedLayer:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        if self.leads:
-            self.ledger.rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.leads:
-            self.ledger.rows(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        if self.leads:
-            self.ledger.rows(lambda t: t[indices.to(t.device)])
+        self._rows(lambda t: t[indices.to(t.device)])
 
     def crop(self, max_length: int) -> None:
         if max_length > 0:  # 5.17: an absolute logical length
@@ -92,9 +97,11 @@ class PrunedLayer:
                 f"{self.ledger.floor} were dropped; start again from the prompt"
             )
         super().crop(max_length)  # type: ignore[misc]
+        self.state = {name: values[:, : self.physical] for name, values in self.state.items()}
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
+        self.state = {}
         if self.leads:
             self.ledger.clear()
 
@@ -151,7 +158,7 @@ def book(cache: Cache, group_of: Callable[[int], Group], past_valid: Tensor | No
         if old is None:  # same state, new type: assigning __class__ fails where the object layouts differ
             cls: Any = _pruned_class(type(layer))
             pruned = cls.__new__(cls)
-            pruned.__dict__.update(layer.__dict__)
+            pruned.__dict__.update(layer.__dict__, state={})
             cache.layers[i] = layer = pruned
         layer.ledger, layer.leads = books[key], leads  # type: ignore[attr-defined]
 

@@ -20,6 +20,38 @@ BROKEN = 64
 
 
 @dataclass
+class Sight:
+    """Where the visuals lie among the S tokens of a call, for stages that rewrite attention.
+
+    visual  [B, S] bool: patch tokens. behind [B, S] bool: real tokens behind the last visual of their row (in a row without
+            any: all, if there is a cache).
+    fresh   which rows have visuals.
+    counts  how many tokens at the end hold all those in `behind`: as the tokens came, and packed.
+    """
+
+    visual: Tensor
+    behind: Tensor
+    fresh: tuple[bool, ...]
+    counts: tuple[int, int]
+
+    @staticmethod
+    def of(valid: Tensor, spans: list[Span], past: int, device: torch.device) -> Sight:
+        """valid [B, S] bool on the host; past: length of the cache."""
+        length = valid.shape[1]
+        visual, ends = torch.zeros_like(valid), [0 if past else length] * len(valid)
+        fresh = [False] * len(valid)
+        for span in spans:
+            visual[span.row, span.patches] = True
+            trailing = span.layout.tokens - span.layout.patch_tokens()[-1]  # of structural tokens behind the last patch
+            end = int(span.patches[-1]) + trailing
+            ends[span.row] = max(ends[span.row], end) if fresh[span.row] else end
+            fresh[span.row] = True
+        behind = valid & (torch.arange(length) >= torch.tensor(ends)[:, None])
+        open_, packed = int(behind.any(0).long().argmax()) if behind.any() else length, int(behind.sum(1).max())
+        return Sight(visual.to(device), behind.to(device), tuple(fresh), (length - open_, packed))
+
+
+@dataclass
 class Call:
     """One forward pass of the base model.
 
@@ -30,6 +62,8 @@ class Call:
     kept              by name: a number for each slot of the last group, [B, physical], for signals that come from before.
     entered           how many visual tokens of each row came to the first cut of the stage that is cutting.
     cuts              layers whose stage has been decided.
+    sight             where its visuals are, and notes, carried: the state of each layer that has changed, and what goes from
+                      layer to layer, if a stage rewrites attention.
     deepstack         by layer: features [B, physical of the first group, H] that are added before it (DeepStack levels that
                       come after the first cut; the model adds the others itself).
     """
@@ -49,6 +83,9 @@ class Call:
     kept: dict[str, Tensor] = field(default_factory=dict)
     entered: list[int] = field(default_factory=list)
     cuts: set[int] = field(default_factory=set)
+    sight: Sight | None = None
+    notes: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[tuple[int, int], Any] = field(default_factory=dict)
     tables: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict)
@@ -147,8 +184,9 @@ def _deal(modality: str, encoded: list[Encoded], mask: Tensor, adapter: Adapter)
         first = 0
         while first < len(places):
             layout = layouts[index]
-            mine = places[first : first + layout.tokens][layout.patch_tokens()]
-            spans += [Span(row + copy, index, modality, layout, mine, 0) for copy in range(copies)]
+            mine = places[first : first + layout.tokens]
+            parts = mine[layout.patch_tokens()], mine[list(layout.structural)]
+            spans += [Span(row + copy, index, modality, layout, parts[0], 0, parts[1]) for copy in range(copies)]
             first += layout.tokens
             index += 1
     return spans

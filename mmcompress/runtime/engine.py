@@ -4,6 +4,7 @@
     base model        pre-hook opens a call, post-hook closes it
     language model    pre-hook: input stages, packing, position ids, mask; post-hook: cache ledgers, logical length back
     decoder layer i   pre-hook: layer stages, and mask and rotary tables of the tokens that are left
+    its attention     post-hook, where a stage rewrites attention: its rows in place of those that the kernel gave
 
 Outside the language model everything keeps its logical length (ids, masks, positions, `cache.get_seq_length()`, rows of
 the output); only inside is the sequence shorter. Nothing of the model is replaced but the methods that encode pixels,
@@ -30,10 +31,12 @@ from ..selection import Selection, gather
 from ..stage import LayerStage, Pipeline, Selecting
 from ..visuals import Layout, Visuals
 from .adapter import PER_TOKEN, Adapter, Encoded
+from .attention import GIVEN, keep_notes, rewriters
 from .cache import Ledger, book, is_pruned, ledger_of
-from .call import Call, alike, locate, placeholder_masks
+from .call import Call, Sight, alike, locate, placeholder_masks
+from .clip import CLIP_PATCHES, CLIP_SIGNALS, CLIP_TEXT, Clip
 from .encoder import EncoderFacade
-from .layers import AROUND, OF_TEXT, SIGNALS, Cut, Heads, LayerTap, Tables, TransitionTap
+from .layers import AROUND, CHANGES, OF_TEXT, SIGNALS, Cut, Heads, LayerTap, Tables, TransitionTap
 from .masks import layers_differ, logical_mask, validity
 from .packing import Group, pack, renumbered, take
 from .pixels import PixelFacade
@@ -44,7 +47,7 @@ CALL = "mmcompress_call"
 """Private keyword that carries the call from the language model to its layers. Gradient checkpointing replays layers
 with their keywords when the call is over; engine state would be gone then."""
 
-VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature"})
+VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature", *CLIP_PATCHES})
 TEXT_SIGNALS = ("text_embeddings",)
 
 
@@ -57,23 +60,27 @@ class Engine:
     """Compresses one model by one plan, from `install` to `remove`."""
 
     def __init__(self, adapter: Adapter, plan: Pipeline, timing: bool = False) -> None:
+        plan = plan.fit(adapter.language_model.config)
         self.adapter, self.plan, self.timing = adapter, plan, timing
         self.base, self.language_model = adapter.base, adapter.language_model
         self._check_language_model()
         self.depth = len(self.language_model.layers)
         self.cuts = plan.cuts(self.depth)
         self._check_positions()
+        self.clip = Clip.of(adapter, plan)
         self.substitutes = self._resolve_needs()
         self.facade = self._facade()
         self.layer_kinds = {kind_of(name) for stage in plan.layer_stages for name in self._names(stage)}
-        self.reads_text = bool(self.layer_kinds & OF_TEXT) or any(n in TEXT_SIGNALS for n in self.substitutes.values())
+        texts = {*TEXT_SIGNALS, *CLIP_TEXT} & set(self.substitutes.values())
+        self.reads_text = bool(self.layer_kinds & OF_TEXT or texts)
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
-        self.vision_tap = VisionTap(adapter, names, self.facade) if names else None
+        self.vision_tap = VisionTap(adapter, names, self.facade, self.clip) if names else None
         layers = self.language_model.layers
         listened = {i - 1 for i, (stage, _) in self.cuts.items() if any(map(_needs_before, self._names(stage)))}
         self.layer_taps = {i: LayerTap(layers[i].self_attn) for i in listened}
         changing = {i for stage in plan.layer_stages for i in self._changing(stage)}
         self.transition_taps = {i: TransitionTap(layers[i]) for i in sorted(changing)}
+        self.rewriters = rewriters(plan, self.language_model)
         self.taps: tuple[LayerTap | TransitionTap, ...] = (*self.layer_taps.values(), *self.transition_taps.values())
         self.parameters = list(inspect.signature(self.base.forward).parameters)
         self.handles: list[RemovableHandle] = []
@@ -103,7 +110,7 @@ class Engine:
 
     def _of_tower(self) -> frozenset[str]:
         """Signals that are taken inside the vision encoder."""
-        return PER_TOKEN | {"encoder_features"} if self.adapter.packed else PER_TOKEN
+        return PER_TOKEN | {"encoder_features"} if self.adapter.packed else PER_TOKEN | set(CLIP_PATCHES)
 
     def _facade(self) -> PixelFacade | EncoderFacade | None:
         """What stands between the vision encoder and the rest, where its tokens become fewer."""
@@ -122,13 +129,13 @@ class Engine:
 
     def _changing(self, stage: LayerStage) -> range:
         """The layers whose changes of tokens a stage adds up."""
-        starts = [self._layer(name) for name in self._names(stage) if kind_of(name) == "transitions"]
+        starts = [self._start(stage, name.partition("@")[2]) for name in self._names(stage) if kind_of(name) in CHANGES]
         return range(min(starts), stage.cuts(self.depth)[-1]) if starts else range(0)
 
-    def _layer(self, name: str) -> int:
-        """The layer that a signal "transitions@..." begins at: a number, or a part of the depth."""
-        where = name.partition("@")[2]
-        return round(float(where) * self.depth) if "." in where else int(where)
+    def _start(self, stage: LayerStage, where: str) -> int:
+        """The layer that a signal "transitions@where" begins at: a number, or a part of the depth; one before the first cut."""
+        start = round(float(where) * self.depth) if "." in where else int(where)
+        return min(start, stage.cuts(self.depth)[0] - 1)
 
     @staticmethod
     def _names(stage: Any) -> list[str]:
@@ -137,16 +144,21 @@ class Engine:
     def _resolve_needs(self) -> dict[str, str]:
         """The signal that serves each need of each stage; raises if there is none."""
         found: dict[str, str] = {}
-        for stage in self.plan.stages:
+        for stage in self.plan.parts:
             there = set(SIGNALS) if isinstance(stage, LayerStage) else {*self.adapter.signals, *TEXT_SIGNALS}
+            if self.clip is not None and not isinstance(stage, LayerStage):
+                there |= CLIP_SIGNALS
             if not self.plan.input_stages:
                 there.discard("input_scores")
             for need in stage.needs:
                 names = (need,) if isinstance(need, str) else need
                 name = next((n for n in names if n is None or kind_of(n) in there), "")
                 if name == "":
+                    hint = (
+                        "; give clip=, the CLIP of its vision tower" if kind_of(str(names[0])) in CLIP_SIGNALS else ""
+                    )
                     raise NotImplementedError(
-                        f"{stage!r} needs {' or '.join(map(str, names))}, which this model cannot give "
+                        f"{stage!r} needs {' or '.join(map(str, names))}, which this model cannot give{hint} "
                         f"({self.adapter.lacks or self.adapter.family}; it has {', '.join(sorted(there))})"
                     )
                 if name is not None and self.plan.pixel_stages and kind_of(name) in self._of_tower():
@@ -175,7 +187,7 @@ class Engine:
         add(self.language_model.register_forward_hook(self._language_post))
         for i, layer in enumerate(self.language_model.layers):
             add(layer.register_forward_pre_hook(functools.partial(self._layer_pre, i), with_kwargs=True))
-        for part in (self.facade, self.vision_tap, *self.taps):
+        for part in (self.facade, self.vision_tap, *self.rewriters.values(), *self.taps):
             if part is not None:
                 self.handles += part.install()
         for name in self.adapter.encoders:
@@ -221,6 +233,8 @@ class Engine:
     def _base_post(self, module: Any, args: tuple, output: Any) -> None:
         self.call = None
         self.encoded_last.clear()
+        for tap in self.taps:  # also after a call that failed half-way
+            tap.clear()
 
     def _encode(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """Runs an encoder method and records what it encoded, on its output: `generate` may call it before the forward."""
@@ -269,15 +283,19 @@ class Engine:
             return None  # no visuals in call or cache: the stock path, untouched
         kwargs = dict(kwargs)
         call.batch, length, _ = kwargs["inputs_embeds"].shape
-        call.past = call.cache.get_seq_length() if call.cache is not None else 0
+        # + 0: a copy, for static caches count in place
+        call.past = call.cache.get_seq_length() + 0 if call.cache is not None else 0
         valid, call.past_valid = validity(call, kwargs.get("attention_mask"), length)
         if call.encoded and self._compress(call, kwargs, valid):
             kwargs[CALL] = call
             return args, kwargs
-        if not is_pruned(call.cache):
+        if is_pruned(call.cache):
+            self._follow(call, kwargs, valid)
+        elif call.sight is not None and call.record is not None:
+            call.groups = call.record.groups
+        else:
             return None
-        self._follow(call, kwargs, valid)
-        if layers_differ(call, length):
+        if self.rewriters or layers_differ(call, length, self.language_model.config._attn_implementation):
             kwargs[CALL] = call
         return args, kwargs
 
@@ -305,15 +323,22 @@ class Engine:
         call.record.seconds = {"vision": self.vision_seconds, "select": 0.0}
         if self.facade is not None:
             call.record.merged = self.facade.merged
+        if self.rewriters:
+            call.sight = Sight.of(host_valid, spans, int(call.past), device)
         if not self._drops_anything(spans):
-            call.record.groups = [Group(0, embeds.shape[1], embeds.shape[1], counts)]
+            known = None if call.sight is None or bool(host_valid.all()) else host_valid.to(device)
+            call.record.groups = [Group(0, embeds.shape[1], embeds.shape[1], counts, known)]
             return False
+        self._check_ends(host_valid, spans)
 
         start = self._now()
         places = torch.arange(embeds.shape[1]).masked_fill(~host_valid, -1)
         patches, texts = torch.zeros_like(host_valid), torch.zeros_like(host_valid)
         call.patch_counts, call.text_counts = [0] * call.batch, [0] * call.batch
         for span in spans:
+            if self.plan.structural == "drop":
+                places[span.row, span.structural] = -1
+                counts[span.row] -= len(span.structural)
             patches[span.row, span.patches] = True
             texts[span.row, span.text] = True
             places[span.row, span.patches] = -1
@@ -329,7 +354,9 @@ class Engine:
         call.record.seconds["select"] = self._since(start)
 
         length, physical = embeds.shape[1], packed.source.shape[1]
-        last_patch = max((int(span.patches[-1]) for span in spans), default=-1)
+        last_patch = max(
+            (max(int(p[-1]) for p in (span.patches, span.structural) if len(p)) for span in spans), default=-1
+        )
         padded = length - int((host_valid.flip(1).cumsum(1) > 0).sum(1).min())  # padding on the right of any row
         tail = min(length - 1 - last_patch, physical) if padded == 0 else 0
         positions, gone = renumbered(
@@ -358,6 +385,17 @@ class Engine:
         for tap in self.taps:
             tap.armed = True
         return True
+
+    def _check_ends(self, valid: Tensor, spans: list[Span]) -> None:
+        """The answer begins at the last token of a prompt, so that one must not be dropped."""
+        drops = self.plan.structural == "drop"
+        last = (valid * torch.arange(valid.shape[1])).amax(1).tolist()
+        for span in spans:
+            if last[span.row] in (int(span.patches[-1]), *(span.structural[-1:].tolist() if drops else [])):
+                raise ValueError(
+                    f"the prompt in batch row {span.row} ends with {span.modality} tokens, which compression may drop, and nothing "
+                    f"could follow: put text behind the {span.modality}, as chat templates do"
+                )
 
     @staticmethod
     def _given_positions(call: Call, kwargs: dict[str, Any], embeds: Tensor) -> Tensor:
@@ -407,7 +445,7 @@ class Engine:
     def _drops_anything(self, spans: list[Span]) -> bool:
         left: dict[int, int] = defaultdict(int)
         for span in spans:
-            if span.kept < len(span.patches):
+            if span.kept < len(span.patches) or (self.plan.structural == "drop" and len(span.structural)):
                 return True
             left[span.row] += span.kept
         for tokens in left.values():
@@ -433,6 +471,8 @@ class Engine:
         }
         if self.reads_text:
             signals["text_embeddings"] = embeds[rows, torch.stack([span.text for span in spans]).to(device)]
+        if self.clip is not None:
+            signals |= self.clip.text(set(CLIP_TEXT) & set(self.substitutes.values()), call, spans, device)
         visuals = Visuals(embeds[rows, at], spans[0].layout, spans[0].kept, signals, road=self.adapter.project)
         stacked = [level[rows, at] for level in levels]
         tokens = visuals.n
@@ -514,13 +554,14 @@ class Engine:
             call.record.seconds["language"] = self._since(call.start) - call.record.seconds["select"]
         if not call.groups:
             return None
-        for tap in self.taps:
-            tap.clear()
         last = call.groups[-1]
         cache = getattr(output, "past_key_values", None)
         compressed = last.source is not None
-        if cache is not None and (compressed or any(group.valid is not None for group in call.groups)):
+        held = compressed or call.sight is not None or any(group.valid is not None for group in call.groups)
+        if cache is not None and held:
             book(cache, call.group_of, call.past_valid, call.batch)
+        if cache is not None:
+            keep_notes(cache, call)
         if compressed:
             output.last_hidden_state = last.restore(output.last_hidden_state)
         return output
@@ -552,6 +593,8 @@ class Engine:
             kwargs["attention_mask"] = self._layer_mask(call, group, index, mine, hidden)
         if call.groups[0].source is not None:
             kwargs["position_ids"] = None  # gaps would be taken for packed sequences by flash attention
+        if index in self.rewriters:
+            kwargs[GIVEN] = (call, group, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _tables(self, call: Call, group: Group, ledger: Ledger | None, hidden: Tensor, given: Tables) -> Tables:
@@ -600,9 +643,14 @@ class Engine:
                 places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
                 if chosen.merges:
                     merges.append((rows, at, chosen))
-            for row in rows[:, 0].tolist():
-                counts[row] += k - tokens
+        for row, k in budgets.items():
+            if k < patch_counts[row]:
+                counts[row] += k - patch_counts[row]
                 patch_counts[row] = k
+        if not any(counts):
+            raise ValueError(
+                f"{stage!r} drops all visual tokens before layer {index}, and the prompt has nothing else: add text"
+            )
         packed = pack(places, counts)
 
         def follow(index: Tensor | None) -> Tensor:
@@ -657,11 +705,11 @@ class Engine:
             tables = self._tables(call, group, ledger_of(call.cache, index), hidden, kwargs["position_embeddings"])
             return Heads(layer.self_attn, layer.input_layernorm(hidden), tables, group.valid, call, index, ran=False)
 
-        def transitions(start: str) -> Tensor:
+        def transitions(start: str, absolute: bool) -> Tensor:
             total = torch.zeros(call.batch, group.physical, device=hidden.device)
-            for i in range(self._layer(f"@{start}"), index):
+            for i in range(self._start(self.cuts[index][0], start), index):
                 then = call.group_of(i)
-                values = self.transition_taps[i].value(then.valid)
+                values = self.transition_taps[i].value(then.valid, absolute)
                 for later in call.groups[call.groups.index(then) + 1 :]:
                     assert later.from_previous is not None
                     values = values.gather(1, later.from_previous.to(values.device))

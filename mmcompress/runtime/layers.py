@@ -71,9 +71,9 @@ class TransitionTap:
         if self.armed:
             self.seen.append(transition(self.entered.pop(name), output[0] if isinstance(output, tuple) else output))
 
-    def value(self, valid: Tensor | None) -> Tensor:
+    def value(self, valid: Tensor | None, absolute: bool) -> Tensor:
         """Token transition variation of this layer, [B, S]."""
-        return torch.stack([transition_value(*seen, valid) for seen in self.seen]).sum(0)
+        return torch.stack([transition_value(*seen, valid, absolute) for seen in self.seen]).sum(0)
 
     def clear(self) -> None:
         self.armed, self.seen, self.entered = False, [], {}
@@ -201,7 +201,7 @@ class Cut:
     norm: Any
     before: Callable[[], Heads]
     behind: Callable[[], Heads]
-    transitions: Callable[[str], Tensor]
+    transitions: Callable[[str, bool], Tensor]
     kept: dict[str, Tensor] = field(default_factory=dict)
     """Signals from earlier in the call, of all tokens [B, S] or of rows."""
 
@@ -223,6 +223,10 @@ def _last_attention(cut: Cut, where: str) -> Tensor:
     return weights.mean(1)[:, 0].gather(1, cut.at.to(weights.device))
 
 
+def _last_attention_heads(cut: Cut, where: str) -> Tensor:
+    return _heads_on_visuals(cut, where, torch.full_like(cut.rows, cut.hidden.shape[1] - 1))
+
+
 def _mean_attention(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
     q, k = heads.square("mean_attention")
@@ -236,7 +240,12 @@ def _pagerank(cut: Cut, where: str) -> Tensor:
 
 
 def _text_attention_heads(cut: Cut, where: str) -> Tensor:
-    weights = cut.heads(where).attention_of(cut.rows, cut.text)
+    return _heads_on_visuals(cut, where, cut.text)
+
+
+def _heads_on_visuals(cut: Cut, where: str, at: Tensor) -> Tensor:
+    """Attention of the tokens `at` [U, T] on the visual tokens, [U, heads, T, N]."""
+    weights = cut.heads(where).attention_of(cut.rows, at)
     columns = cut.at.to(weights.device)[:, None, None].expand(*weights.shape[:3], -1)
     return weights.gather(3, columns)
 
@@ -263,6 +272,7 @@ def _rotary_gain(cut: Cut, where: str) -> Tensor:
 
 SIGNALS: dict[str, Callable[[Cut, str], Tensor]] = {
     "last_attention": _last_attention,
+    "last_attention_heads": _last_attention_heads,
     "mean_attention": _mean_attention,
     "pagerank": _pagerank,
     "text_attention": _text_attention,
@@ -274,11 +284,14 @@ SIGNALS: dict[str, Callable[[Cut, str], Tensor]] = {
     "text_final_states": lambda cut, _: cut.norm(cut._of(cut.hidden, cut.text)),
     "text_relevance": lambda cut, _: cut.kept["text_relevance"][cut.rows.to(cut.text.device), cut.text],
     "input_scores": lambda cut, _: cut._of(cut.kept["input_scores"], cut.at),
-    "transitions": lambda cut, start: cut._of(cut.transitions(start), cut.at),
+    "transitions": lambda cut, start: cut._of(cut.transitions(start, False), cut.at),
+    "absolute_transitions": lambda cut, start: cut._of(cut.transitions(start, True), cut.at),
 }
 """How each signal of a cut is made; see `Visuals` for what they are."""
 
-AROUND = frozenset(SIGNALS) - {"final_states", "text_final_states", "text_relevance", "input_scores", "transitions"}
+CHANGES = frozenset({"transitions", "absolute_transitions"})
+"""Those that add up what layers do to each token."""
+AROUND = frozenset(SIGNALS) - CHANGES - {"final_states", "text_final_states", "text_relevance", "input_scores"}
 """Those that read an attention module: of the layer before the cut, with "@next" of the layer behind it."""
 OF_TEXT = frozenset(
     {"text_attention", "text_attention_heads", "text_key_norms", "text_final_states", "text_relevance", "rotary_gain"}

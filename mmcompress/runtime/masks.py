@@ -63,15 +63,15 @@ def logical_mask(call: Call, group: Group, layer: int, device: torch.device) -> 
     return torch.cat([~ones(dropped), past, ones(between), new], 1)
 
 
-def layers_differ(call: Call, length: int) -> bool:
+def layers_differ(call: Call, length: int, attention: str | None) -> bool:
     """Whether layers need masks or rotary tables of their own in a call that drops nothing: not if all share one ledger, and
-    no mask for a single query without padding."""
+    no mask for a single query without padding, except where `attention` is "eager", which always gets one."""
     assert call.cache is not None
     leaders: list[Any] = [layer for layer in call.cache.layers if getattr(layer, "leads", False)]
     if len(leaders) == 1:
         return False
     first = leaders[0].ledger.shift
-    return length > 1 or any(
+    return (length > 1 or attention == "eager") or any(
         leader.ledger.shift is not first or leader.ledger.valid is not None or leader.is_compileable
         for leader in leaders
     )

@@ -21,6 +21,7 @@ class Span:
     index      number of the visual in encoding order (rows that `generate` repeated share it).
     patches    places of its patch tokens in the sequence, [N] on the host.
     kept       number of tokens that enter the LLM.
+    structural places of its tokens that are no patches (newlines), on the host.
     text       places of the instruction: the text after the last visual of the row (all text if there is none); empty if no
                stage reads it.
     selection  the decision before the LLM for the batch of visuals that this one was in, and its row there.
@@ -32,6 +33,7 @@ class Span:
     layout: Layout
     patches: Tensor
     kept: int
+    structural: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     text: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     selection: Selection | None = None
     selection_row: int = 0

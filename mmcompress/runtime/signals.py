@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..ops import attention_received, attention_rows
-from ..ops.marginals import attention_marginals
+from ..ops.marginals import attention_marginals, hub_attention
 from ..selection import gather
 from .adapter import OF_CLS, PER_TOKEN, Adapter, Encoded
+from .clip import CLIP_PATCHES, Clip
 from .encoder import EncoderFacade
 from .pixels import PixelFacade
 from .rotary import rotate
 
 
 def kind_of(name: str) -> str:
-    """The signal without its block: "keys" of "keys@0.25"."""
-    return name.partition("@")[0]
+    """The signal without its block and its number: "keys" of "keys@0.25", "hub_attention" of "hub_attention:9.0"."""
+    return name.partition("@")[0].partition(":")[0]
 
 
 class VisionTap:
@@ -36,13 +37,21 @@ class VisionTap:
     encoder stage has merged tokens, every patch shows the value of its cluster.
     """
 
-    def __init__(self, adapter: Adapter, names: set[str], facade: PixelFacade | EncoderFacade | None) -> None:
-        self.adapter, self.names, self.facade = adapter, names, facade
+    def __init__(
+        self,
+        adapter: Adapter,
+        names: set[str],
+        facade: PixelFacade | EncoderFacade | None,
+        clip: Clip | None = None,
+    ) -> None:
+        self.adapter, self.names, self.facade, self.clip = adapter, names, facade, clip
         self.at: dict[int, list[str]] = defaultdict(list)
         """Names of the signals of each block that is listened to."""
         for name in sorted(names):
             if kind_of(name) in PER_TOKEN:
                 self.at[self._block(name)].append(name)
+        self.joint = {name: self._block(name) for name in names if kind_of(name) in CLIP_PATCHES}
+        """Block of each signal in CLIP's joint space."""
         self.seen: dict[str, Any] | None = None
 
     def _block(self, name: str) -> int:
@@ -68,10 +77,10 @@ class VisionTap:
             handles.append(block.attention.register_forward_pre_hook(record, with_kwargs=True))
         if "encoder_features" in self.names:
             handles.append(self.adapter.projector.register_forward_pre_hook(self._keep_features))
-        if "cls_feature" in self.names:
-            for i in self.adapter.feature_blocks:
-                output = functools.partial(self._keep_output, f"output {i}")
-                handles.append(self.adapter.blocks[i].module.register_forward_hook(output))
+        of_cls = self.adapter.feature_blocks if "cls_feature" in self.names else []
+        for i in sorted({*of_cls, *self.joint.values()}):
+            output = functools.partial(self._keep_output, f"output {i}")
+            handles.append(self.adapter.blocks[i].module.register_forward_hook(output))
         return handles
 
     def start(self) -> None:
@@ -90,6 +99,10 @@ class VisionTap:
             if self.adapter.packed:  # patch after patch; the merger takes a unit at a time
                 features = features.unflatten(0, (-1, self.adapter.unit)).flatten(1)
             rows["encoder_features"] = features
+        for name, index in self.joint.items():
+            assert self.clip is not None
+            patches = seen[f"output {index}"][:, self.adapter.prefix :]
+            rows[name] = self.clip.project(patches, plain=kind_of(name) == CLIP_PATCHES[1])
         for index, names in self.at.items():
             q, k = (seen.get(f"{n} {index}") for n in "qk")
             if k is None or q is None:
@@ -122,7 +135,7 @@ class VisionTap:
                 joint = kind == "cls_joint_attention"
                 found[name] = (products.sum(1) * width**-0.5).softmax(-1) if joint else products.mean(1) * scale
             else:
-                found[name] = _among_patches(kind, q, k, scale, mask, self.adapter.prefix)
+                found[name] = _among_patches(name, q, k, scale, mask, self.adapter.prefix)
         spread = self.facade.spread(index) if self.facade else None
         if spread is not None:
             found = {name: gather(x, spread) for name, x in found.items()}
@@ -137,12 +150,12 @@ class VisionTap:
                 found[name] = k.mean(1) if kind_of(name) == "keys" else k.flatten(1)
             else:
                 arguments, scale = self.seen[f"arguments {index}"], self.adapter.blocks[index].scale
-                found[name] = self._in_segments(kind_of(name), q, k, arguments, scale)
+                found[name] = self._in_segments(name, q, k, arguments, scale)
         spread = self.facade.spread(index) if self.facade else None
         return found if spread is None else {name: x[spread[0]] for name, x in found.items()}
 
     @staticmethod
-    def _in_segments(kind: str, q: Tensor, k: Tensor, arguments: dict[str, Any], scale: float) -> Tensor:
+    def _in_segments(name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], scale: float) -> Tensor:
         """What the patches of a packed sequence say of each other within its segments, [T]."""
         cos, sin = (t[None].float() for t in arguments["position_embeddings"])
         bounds = arguments["cu_seqlens"].tolist()
@@ -152,7 +165,7 @@ class VisionTap:
         for length in set(lengths):
             same = [i for i, n in enumerate(lengths) if n == length]
             queries, keys = (torch.stack([x[:, bounds[i] : bounds[i + 1]] for i in same]) for x in turned)
-            for i, values in zip(same, _among_patches(kind, queries, keys, scale, None, 0), strict=True):
+            for i, values in zip(same, _among_patches(name, queries, keys, scale, None, 0), strict=True):
                 parts[i] = values
         return torch.cat(parts)
 
@@ -191,9 +204,10 @@ class VisionTap:
             self.seen["features"] = args[0][:, self.adapter.structural :] if self.adapter.structural else args[0]
 
 
-def _among_patches(kind: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:
+def _among_patches(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:
     """A signal of OF_PATCHES from queries and keys [n, heads, T, d]: [n, T] or [n, T, d], 0 for the first `prefix` tokens
     where they take no part."""
+    kind = kind_of(name)
     if kind == "keys":
         return k.mean(1)
     if kind == "joint_keys":
@@ -202,5 +216,8 @@ def _among_patches(kind: str, q: Tensor, k: Tensor, scale: float, mask: Tensor |
         return attention_received(q, k, scale, mask)
     if mask is not None:
         raise NotImplementedError(f"{kind} behind an encoder stage with proportional attention: use proportional=False")
+    if kind == "hub_attention":
+        threshold = float(name.partition("@")[0].partition(":")[2])
+        return F.pad(hub_attention(q, k, scale, threshold, prefix), (prefix, 0))
     received, given = attention_marginals(q, k, scale, prefix, softmax=kind.endswith("attention"))
     return F.pad(received if kind.startswith("received") else given, (prefix, 0))

@@ -14,7 +14,7 @@ class TowerEngine:
     """Merges tokens in one vision encoder, from `install` to `remove`."""
 
     def __init__(self, encoder: Encoder, plan: Pipeline) -> None:
-        if len(plan.stages) != 1 or not plan.encoder_stages:
+        if len(plan.parts) != 1 or not plan.encoder_stages:
             raise ValueError(
                 f"{plan!r}: a vision model without language model takes exactly one stage that acts inside the encoder (tome)"
             )

@@ -18,13 +18,22 @@ RUNNERS: dict[str, Runner] = {}
 
 
 def runner(*names: str) -> Callable[[Runner], Runner]:
-    """The decorated function replays the cases of these names."""
+    """The decorated function replays the cases of these names; several functions may each replay a part of a case."""
 
     def add(function: Runner) -> Runner:
-        RUNNERS.update(dict.fromkeys(names, function))
+        for name in names:
+            RUNNERS[name] = _both(RUNNERS[name], function) if name in RUNNERS else function
         return function
 
     return add
+
+
+def _both(first: Runner, second: Runner) -> Runner:
+    def run(arrays: Arrays, params: dict[str, Any]) -> Results:
+        yield from first(arrays, params)
+        yield from second(arrays, params)
+
+    return run
 
 
 def visuals(features: Tensor, k: int, **signals: Tensor) -> mm.Visuals:

@@ -11,7 +11,7 @@ import torch
 import mmcompress as mm
 from mmcompress.ops.coverage import max_coverage
 from mmcompress.ops.dpp import greedy_map
-from mmcompress.ops.relevance import mean_cosine
+from mmcompress.ops.relevance import direction
 from mmcompress.visuals import View
 
 from ..form import Arrays, Results, mask_of, runner, visuals
@@ -41,8 +41,8 @@ def mmtok(arrays: Arrays, params: dict[str, Any]) -> Results:
 def cdpruner(arrays: Arrays, params: dict[str, Any]) -> Results:
     stage = mm.CDPruner(params["T"], compat="reference")
     tokens, text = arrays["projected_features"], arrays["text_embeds"]
-    relevance = mean_cosine(arrays["image_embeds"], text.expand(len(tokens), *text.shape))
-    seen = visuals(tokens, stage.budget(tokens.shape[1]), clip_relevance=relevance)
+    joint = {"clip_patches": arrays["image_embeds"], "clip_text": direction(text).expand(len(tokens), -1)}
+    seen = visuals(tokens, stage.budget(tokens.shape[1]), **joint)
     quality = stage.relevance(seen)
     yield "relevance", quality
     yield "selected_order", greedy_map(tokens, quality.log(), seen.k)

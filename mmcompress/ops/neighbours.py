@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens that take in those around them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ties import argmax_first
+
+_ELEMENTS = 1 << 22
+"""Largest number of similarities that are held at a time."""
+
+
+def take_in(
+    x: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    own: Tensor,
+    is_centre: Tensor,
+    neighbours: int,
+    bonus: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each centre plus the weighted sum of its neighbours, then the weighted sum of all that is not in `own`: [B, c + 1, C];
+    and which of these rows each token went into, [B, n]: of several centres the one that likes it best.
+
+    x [B, n, C], weight [B, n], keys [B, n, d]; own [B, c]: the tokens of the first c rows; is_centre [B, c]: which of them are
+    centres, the others stay as they are and are nobody's neighbours. A centre likes others by cosine of keys plus their
+    `bonus` [B, n], other centres included, and takes in the first `neighbours`; one token may go to several centres. Ties to
+    the lower index; rows in the type of `x`. Cost n c (d + C) and a sort, in blocks.
+    """
+    (batch, n), count = weight.shape, own.shape[1]
+    values, unit = x.float(), F.normalize(keys.detach().float(), dim=-1)
+    free = torch.ones_like(weight, dtype=torch.bool).scatter(1, own, is_centre)
+    into, best = torch.full_like(weight, count, dtype=torch.int64), torch.full_like(weight, float("-inf"))
+    rows, step = [], max(1, _ELEMENTS // (batch * n))
+    for first in range(0, count, step):
+        mine, centre = own[:, first : first + step], is_centre[:, first : first + step, None]
+        can = (free[:, None] & centre).scatter(2, mine[..., None], False)
+        liking = unit.gather(1, mine[..., None].expand(-1, -1, unit.shape[2])) @ unit.transpose(1, 2)
+        if bonus is not None:
+            liking = liking + bonus[:, None]
+        liking = liking.masked_fill(~can, float("-inf"))
+        order = liking.sort(dim=2, descending=True, stable=True).indices
+        near = torch.zeros_like(can).scatter(2, order[..., :neighbours], True) & can
+        rows.append(values.gather(1, mine[..., None].expand(-1, -1, x.shape[2])) + (near * weight[:, None]) @ values)
+        liking = liking.masked_fill(~near, float("-inf"))
+        most = liking.amax(1)
+        into = torch.where(most > best, first + argmax_first(liking.transpose(1, 2)), into)
+        best = torch.maximum(best, most)
+    rows.append(weight.scatter(1, own, 0.0)[:, None] @ values)
+    place = torch.arange(count, device=own.device).expand_as(own)
+    return torch.cat(rows, 1).to(x.dtype), into.scatter(1, own, place)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention sinks: tokens that soak up attention whatever is asked, known by huge values in a few hidden dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TINY = 1e-6
+
+SINK_DIMS: dict[tuple[str, int, int], tuple[int, ...]] = {
+    ("llama", 4096, 11008): (1415, 2533),  # LLaMA-2-7B, Vicuna: LLaVA-1.5-7B
+    ("llama", 5120, 13824): (2100, 4743),  # LLaMA-2-13B
+    ("qwen2_vl_text", 3584, 18944): (458, 2570),  # Qwen2-VL-7B
+    ("internlm2", 4096, 14336): (3584,),  # InternVL2-8B
+}
+"""Known sink dimensions by type, hidden size and MLP size of the language model, from which they come; tuning for pictures
+leaves them."""
+
+
+def check_dims(dims: Any) -> tuple[int, ...] | None:
+    """The option `dims` of a method as a tuple, None where it is not given; raises ValueError for anything else."""
+    if dims is None:
+        return None
+    found = tuple(dims) if isinstance(dims, (tuple, list)) else ()
+    if not found or any(type(d) is not int or d < 0 for d in found) or len(set(found)) < len(found):
+        raise ValueError(
+            f"dims={dims!r}: give the numbers of the sink dimensions as a tuple, like (1415, 2533), or None"
+        )
+    return found
+
+
+def sink_dims(config: Any, dims: tuple[int, ...] | None) -> tuple[int, ...]:
+    """`dims`, or the known ones for a language model with this config. Raises NotImplementedError if there are none."""
+    size = config.hidden_size
+    if dims is not None:
+        if max(dims) >= size:
+            raise ValueError(
+                f"dims={dims!r}: the hidden states of the language model have the dimensions 0 to {size - 1}"
+            )
+        return dims
+    kind = (config.model_type, size, getattr(config, "intermediate_size", 0))
+    if kind not in SINK_DIMS:
+        raise NotImplementedError(
+            f"the sink dimensions of this language model (type {kind[0]!r}, hidden size {size}, MLP {kind[2]}) are not known: "
+            f"find them with mm.find_sink_dims(model, inputs) on a few prompts and give them as dims="
+        )
+    return SINK_DIMS[kind]
+
+
+def outlying(hidden: Tensor) -> Tensor:
+    """|x_d| / rms(x) of hidden states [..., D], float32."""
+    hidden = hidden.float()
+    return hidden.abs() * (hidden.square().mean(-1, keepdim=True) + TINY).rsqrt()
+
+
+def sink_magnitude(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """phi: the largest |x_d| / rms(x) of hidden states [..., D] over the sink dimensions `dims`, [...] float32."""
+    scale = (hidden.float().square().mean(-1) + TINY).rsqrt()
+    return torch.stack([hidden[..., d] for d in dims], -1).float().abs().amax(-1) * scale
+
+
+def find_sinks(hidden: Tensor, dims: tuple[int, ...], tau: float) -> Tensor:
+    """Which tokens are sinks, [...] bool: those with phi above `tau`."""
+    return sink_magnitude(hidden, dims) > tau
+
+
+def looks_at_image(mass: Tensor, on_sinks: Tensor, count: Tensor, rho: float, image_mass: float) -> Tensor:
+    """Which heads really look at the image (any shape, bool): they give it at least `image_mass`, of which a part of at least
+    `rho` goes to tokens that are no sinks.
+
+    mass, on_sinks: attention on all `count` visual tokens, and on the sinks among them.
+    """
+    return (mass >= image_mass) & (on_sinks / (mass + count * TINY) <= 1 - rho)
+
+
+def image_centric(weights: Tensor, visual: Tensor, sinks: Tensor, rho: float, image_mass: float) -> Tensor:
+    """Which (head, row) pairs of softmax attention [B, heads, Q, K] really look at the image, [B, heads, Q] bool.
+
+    visual, sinks [B, K] bool: which columns hold visual tokens, and sinks of any kind. None where no visual token is a sink.
+    """
+    both = visual & sinks
+    mass, on_sinks = ((weights * mask[:, None, None]).sum(-1) for mask in (visual, both))
+    found = looks_at_image(mass, on_sinks, visual.sum(1)[:, None, None], rho, image_mass) & (mass > on_sinks)
+    return found & both.any(1)[:, None, None]
+
+
+def redistribute(weights: Tensor, visual: Tensor, sinks: Tensor, chosen: Tensor, p: float) -> Tensor:
+    """Move the part `p` of the attention on sinks to visual tokens that are none, in the proportions they have, where `chosen`.
+
+    Shapes as in `image_centric`; chosen [B, heads, Q] bool. Rows keep their sum. Sinks are those of text too.
+    """
+    sinks, others = sinks[:, None, None], (visual & ~sinks)[:, None, None]
+    budget = p * (weights * sinks).sum(-1, keepdim=True)
+    clear = weights * others
+    share = clear / clear.sum(-1, keepdim=True).clamp_min(torch.finfo(clear.dtype).tiny)
+    return torch.where(chosen[..., None], weights - p * weights * sinks + budget * share, weights)
