@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 
 import mmcompress as mm
 
-from ..stage import AttentionStage
 from .latency import machine
 from .synthetic import KINDS, evaluate, items, prepare
 from .synthetic.benchmark import takes_any_shape
@@ -50,8 +49,8 @@ def plan_at(name: str, keep: float) -> str:
 
 
 def is_choice(name: str) -> bool:
-    """Whether a method takes a budget (attention stages drop nothing)."""
-    return not issubclass(mm.methods()[name], AttentionStage)
+    """Whether a method takes a budget (attention stages drop nothing, and the ramp of aim_prune ends at none)."""
+    return any(field.name == "keep" for field in fields(mm.methods()[name]))
 
 
 def runs(names: Iterable[str], ratios: Sequence[float]) -> Iterator[tuple[str, str, float]]:

@@ -127,6 +127,53 @@ def test_input_stage_equals_stock_language_model_on_kept_rows(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("positions", ["keep", "reindex"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_structural_tokens_may_be_dropped(family: str, positions: str) -> None:
+    """Newlines go with the patches, as in official LLaVA-NeXT codes; where there are none, nothing changes."""
+    if family in QWEN and positions == "reindex":
+        pytest.skip("M-RoPE families keep positions")
+    model = build(family)
+    inputs = prompts(model, family, samples(family))
+    with captured(model) as seen:
+        model(**inputs)
+    plan = "by_feature(keep=0.4)"
+    mm.compress(model, plan, positions=positions, structural="drop")
+    logits = model(**inputs).logits
+    newlines = [visual.span.structural for visual in mm.trace(model).visuals]
+    assert any(map(len, newlines)) == (family in ("llava_next", "llava_next_video", "llava_onevision"))
+    kept = kept_places(model, inputs)
+    dropped = {(v.row, p) for v in mm.trace(model).visuals for p in v.span.structural.tolist()}
+    kept = [torch.tensor([p for p in places.tolist() if (row, p) not in dropped]) for row, places in enumerate(kept)]
+    assert mm.trace(model).call.groups[0].counts == [len(places) for places in kept]
+    out = model.generate(**inputs, **GREEDY)
+    assert mm.compress(model, repr(mm.trace(model).plan)).generate(**inputs, **GREEDY).equal(out)
+    mm.uncompress(model)
+    if positions == "reindex":
+        seen["position_ids"] = None
+        full = [torch.full((logits.shape[1],), 0) for _ in kept]
+        for row, places in enumerate(kept):
+            full[row][places] = torch.arange(len(places))
+        seen["position_ids"] = torch.stack(full)
+    for row, rows in enumerate(language_model_on(model, seen, kept)):
+        close(logits[row, kept[row]], rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuts_decode_with_eager_attention(family: str) -> None:
+    """Eager attention is given a mask in every step, which has to fit the cache of each layer."""
+    tokens = []
+    for attention in ("sdpa", "eager"):
+        model = mm.compress(build(family, attention=attention), BOTH_PLAN)
+        one = prompts(model, family, samples(family)[:1])
+        tokens.append(model.generate(**one, **GREEDY))
+        two = prompts(model, family, samples(family))
+        tokens[-1] = (tokens[-1], model.generate(**two, **GREEDY))
+    assert torch.equal(tokens[0][0], tokens[1][0]) and torch.equal(tokens[0][1], tokens[1][1])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("cuts", [{1: 0.5}, {2: 0.5}, {3: 0.5}, CUTS])
 @pytest.mark.parametrize(("family", "kind"), KINDS)
