@@ -20,9 +20,9 @@ from .synthetic import CHANCE, KINDS
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first to the right."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ()) -> str:
+    """A Markdown table; all columns but the first and those of `words` to the right."""
+    lines = [headings, ["---" if i == 0 or name in words else "---:" for i, name in enumerate(headings)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -95,7 +95,8 @@ def _signals(name: str) -> str:
         for need in stage.needs:
             first = names_of([need])[0]
             found += [first] if first not in found else []
-    return ", ".join(f"`{name}`" for name in found) or "-"
+    short = [re.sub(r"(\.\d*?[1-9])0+$", r"\1", name) for name in found]
+    return ", ".join(f"`{name}`" for name in short) or "its tokens"
 
 
 def _asks(name: str) -> str:
@@ -165,8 +166,9 @@ def methods(record: dict[str, Any], speed: dict[str, Any]) -> str:
         f"question types; sorted by the mean over models at 25 %, baselines included. `keep` counts tokens behind the last cut, "
         f"for methods with several cuts it is the mean over all LLM layers; `-`: cannot be reached, or not possible with this "
         f"model. ms: selection of 288 of 2,880 tokens of 4,096 features, without its signals, float32. Last column: question types "
-        f"on which the baseline is better by more than two standard errors, all models together. Every budget is exact.\n\n"
-        f"{table(headings, body)}\n\n"
+        f"on which the baseline is better by more than two standard errors, all models together. Every budget is exact; all methods run on all "
+        f"families, but where the text below says otherwise.\n\n"
+        f"{table(headings, body, (*headings[:6], headings[-1]))}\n\n"
         f"Shown by `mmcompress methods --measure {count}` and `mmcompress bench selection` ({conditions(record[models[0]])})."
     )
 
