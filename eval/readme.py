@@ -11,9 +11,9 @@ from typing import Any
 
 import mmcompress as mm
 
+from ..runtime.needs import names_of
 from .latency import Timing
 from .midsize import FAMILIES
-from .selection import names_of
 from .standing import Standing, difference
 from .synthetic import CHANCE, KINDS
 
@@ -166,8 +166,8 @@ def methods(record: dict[str, Any], speed: dict[str, Any]) -> str:
         f"question types; sorted by the mean over models at 25 %, baselines included. `keep` counts tokens behind the last cut, "
         f"for methods with several cuts it is the mean over all LLM layers; `-`: cannot be reached, or not possible with this "
         f"model. ms: selection of 288 of 2,880 tokens of 4,096 features, without its signals, float32. Last column: question types "
-        f"on which the baseline is better by more than two standard errors, all models together. Every budget is exact; all methods run on all "
-        f"families, but where the text below says otherwise.\n\n"
+        f"on which the baseline is better by more than two standard errors, all models together. Every budget is exact; all "
+        f"methods run on all families, but where the text below says otherwise.\n\n"
         f"{table(headings, body, (*headings[:6], headings[-1]))}\n\n"
         f"Shown by `mmcompress methods --measure {count}` and `mmcompress bench selection` ({conditions(record[models[0]])})."
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import mmcompress as mm
 
-from ..stage import InputStage, LayerStage, Need, Selecting, Stage
+from ..runtime.needs import names_of
+from ..stage import InputStage, LayerStage, Selecting, Stage
 from .latency import milliseconds
 
 
@@ -34,11 +35,6 @@ class SelectionTime:
     method: str
     milliseconds: float
     iqr: float
-
-
-def names_of(needs: Iterable[Need]) -> list[str]:
-    """All signals that may serve `needs`."""
-    return [name for need in needs for name in ((need,) if isinstance(need, str) else need) if name]
 
 
 def random_signal(

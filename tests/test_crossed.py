@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mmcompress.eval.selection import Sizes, names_of, random_visuals
+from mmcompress.eval.selection import Sizes, random_visuals
 from torch import Tensor
 
 import mmcompress as mm
+from mmcompress.runtime.needs import names_of
 from mmcompress.stage import InputStage, LayerStage, Selecting, Stage
 
 from .families import FAMILIES, build, prompts

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.sinks import TINY, check_dims, looks_at_image, sink_dims, sink_magnitude
+from ..ops.sinks import check_dims, of_image_heads, sink_dims, sink_magnitude, without_columns
 from ..plan import as_pipeline, register
 from ..selection import Selection
 from ..stage import LayerStage, Need
@@ -143,15 +143,9 @@ class SinkCorrection(LayerStage):
     def _corrected(self, name: str, values: Tensor, sinks: Tensor, out: Tensor, retained: Tensor) -> Tensor:
         """The attention `name` as the host sees it, from `values` [U, ..., N] of each head, or of their mean in the mode "drop"."""
         if self.mode == "mask":
-            left = 1 - (values * out[:, None, None]).sum(-1, keepdim=True)
-            values = values.masked_fill(out[:, None, None], 0.0) / left.clamp_min(TINY)
+            values = without_columns(values, out)
         elif self.mode == "heads":
-            mass, on_sinks = values.sum(-1), (values * sinks[:, None, None]).sum(-1)
-            count = torch.full_like(mass, values.shape[-1])
-            chosen = looks_at_image(mass, on_sinks, count, self.rho, self.image_mass) & sinks.any(1)[:, None, None]
-            chosen = chosen | ~chosen.flatten(1).any(1)[:, None, None]
-            weight = chosen / chosen.sum(1, keepdim=True).clamp_min(1)  # its sum over heads is their mean
-            values = values * (weight * weight.shape[1])[..., None]
+            values = of_image_heads(values, sinks, self.rho, self.image_mass)
         kind = _split(name)[0]
         if self.mode != "drop" and kind in MEANS:
             values = values.mean(1)

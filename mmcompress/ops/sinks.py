@@ -97,3 +97,21 @@ def redistribute(weights: Tensor, visual: Tensor, sinks: Tensor, chosen: Tensor,
     clear = weights * others
     share = clear / clear.sum(-1, keepdim=True).clamp_min(torch.finfo(clear.dtype).tiny)
     return torch.where(chosen[..., None], weights - p * weights * sinks + budget * share, weights)
+
+
+def without_columns(weights: Tensor, out: Tensor) -> Tensor:
+    """Attention on visual tokens [U, heads, T, N] without the columns `out` [U, N], each row (what falls on text included) brought
+    back to the sum 1."""
+    left = 1 - (weights * out[:, None, None]).sum(-1, keepdim=True)
+    return weights.masked_fill(out[:, None, None], 0.0) / left.clamp_min(TINY)
+
+
+def of_image_heads(weights: Tensor, sinks: Tensor, rho: float, image_mass: float) -> Tensor:
+    """Attention on visual tokens [U, heads, T, N] scaled so that its mean over heads is that over the heads which really look at
+    the image; 0 in a row without such heads, and unchanged for a sample without any, or without sinks [U, N]."""
+    mass, on_sinks = weights.sum(-1), (weights * sinks[:, None, None]).sum(-1)
+    count = torch.full_like(mass, weights.shape[-1])
+    chosen = looks_at_image(mass, on_sinks, count, rho, image_mass) & sinks.any(1)[:, None, None]
+    chosen = chosen | ~chosen.flatten(1).any(1)[:, None, None]
+    share = chosen / chosen.sum(1, keepdim=True).clamp_min(1)
+    return weights * (share * share.shape[1])[..., None]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,3 +205,22 @@ def alike(spans: list[Span]) -> list[list[Span]]:
     for span in spans:
         batches[span.modality, span.layout, span.kept, len(span.text)].append(span)
     return list(batches.values())
+
+
+def rows_alike(call: Call, budget: Callable[[int], int]) -> dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]]:
+    """Rows of the batch that can be decided as one dense tensor, by (visual tokens, budget, text tokens): their numbers
+    [U, 1], and the places of their visual tokens [U, N] and of their instruction [U, T] in the last group."""
+    assert call.patches is not None and call.texts is not None
+    members: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for row, tokens in enumerate(call.patch_counts):
+        if tokens:
+            members[tokens, budget(row), call.text_counts[row]].append(row)
+    found = {}
+    for (tokens, k, words), numbers in members.items():
+        rows = torch.tensor(numbers, device=call.patches.device)
+        at, text = (
+            mask[rows].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+            for mask, count in ((call.patches, tokens), (call.texts, words))
+        )
+        found[tokens, k, words] = rows[:, None], at, text
+    return found

@@ -17,43 +17,42 @@ import functools
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers.masking_utils import create_causal_mask
 
-from ..ops.relevance import text_relevance
 from ..selection import Selection, gather
-from ..stage import LayerStage, Pipeline, Selecting
-from ..visuals import Layout, Visuals
-from .adapter import PER_TOKEN, Adapter, Encoded
+from ..stage import Pipeline
+from ..visuals import Visuals
+from .adapter import Adapter, Encoded
 from .attention import GIVEN, keep_notes, rewriters
-from .cache import Ledger, book, is_pruned, ledger_of
+from .cache import book, is_pruned, ledger_of
 from .call import Call, Sight, alike, locate, placeholder_masks
-from .clip import CLIP_PATCHES, CLIP_SIGNALS, CLIP_TEXT, Clip
+from .clip import CLIP_TEXT, Clip
+from .cuts import Cutter, choose, words_meant
 from .encoder import EncoderFacade
-from .layers import AROUND, CHANGES, OF_TEXT, SIGNALS, Cut, Heads, LayerTap, Tables, TransitionTap
-from .masks import layers_differ, logical_mask, validity
+from .layers import OF_TEXT
+from .masks import layer_mask, layers_differ, logical_mask, validity
+from .needs import (
+    TEXT_SIGNALS,
+    VISION_SIGNALS,
+    check_language_model,
+    check_positions,
+    names_of,
+    resolve_needs,
+)
 from .packing import Group, pack, renumbered, take
 from .pixels import PixelFacade
 from .record import CallRecord, Span
+from .rotary import layer_tables, shifted
 from .signals import VisionTap, kind_of
 
 CALL = "mmcompress_call"
 """Private keyword that carries the call from the language model to its layers. Gradient checkpointing replays layers
 with their keywords when the call is over; engine state would be gone then."""
-
-VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature", *CLIP_PATCHES})
-TEXT_SIGNALS = ("text_embeddings",)
-
-
-def _needs_before(name: str) -> bool:
-    """Whether a signal of a cut reads the attention module before it."""
-    return kind_of(name) in AROUND and not name.endswith("@next")
 
 
 class Engine:
@@ -63,25 +62,18 @@ class Engine:
         plan = plan.fit(adapter.language_model.config)
         self.adapter, self.plan, self.timing = adapter, plan, timing
         self.base, self.language_model = adapter.base, adapter.language_model
-        self._check_language_model()
-        self.depth = len(self.language_model.layers)
-        self.cuts = plan.cuts(self.depth)
-        self._check_positions()
+        check_language_model(self.language_model.config, plan)
+        check_positions(adapter, plan)
         self.clip = Clip.of(adapter, plan)
-        self.substitutes = self._resolve_needs()
+        self.substitutes = resolve_needs(adapter, plan, self.clip is not None)
+        self.cutter = Cutter(self.language_model, plan, adapter.reindexes)
         self.facade = self._facade()
-        self.layer_kinds = {kind_of(name) for stage in plan.layer_stages for name in self._names(stage)}
+        self.layer_kinds = {kind_of(name) for stage in plan.layer_stages for name in names_of(stage.needs)}
         texts = {*TEXT_SIGNALS, *CLIP_TEXT} & set(self.substitutes.values())
         self.reads_text = bool(self.layer_kinds & OF_TEXT or texts)
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
         self.vision_tap = VisionTap(adapter, names, self.facade, self.clip) if names else None
-        layers = self.language_model.layers
-        listened = {i - 1 for i, (stage, _) in self.cuts.items() if any(map(_needs_before, self._names(stage)))}
-        self.layer_taps = {i: LayerTap(layers[i].self_attn) for i in listened}
-        changing = {i for stage in plan.layer_stages for i in self._changing(stage)}
-        self.transition_taps = {i: TransitionTap(layers[i]) for i in sorted(changing)}
         self.rewriters = rewriters(plan, self.language_model)
-        self.taps: tuple[LayerTap | TransitionTap, ...] = (*self.layer_taps.values(), *self.transition_taps.values())
         self.parameters = list(inspect.signature(self.base.forward).parameters)
         self.handles: list[RemovableHandle] = []
         self.wrapped: list[tuple[str, Any]] = []
@@ -92,83 +84,11 @@ class Engine:
         self.vision_seconds = float("nan")
 
     # ------------------------------------------------------------------ checks at compress time
-    def _check_language_model(self) -> None:
-        config = self.language_model.config
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if "linear_attention" in kinds and self.plan.layer_stages:
-            raise NotImplementedError(
-                f"{self.plan.layer_stages[0]!r}: the language model has linear attention layers, whose state cannot forget "
-                f"tokens: only stages before the language model are supported"
-            )
-        if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-            kinds = {f"sliding_attention (sliding_window={config.sliding_window})"}
-        if kinds - {"full_attention", "linear_attention"}:
-            raise NotImplementedError(
-                f"the language model has layers of type {', '.join(sorted(kinds))}: only full attention is supported, since "
-                f"a window counts tokens that may be gone"
-            )
-
-    def _of_tower(self) -> frozenset[str]:
-        """Signals that are taken inside the vision encoder."""
-        return PER_TOKEN | {"encoder_features"} if self.adapter.packed else PER_TOKEN | set(CLIP_PATCHES)
-
     def _facade(self) -> PixelFacade | EncoderFacade | None:
         """What stands between the vision encoder and the rest, where its tokens become fewer."""
         if self.plan.pixel_stages:
             return PixelFacade(self.adapter, self.plan.pixel_stages[0])
         return EncoderFacade(self.adapter, self.plan.encoder_stages[0]) if self.plan.encoder_stages else None
-
-    def _check_positions(self) -> None:
-        if self.plan.positions == "reindex" and not self.adapter.reindexes:
-            raise NotImplementedError(
-                f"positions='reindex' is not defined for {self.adapter.family}: use positions='keep'"
-            )
-
-    def _reindexes(self, policy: str) -> bool:
-        return self.adapter.reindexes and policy == "reindex"
-
-    def _changing(self, stage: LayerStage) -> range:
-        """The layers whose changes of tokens a stage adds up."""
-        starts = [self._start(stage, name.partition("@")[2]) for name in self._names(stage) if kind_of(name) in CHANGES]
-        return range(min(starts), stage.cuts(self.depth)[-1]) if starts else range(0)
-
-    def _start(self, stage: LayerStage, where: str) -> int:
-        """The layer that a signal "transitions@where" begins at: a number, or a part of the depth; one before the first cut."""
-        start = round(float(where) * self.depth) if "." in where else int(where)
-        return min(start, stage.cuts(self.depth)[0] - 1)
-
-    @staticmethod
-    def _names(stage: Any) -> list[str]:
-        return [name for need in stage.needs for name in ((need,) if isinstance(need, str) else need) if name]
-
-    def _resolve_needs(self) -> dict[str, str]:
-        """The signal that serves each need of each stage; raises if there is none."""
-        found: dict[str, str] = {}
-        for stage in self.plan.parts:
-            there = set(SIGNALS) if isinstance(stage, LayerStage) else {*self.adapter.signals, *TEXT_SIGNALS}
-            if self.clip is not None and not isinstance(stage, LayerStage):
-                there |= CLIP_SIGNALS
-            if not self.plan.input_stages:
-                there.discard("input_scores")
-            for need in stage.needs:
-                names = (need,) if isinstance(need, str) else need
-                name = next((n for n in names if n is None or kind_of(n) in there), "")
-                if name == "":
-                    hint = (
-                        "; give clip=, the CLIP of its vision tower" if kind_of(str(names[0])) in CLIP_SIGNALS else ""
-                    )
-                    raise NotImplementedError(
-                        f"{stage!r} needs {' or '.join(map(str, names))}, which this model cannot give{hint} "
-                        f"({self.adapter.lacks or self.adapter.family}; it has {', '.join(sorted(there))})"
-                    )
-                if name is not None and self.plan.pixel_stages and kind_of(name) in self._of_tower():
-                    raise NotImplementedError(
-                        f"{stage!r} reads {name} of the vision encoder, which {self.plan.pixel_stages[0]!r} gives smaller "
-                        f"pictures: there is no such signal for the tokens as they were; choose a method that reads features"
-                    )
-                if name is not None:
-                    found[str(names[0])] = name
-        return found
 
     # ------------------------------------------------------------------ install, remove
     def install(self) -> None:
@@ -187,7 +107,7 @@ class Engine:
         add(self.language_model.register_forward_hook(self._language_post))
         for i, layer in enumerate(self.language_model.layers):
             add(layer.register_forward_pre_hook(functools.partial(self._layer_pre, i), with_kwargs=True))
-        for part in (self.facade, self.vision_tap, *self.rewriters.values(), *self.taps):
+        for part in (self.facade, self.vision_tap, *self.rewriters.values(), self.cutter):
             if part is not None:
                 self.handles += part.install()
         for name in self.adapter.encoders:
@@ -233,8 +153,7 @@ class Engine:
     def _base_post(self, module: Any, args: tuple, output: Any) -> None:
         self.call = None
         self.encoded_last.clear()
-        for tap in self.taps:  # also after a call that failed half-way
-            tap.clear()
+        self.cutter.clear()  # also after a call that failed half-way
 
     def _encode(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """Runs an encoder method and records what it encoded, on its output: `generate` may call it before the forward."""
@@ -364,7 +283,7 @@ class Engine:
             places,
             packed,
             valid,
-            self._reindexes(self.plan.position_policy()),
+            self.adapter.reindexes and self.plan.position_policy() == "reindex",
         )
         group = Group(
             0, length, physical, counts, packed.valid, packed.source, tail=tail, positions=positions, gone=gone
@@ -374,16 +293,15 @@ class Engine:
         if packed.valid is not None:
             call.patches, call.texts = call.patches & packed.valid, call.texts & packed.valid
         kwargs["inputs_embeds"] = take(embeds, packed.source)
-        kwargs["position_ids"] = self._shifted(positions, ledger_of(call.cache, 0))
+        kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
         if scores is not None:
             call.kept["input_scores"] = scores.gather(1, packed.source)
         if "text_relevance" in self.layer_kinds:
-            call.kept["text_relevance"] = self._text_relevance(call, kwargs["inputs_embeds"])
+            call.kept["text_relevance"] = words_meant(call, kwargs["inputs_embeds"])
         if levels:
             self._pack_deepstack(call, kwargs, [take(level, packed.source) for level in levels])
         kwargs["attention_mask"] = logical_mask(call, group, 0, device)
-        for tap in self.taps:
-            tap.armed = True
+        self.cutter.arm()
         return True
 
     def _check_ends(self, valid: Tensor, spans: list[Span]) -> None:
@@ -405,22 +323,6 @@ class Engine:
             positions = (torch.arange(embeds.shape[1], device=embeds.device) + call.past)[None]
         return positions
 
-    @staticmethod
-    def _shifted(positions: Tensor, ledger: Ledger | None) -> Tensor:
-        """Position ids less what earlier calls have taken from them in the layers of `ledger`."""
-        if ledger is None or ledger.shift is None:
-            return positions
-        return positions - ledger.shift.to(positions.device)[:, None]
-
-    @torch.no_grad()
-    def _text_relevance(self, call: Call, embeds: Tensor) -> Tensor:
-        """How much each token of the instruction is meant by the visual tokens that enter the LLM, [B, M]; 0 elsewhere."""
-        found = torch.zeros(embeds.shape[:2], device=embeds.device)
-        for rows, at, text in self._rows_alike(call, lambda row: 0).values():
-            relevance = text_relevance(embeds[rows, at], embeds[rows, text])
-            found = found.index_put((rows.expand_as(text), text), relevance)
-        return found
-
     def _follow(self, call: Call, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Nothing is dropped in this call, but the cache is pruned: mask and positions that fit it."""
         device, length = kwargs["inputs_embeds"].device, kwargs["inputs_embeds"].shape[1]
@@ -429,7 +331,7 @@ class Engine:
         call.groups = [Group(0, length, length, [length] * call.batch, valid)]
         kwargs["attention_mask"] = logical_mask(call, call.groups[0], 0, device)
         call.groups[0].positions = positions = self._given_positions(call, kwargs, kwargs["inputs_embeds"])
-        kwargs["position_ids"] = self._shifted(positions, ledger_of(call.cache, 0))
+        kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
 
     # ------------------------------------------------------------------ visuals of a call
     def _budget(self, call: Call, span: Span) -> int:
@@ -448,12 +350,7 @@ class Engine:
             if span.kept < len(span.patches) or (self.plan.structural == "drop" and len(span.structural)):
                 return True
             left[span.row] += span.kept
-        for tokens in left.values():
-            for stage in self.plan.layer_stages:
-                budgets = stage.budgets(tokens, self.depth)
-                if min(budgets) < tokens:
-                    return True
-        return False
+        return any(map(self.cutter.drops, left.values()))
 
     def _select(
         self, call: Call, spans: list[Span], places: Tensor, embeds: Tensor, levels: list[Tensor], scores: Tensor | None
@@ -488,7 +385,7 @@ class Engine:
             last = scores is not None and stage is self.plan.input_stages[-1]
             if k == visuals.n and not last:
                 continue
-            chosen = self._chosen(stage, replace(visuals, k=k))
+            chosen = choose(stage, replace(visuals, k=k))
             if scores is not None and last:
                 if chosen.scores is None:
                     raise NotImplementedError(f"{stage!r} gives no scores, which a later stage of the plan reads")
@@ -525,25 +422,12 @@ class Engine:
         """Give the model the levels [B, M, H] of the packed tokens: those before the first cut in its own form, the others
         are added by the hooks of the layers."""
         assert call.patches is not None
-        cut = min(self.cuts, default=len(levels))
+        cut = min(self.cutter.at, default=len(levels))
         call.deepstack = {j + 1: level for j, level in enumerate(levels) if j >= cut}
         count = sum(call.patch_counts)
         order = call.patches.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
         kwargs["visual_pos_masks"] = call.patches
         kwargs["deepstack_visual_embeds"] = [level.flatten(0, 1)[order] for level in levels[:cut]]
-
-    @staticmethod
-    def _chosen(stage: Selecting, visuals: Visuals) -> Selection:
-        """The decision of a stage, made in full precision and with the promised shape: a third-party method that breaks the
-        budget must not get further."""
-        with torch.autocast(visuals.features.device.type, enabled=False):
-            selection = stage.select(visuals)
-        promised = (len(visuals.features), visuals.k)
-        if selection.keep.shape != promised:
-            raise ValueError(
-                f"{stage!r} returned keep of shape {tuple(selection.keep.shape)}, its budget is {promised}"
-            )
-        return selection
 
     # ------------------------------------------------------------------ language model, after
     def _language_post(self, module: Any, args: tuple, output: Any) -> Any:
@@ -577,163 +461,25 @@ class Engine:
             level, before = call.deepstack[index], call.group_of(index - 1)
             level = level if before.from_base is None else take(level, before.from_base)
             hidden = hidden + level.to(hidden)
-        if index in self.cuts and call.patches is not None and index not in call.cuts:
+        if index in self.cutter.at and call.patches is not None and index not in call.cuts:
             call.cuts.add(index)  # decided once; gradient checkpointing replays layers and only applies it again
             start = self._now()
-            with torch.no_grad():
-                self._cut(call, index, hidden, kwargs)
+            self.cutter.cut(call, index, hidden, kwargs["position_embeddings"])
             if call.record is not None:
                 call.record.seconds["select"] += self._since(start)
         group = call.group_of(index)
         if group.start == index:
             hidden = group.enter(hidden)
         mine, first = ledger_of(call.cache, index), ledger_of(call.cache, 0)
-        kwargs["position_embeddings"] = self._tables(call, group, mine, hidden, kwargs["position_embeddings"])
+        given, rotary = kwargs["position_embeddings"], self.language_model.rotary_emb
+        kwargs["position_embeddings"] = layer_tables(rotary, call, group, mine, hidden, given)
         if group.from_base is not None or mine is not first:  # other tokens than layer 0 has: an own mask
-            kwargs["attention_mask"] = self._layer_mask(call, group, index, mine, hidden)
+            kwargs["attention_mask"] = layer_mask(self.language_model.config, call, group, index, hidden)
         if call.groups[0].source is not None:
             kwargs["position_ids"] = None  # gaps would be taken for packed sequences by flash attention
         if index in self.rewriters:
             kwargs[GIVEN] = (call, group, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-    def _tables(self, call: Call, group: Group, ledger: Ledger | None, hidden: Tensor, given: Tables) -> Tables:
-        """Rotary tables of the tokens of `group` in a layer with `ledger`; `given` are those of the first layer."""
-        first, before = call.groups[0], ledger_of(call.cache, 0)
-        shifted = (
-            ledger is not before and ledger is not None and before is not None and ledger.shift is not before.shift
-        )
-        if group.gone is first.gone and not shifted:
-            return given if group.from_base is None else tuple(take(t, group.from_base) for t in given)
-        key = (id(group), id(ledger))
-        if key not in call.tables:
-            assert group.positions is not None
-            positions = self._shifted(group.positions, ledger).to(hidden.device)
-            call.tables[key] = self.language_model.rotary_emb(hidden, positions)
-        return call.tables[key]
-
-    def _cut(self, call: Call, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Decide a cut before layer `index` and append the group of tokens that is left."""
-        assert call.patches is not None and call.texts is not None and call.record is not None
-        stage, number = self.cuts[index]
-        before = call.groups[-1]
-        if number == 0:
-            call.entered = list(call.patch_counts)
-        budgets = {row: stage.budgets(tokens, self.depth)[number] for row, tokens in enumerate(call.entered) if tokens}
-        if all(k >= call.patch_counts[row] for row, k in budgets.items()):
-            return
-        counts, patch_counts = list(before.counts), list(call.patch_counts)
-        device = call.patches.device
-        places = torch.arange(before.physical, device=device).expand(call.batch, -1)
-        if before.valid is not None:
-            places = places.masked_fill(~before.valid, -1)
-        around = self._around(call, index, hidden, kwargs)
-        merges = []
-        for (tokens, k, _), (rows, at, text) in self._rows_alike(call, lambda row: budgets.get(row, 0)).items():
-            if k >= tokens:
-                continue
-            places = places.index_put((rows.expand_as(at), at), torch.full_like(at, -1))
-            if k:
-                cut = replace(around, rows=rows, at=at, text=text)
-                signals = {name: cut.signal(name).to(device) for name in self._names(stage)}
-                features = hidden[rows.to(hidden.device), at.to(hidden.device)]
-                layout = Layout.raster(1, 1, tokens)
-                chosen = self._chosen(stage, Visuals(features, layout, k, signals, cut=number))
-                slots = gather(at, chosen.keep)
-                places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
-                if chosen.merges:
-                    merges.append((rows, at, chosen))
-        for row, k in budgets.items():
-            if k < patch_counts[row]:
-                counts[row] += k - patch_counts[row]
-                patch_counts[row] = k
-        if not any(counts):
-            raise ValueError(
-                f"{stage!r} drops all visual tokens before layer {index}, and the prompt has nothing else: add text"
-            )
-        packed = pack(places, counts)
-
-        def follow(index: Tensor | None) -> Tensor:
-            return packed.source if index is None else index.gather(1, packed.source)
-
-        assert before.positions is not None
-        policy = self.plan.positions or stage.positions
-        positions, here = renumbered(before.positions, places, packed, before.valid, self._reindexes(policy))
-        gone = before.gone if here is None else here if before.gone is None else before.gone + here
-        call.patches, call.texts = follow(call.patches), follow(call.texts)
-        if packed.valid is not None:
-            call.patches, call.texts = call.patches & packed.valid, call.texts & packed.valid
-        call.kept = {name: follow(values) for name, values in call.kept.items()}
-        call.patch_counts = patch_counts
-        group = Group(
-            index, before.logical, packed.source.shape[1], counts, packed.valid, follow(before.source),
-            follow(before.from_base), packed.source, min(before.tail, packed.source.shape[1]), positions, gone, merges,
-        )  # fmt: skip
-        call.groups.append(group)
-
-    @staticmethod
-    def _rows_alike(
-        call: Call, budget: Callable[[int], int]
-    ) -> dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]]:
-        """Rows of the batch that can be decided as one dense tensor, by (visual tokens, budget, text tokens): their numbers
-        [U, 1], and the places of their visual tokens [U, N] and of their instruction [U, T] in the last group."""
-        assert call.patches is not None and call.texts is not None
-        members: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-        for row, tokens in enumerate(call.patch_counts):
-            if tokens:
-                members[tokens, budget(row), call.text_counts[row]].append(row)
-        found = {}
-        for (tokens, k, words), numbers in members.items():
-            rows = torch.tensor(numbers, device=call.patches.device)
-            at, text = (
-                mask[rows].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
-                for mask, count in ((call.patches, tokens), (call.texts, words))
-            )
-            found[tokens, k, words] = rows[:, None], at, text
-        return found
-
-    def _around(self, call: Call, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Cut:
-        """What can be asked about a cut before layer `index`, for no rows yet."""
-        group, layer = call.groups[-1], self.language_model.layers[index]
-
-        def before() -> Heads:
-            seen = self.layer_taps[index - 1].seen
-            assert seen is not None
-            return Heads(self.language_model.layers[index - 1].self_attn, *seen, group.valid, call, index - 1, ran=True)
-
-        def behind() -> Heads:
-            tables = self._tables(call, group, ledger_of(call.cache, index), hidden, kwargs["position_embeddings"])
-            return Heads(layer.self_attn, layer.input_layernorm(hidden), tables, group.valid, call, index, ran=False)
-
-        def transitions(start: str, absolute: bool) -> Tensor:
-            total = torch.zeros(call.batch, group.physical, device=hidden.device)
-            for i in range(self._start(self.cuts[index][0], start), index):
-                then = call.group_of(i)
-                values = self.transition_taps[i].value(then.valid, absolute)
-                for later in call.groups[call.groups.index(then) + 1 :]:
-                    assert later.from_previous is not None
-                    values = values.gather(1, later.from_previous.to(values.device))
-                total = total + values.to(total.device)
-            return total
-
-        none = torch.empty(0, 0, dtype=torch.int64)
-        return Cut(
-            none, none, none, hidden, self.language_model.norm, functools.cache(before), functools.cache(behind),
-            transitions, call.kept,
-        )  # fmt: skip
-
-    def _layer_mask(self, call: Call, group: Group, index: int, ledger: Ledger | None, hidden: Tensor) -> Any:
-        key = (id(group), id(ledger))
-        if key not in call.masks:
-            call.masks[key] = create_causal_mask(
-                config=self.language_model.config,
-                inputs_embeds=hidden,
-                attention_mask=logical_mask(call, group, index, hidden.device),
-                past_key_values=call.cache,
-                position_ids=None,
-                layer_idx=index,
-            )
-        return call.masks[key]
 
     # ------------------------------------------------------------------ timing
     def _now(self) -> float | None:

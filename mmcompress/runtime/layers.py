@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,7 @@ from ..ops.pagerank import attention_pagerank
 from ..ops.transitions import transition, transition_value
 from .cache import PrunedLayer, is_plain
 from .call import Call
-from .rotary import rotate
-
-Tables: TypeAlias = "tuple[Tensor, ...]"
-"""Cosines and sines of the rotary embedding, [B or 1, S, d] each."""
+from .rotary import Tables, rotate
 
 
 class LayerTap:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask
 
 from .cache import PrunedLayer, is_pruned, ledger_of
 from .call import Call
@@ -75,3 +76,19 @@ def layers_differ(call: Call, length: int, attention: str | None) -> bool:
         leader.ledger.shift is not first or leader.ledger.valid is not None or leader.is_compileable
         for leader in leaders
     )
+
+
+def layer_mask(config: Any, call: Call, group: Group, index: int, hidden: Tensor) -> Any:
+    """The mask of layer `index`, which holds other tokens than the first one, as transformers makes it."""
+    ledger = ledger_of(call.cache, index)
+    key = (id(group), id(ledger))
+    if key not in call.masks:
+        call.masks[key] = create_causal_mask(
+            config=config,
+            inputs_embeds=hidden,
+            attention_mask=logical_mask(call, group, index, hidden.device),
+            past_key_values=call.cache,
+            position_ids=None,
+            layer_idx=index,
+        )
+    return call.masks[key]

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cuts of a plan between the layers of a language model."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ..ops.relevance import text_relevance
+from ..selection import Selection, gather
+from ..stage import LayerStage, Pipeline, Selecting
+from ..visuals import Layout, Visuals
+from .cache import ledger_of
+from .call import Call, rows_alike
+from .layers import AROUND, CHANGES, Cut, Heads, LayerTap, TransitionTap
+from .needs import names_of
+from .packing import Group, pack, renumbered
+from .rotary import Tables, layer_tables
+from .signals import kind_of
+
+
+def _needs_before(name: str) -> bool:
+    """Whether a signal of a cut reads the attention module before it."""
+    return kind_of(name) in AROUND and not name.endswith("@next")
+
+
+def choose(stage: Selecting, visuals: Visuals) -> Selection:
+    """The decision of a stage, made in full precision and with the promised shape: a third-party method that breaks the
+    budget must not get further."""
+    with torch.autocast(visuals.features.device.type, enabled=False):
+        selection = stage.select(visuals)
+    promised = (len(visuals.features), visuals.k)
+    if selection.keep.shape != promised:
+        raise ValueError(f"{stage!r} returned keep of shape {tuple(selection.keep.shape)}, its budget is {promised}")
+    return selection
+
+
+@torch.no_grad()
+def words_meant(call: Call, embeds: Tensor) -> Tensor:
+    """How much each token of the instruction is meant by the visual tokens that enter the LLM, [B, M]; 0 elsewhere."""
+    found = torch.zeros(embeds.shape[:2], device=embeds.device)
+    for rows, at, text in rows_alike(call, lambda row: 0).values():
+        relevance = text_relevance(embeds[rows, at], embeds[rows, text])
+        found = found.index_put((rows.expand_as(text), text), relevance)
+    return found
+
+
+class Cutter:
+    """Decides the cuts; `at` says which stage cuts before which layer, and the how manieth of its cuts that is."""
+
+    def __init__(self, language_model: Any, plan: Pipeline, reindexes: bool) -> None:
+        self.language_model, self.plan, self.reindexes = language_model, plan, reindexes
+        layers = language_model.layers
+        self.depth = len(layers)
+        self.at = plan.cuts(self.depth)
+        listened = {i - 1 for i, (stage, _) in self.at.items() if any(map(_needs_before, names_of(stage.needs)))}
+        self.layer_taps = {i: LayerTap(layers[i].self_attn) for i in listened}
+        changing = {i for stage in plan.layer_stages for i in self._changing(stage)}
+        self.transition_taps = {i: TransitionTap(layers[i]) for i in sorted(changing)}
+        self.taps: tuple[LayerTap | TransitionTap, ...] = (*self.layer_taps.values(), *self.transition_taps.values())
+
+    def install(self) -> list[RemovableHandle]:
+        return [handle for tap in self.taps for handle in tap.install()]
+
+    def arm(self) -> None:
+        """Listen to the call that begins."""
+        for tap in self.taps:
+            tap.armed = True
+
+    def clear(self) -> None:
+        for tap in self.taps:
+            tap.clear()
+
+    def drops(self, tokens: int) -> bool:
+        """Whether any cut drops some of the `tokens` that enter the language model."""
+        for stage in self.plan.layer_stages:
+            budgets = stage.budgets(tokens, self.depth)
+            if min(budgets) < tokens:
+                return True
+        return False
+
+    def _changing(self, stage: LayerStage) -> range:
+        """The layers whose changes of tokens a stage adds up."""
+        starts = [
+            self._start(stage, name.partition("@")[2]) for name in names_of(stage.needs) if kind_of(name) in CHANGES
+        ]
+        return range(min(starts), stage.cuts(self.depth)[-1]) if starts else range(0)
+
+    def _start(self, stage: LayerStage, where: str) -> int:
+        """The layer that a signal "transitions@where" begins at: a number, or a part of the depth; one before the first cut."""
+        start = round(float(where) * self.depth) if "." in where else int(where)
+        return min(start, stage.cuts(self.depth)[0] - 1)
+
+    @torch.no_grad()
+    def cut(self, call: Call, index: int, hidden: Tensor, given: Tables) -> None:
+        """Decide the cut before layer `index` and append the group of tokens that is left. `given`: rotary tables of the first
+        layer."""
+        assert call.patches is not None and call.texts is not None and call.record is not None
+        stage, number = self.at[index]
+        before = call.groups[-1]
+        if number == 0:
+            call.entered = list(call.patch_counts)
+        budgets = {row: stage.budgets(tokens, self.depth)[number] for row, tokens in enumerate(call.entered) if tokens}
+        if all(k >= call.patch_counts[row] for row, k in budgets.items()):
+            return
+        counts, patch_counts = list(before.counts), list(call.patch_counts)
+        device = call.patches.device
+        places = torch.arange(before.physical, device=device).expand(call.batch, -1)
+        if before.valid is not None:
+            places = places.masked_fill(~before.valid, -1)
+        around = self._around(call, index, hidden, given)
+        merges = []
+        for (tokens, k, _), (rows, at, text) in rows_alike(call, lambda row: budgets.get(row, 0)).items():
+            if k >= tokens:
+                continue
+            places = places.index_put((rows.expand_as(at), at), torch.full_like(at, -1))
+            if k:
+                cut = replace(around, rows=rows, at=at, text=text)
+                signals = {name: cut.signal(name).to(device) for name in names_of(stage.needs)}
+                features = hidden[rows.to(hidden.device), at.to(hidden.device)]
+                layout = Layout.raster(1, 1, tokens)
+                chosen = choose(stage, Visuals(features, layout, k, signals, cut=number))
+                slots = gather(at, chosen.keep)
+                places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
+                if chosen.merges:
+                    merges.append((rows, at, chosen))
+        for row, k in budgets.items():
+            if k < patch_counts[row]:
+                counts[row] += k - patch_counts[row]
+                patch_counts[row] = k
+        if not any(counts):
+            raise ValueError(
+                f"{stage!r} drops all visual tokens before layer {index}, and the prompt has nothing else: add text"
+            )
+        packed = pack(places, counts)
+
+        def follow(index: Tensor | None) -> Tensor:
+            return packed.source if index is None else index.gather(1, packed.source)
+
+        assert before.positions is not None
+        policy = self.plan.positions or stage.positions
+        positions, here = renumbered(
+            before.positions, places, packed, before.valid, self.reindexes and policy == "reindex"
+        )
+        gone = before.gone if here is None else here if before.gone is None else before.gone + here
+        call.patches, call.texts = follow(call.patches), follow(call.texts)
+        if packed.valid is not None:
+            call.patches, call.texts = call.patches & packed.valid, call.texts & packed.valid
+        call.kept = {name: follow(values) for name, values in call.kept.items()}
+        call.patch_counts = patch_counts
+        group = Group(
+            index, before.logical, packed.source.shape[1], counts, packed.valid, follow(before.source),
+            follow(before.from_base), packed.source, min(before.tail, packed.source.shape[1]), positions, gone, merges,
+        )  # fmt: skip
+        call.groups.append(group)
+
+    def _around(self, call: Call, index: int, hidden: Tensor, given: Tables) -> Cut:
+        """What can be asked about a cut before layer `index`, for no rows yet."""
+        group, layer = call.groups[-1], self.language_model.layers[index]
+
+        def before() -> Heads:
+            seen = self.layer_taps[index - 1].seen
+            assert seen is not None
+            return Heads(self.language_model.layers[index - 1].self_attn, *seen, group.valid, call, index - 1, ran=True)
+
+        def behind() -> Heads:
+            ledger = ledger_of(call.cache, index)
+            tables = layer_tables(self.language_model.rotary_emb, call, group, ledger, hidden, given)
+            return Heads(layer.self_attn, layer.input_layernorm(hidden), tables, group.valid, call, index, ran=False)
+
+        def transitions(start: str, absolute: bool) -> Tensor:
+            total = torch.zeros(call.batch, group.physical, device=hidden.device)
+            for i in range(self._start(self.at[index][0], start), index):
+                then = call.group_of(i)
+                values = self.transition_taps[i].value(then.valid, absolute)
+                for later in call.groups[call.groups.index(then) + 1 :]:
+                    assert later.from_previous is not None
+                    values = values.gather(1, later.from_previous.to(values.device))
+                total = total + values.to(total.device)
+            return total
+
+        none = torch.empty(0, 0, dtype=torch.int64)
+        return Cut(
+            none, none, none, hidden, self.language_model.norm, functools.cache(before), functools.cache(behind),
+            transitions, call.kept,
+        )  # fmt: skip

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan asks of a model, checked when it is compressed: which signals serve which needs, and what cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..stage import LayerStage, Need, Pipeline
+from .adapter import PER_TOKEN, Adapter
+from .clip import CLIP_PATCHES, CLIP_SIGNALS
+from .layers import SIGNALS
+from .signals import kind_of
+
+VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature", *CLIP_PATCHES})
+TEXT_SIGNALS = ("text_embeddings",)
+
+
+def names_of(needs: Iterable[Need]) -> list[str]:
+    """All signals that may serve `needs`."""
+    return [name for need in needs for name in ((need,) if isinstance(need, str) else need) if name]
+
+
+def check_language_model(config: Any, plan: Pipeline) -> None:
+    """Raise for layers in which tokens cannot be dropped."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if "linear_attention" in kinds and plan.layer_stages:
+        raise NotImplementedError(
+            f"{plan.layer_stages[0]!r}: the language model has linear attention layers, whose state cannot forget "
+            f"tokens: only stages before the language model are supported"
+        )
+    if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        kinds = {f"sliding_attention (sliding_window={config.sliding_window})"}
+    if kinds - {"full_attention", "linear_attention"}:
+        raise NotImplementedError(
+            f"the language model has layers of type {', '.join(sorted(kinds))}: only full attention is supported, since "
+            f"a window counts tokens that may be gone"
+        )
+
+
+def check_positions(adapter: Adapter, plan: Pipeline) -> None:
+    """Raise where position ids cannot be numbered anew."""
+    if plan.positions == "reindex" and not adapter.reindexes:
+        raise NotImplementedError(f"positions='reindex' is not defined for {adapter.family}: use positions='keep'")
+
+
+def _of_tower(adapter: Adapter) -> frozenset[str]:
+    """Signals that are taken inside the vision encoder."""
+    return PER_TOKEN | {"encoder_features"} if adapter.packed else PER_TOKEN | set(CLIP_PATCHES)
+
+
+def resolve_needs(adapter: Adapter, plan: Pipeline, clip: bool) -> dict[str, str]:
+    """The signal that serves each need of each stage; raises if there is none."""
+    found: dict[str, str] = {}
+    for stage in plan.parts:
+        there = set(SIGNALS) if isinstance(stage, LayerStage) else {*adapter.signals, *TEXT_SIGNALS}
+        if clip and not isinstance(stage, LayerStage):
+            there |= CLIP_SIGNALS
+        if not plan.input_stages:
+            there.discard("input_scores")
+        for need in stage.needs:
+            names = (need,) if isinstance(need, str) else need
+            name = next((n for n in names if n is None or kind_of(n) in there), "")
+            if name == "":
+                hint = "; give clip=, the CLIP of its vision tower" if kind_of(str(names[0])) in CLIP_SIGNALS else ""
+                raise NotImplementedError(
+                    f"{stage!r} needs {' or '.join(map(str, names))}, which this model cannot give{hint} "
+                    f"({adapter.lacks or adapter.family}; it has {', '.join(sorted(there))})"
+                )
+            if name is not None and plan.pixel_stages and kind_of(name) in _of_tower(adapter):
+                raise NotImplementedError(
+                    f"{stage!r} reads {name} of the vision encoder, which {plan.pixel_stages[0]!r} gives smaller "
+                    f"pictures: there is no such signal for the tokens as they were; choose a method that reads features"
+                )
+            if name is not None:
+                found[str(names[0])] = name
+    return found
