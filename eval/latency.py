@@ -93,7 +93,7 @@ def count_flops(model: Any, inputs: dict[str, torch.Tensor]) -> int:
 
 
 @torch.no_grad()
-def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 3, new_tokens: int = 32) -> list[Timing]:
+def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 1, new_tokens: int = 32) -> list[Timing]:
     """Time the stock model and every plan, interleaved (one run of each per round), batch 1, one image.
 
     Prefill is one forward pass on preprocessed inputs with an empty cache: vision tower, projector, compression, LLM,

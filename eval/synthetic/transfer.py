@@ -60,13 +60,15 @@ RECIPES = {
         vision_steps=3600, vision_batch=10, vision_rate=1e-3, language_steps=550, language_batch=12
     ),
     "internvl-shapes": TransferRecipe(
-        vision_steps=1500, vision_batch=10, vision_rate=1e-3, language_steps=600, language_batch=12
+        vision_steps=2800, vision_batch=10, vision_rate=1.6e-3, language_steps=920, language_batch=12
     ),
 }
 """The embedded weights were not made in one go. The vision stage of `llava-next-shapes` ran its first 300 steps with a batch of 16
 at a rate of 5e-4 under a cosine to 300, with equal `weights` and no pictures full of signs. That of `qwen3-vl-shapes` ran under
 cosines to 1700, 3500 and 5000 steps; pictures full of signs came at step 2250, the weights of today at step 2600 (with equal
-weights it read a quarter of the characters then)."""
+weights it read a quarter of the characters then). That of `internvl-shapes` ran 1500 steps at 1e-3 under a cosine to 1500 before;
+its language stage began with a language model that 300 steps on the encoder of then had made, and ran under cosines to 300, to 600,
+and to 920 at a rate of 1.5e-3."""
 
 SIZES = [*PATCH_LABELS.values(), BOARD, BOARD]
 """Classes of every label of a token: what it shows, and the row and column of its cell on the board."""
