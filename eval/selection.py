@@ -82,6 +82,10 @@ def random_visuals(
     return mm.Visuals(features, layout, k, signals, road=road)
 
 
+WRITTEN = {"sink_correction": "sink_correction(dims=(1415, 2533))"}
+"""Plans of methods that cannot do without an option: the sink dimensions are those of LLaMA-2."""
+
+
 def anyres(side: int = 24) -> mm.Layout:
     """A thumbnail and 2 x 2 tiles laid together: 2,880 tokens for the 24 of CLIP-L/14-336."""
     half = float(side)
@@ -97,7 +101,7 @@ def selection_times(
     """Time every stage of the methods that selects tokens before or in the LLM, on the default layout of LLaVA-NeXT."""
     layout, sizes = anyres(side), sizes or Sizes()
     for name in names:
-        for stage in mm.as_pipeline(name).parts:
+        for stage in mm.as_pipeline(WRITTEN.get(name, name)).parts:
             if not isinstance(stage, InputStage | LayerStage):
                 continue
             visuals = random_visuals(stage, round(keep * layout.cells), layout, sizes)
