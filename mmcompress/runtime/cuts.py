@@ -133,10 +133,6 @@ class Cutter:
             if k < patch_counts[row]:
                 counts[row] += k - patch_counts[row]
                 patch_counts[row] = k
-        if not any(counts):
-            raise ValueError(
-                f"{stage!r} drops all visual tokens before layer {index}, and the prompt has nothing else: add text"
-            )
         packed = pack(places, counts)
 
         def follow(index: Tensor | None) -> Tensor:
