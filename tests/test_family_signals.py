@@ -164,7 +164,10 @@ def test_fastv_keeps_what_eager_attention_says(family: str, query: str) -> None:
 def test_text_embeddings_are_those_of_the_instruction(family: str) -> None:
     """The text behind the last visual; all text where there is none behind it."""
     model = build(family)
-    for parts, instruction in (([5, image(family), 4], slice(-4, None)), ([6, image(family)], slice(0, 6))):
+    cases = [([5, image(family), 4], slice(-4, None)), ([6, image(family)], slice(0, 6))]
+    for parts, instruction in cases[
+        : 1 if family == "llava" else 2
+    ]:  # there a prompt cannot end with the picture's own tokens
         inputs = prompts(model, family, [parts])
         with mm.compressed(model, "text_spy"):
             model(**inputs)
