@@ -37,7 +37,7 @@ lint: $(READY)  ## ruff and mypy
 results: $(READY)  ## measure again what the README shows (about two hours on two cores) and fill it in
 	rm -f results/demo.json results/bench.json results/methods.json
 	$(RUN) -m mmcompress demo --model llava-shapes --questions 490 --out results
-	$(RUN) -m mmcompress demo --model llava-next-shapes --model qwen3-vl-shapes --questions 210 --out results
+	$(RUN) -m mmcompress demo --model llava-next-shapes --model qwen3-vl-shapes --model internvl-shapes --questions 210 --out results
 	$(RUN) -m mmcompress methods --measure 140 --out results/methods.json
 	$(RUN) -m mmcompress bench all --out results/bench.json
 	$(RUN) -m mmcompress.eval.readme

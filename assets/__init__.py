@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-MODELS = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes")
+MODELS = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes")
 """Vision-language models, one of each family."""
 CLIP = "clip-shapes"
 """The CLIP pair whose image tower is that of `llava-shapes`, for `open_clip.create_model_and_transforms("local-dir:...")`."""

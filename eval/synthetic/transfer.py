@@ -5,7 +5,8 @@
    the embedded LLaVA makes of it. Its language model answers 88 % of the questions on the codebook's tokens alone;
 2. vision: a new encoder and projector learn to give the codebook's tokens, for pictures of different sizes. What a token
    cannot know (a tile does not know where it lies in the picture) becomes the mean of what is possible;
-3. language: projector and language model (that of the embedded LLaVA at first) learn to answer from these tokens.
+3. language: projector and language model (that of the embedded LLaVA at first) learn to answer from these tokens;
+4. joint: where the recipe has steps for it, the encoder learns to answer with them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class TransferRecipe:
     language_steps: int = 1000
     language_batch: int = 16
     language_rate: float = 8e-4
+    joint_steps: int = 0
+    joint_rate: float = 3e-4
     weights: dict[int, float] = field(default_factory=lambda: {0: 0.5, 1: 1.0, 2: 6.0, 3: 0.5})
     """How much the cross-entropy of labels (by place in `PATCH_LABELS`) counts; 0.3 for those that are not named."""
     turns: int = 12
@@ -60,15 +63,15 @@ RECIPES = {
         vision_steps=3600, vision_batch=10, vision_rate=1e-3, language_steps=550, language_batch=12
     ),
     "internvl-shapes": TransferRecipe(
-        vision_steps=2800, vision_batch=10, vision_rate=1.6e-3, language_steps=920, language_batch=12
+        vision_steps=2800, vision_batch=10, vision_rate=1.6e-3, language_steps=920, language_batch=10, joint_steps=1000
     ),
 }
 """The embedded weights were not made in one go. The vision stage of `llava-next-shapes` ran its first 300 steps with a batch of 16
 at a rate of 5e-4 under a cosine to 300, with equal `weights` and no pictures full of signs. That of `qwen3-vl-shapes` ran under
 cosines to 1700, 3500 and 5000 steps; pictures full of signs came at step 2250, the weights of today at step 2600 (with equal
 weights it read a quarter of the characters then). That of `internvl-shapes` ran 1500 steps at 1e-3 under a cosine to 1500 before;
-its language stage began with a language model that 300 steps on the encoder of then had made, and ran under cosines to 300, to 600,
-and to 920 at a rate of 1.5e-3."""
+its language stage had a batch of 12, began with a language model that 300 steps on the encoder of then had made, and ran under
+cosines to 300, to 600, and to 920 at a rate of 1.5e-3; its joint stage ran its first 300 steps under a cosine to 300."""
 
 SIZES = [*PATCH_LABELS.values(), BOARD, BOARD]
 """Classes of every label of a token: what it shows, and the row and column of its cell on the board."""
@@ -322,4 +325,11 @@ class Transfer(Loop):
         self.run_stage(
             "language", answering, recipe.language_steps, recipe.language_rate, self.language_loss, self.language_scores
         )
+        if recipe.joint_steps:
+            for module in tower:
+                module.requires_grad_(True)
+            self.run_stage(
+                "joint", [*tower, *answering], recipe.joint_steps, recipe.joint_rate, self.language_loss,
+                self.language_scores,
+            )  # fmt: skip
         return self.save(self.model, self.processor, self.recipe)
