@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels for token selection. None yet: `mmcompress.ops` holds the plain-torch algorithms."""
+"""Fused operations of token selection, one folder each: its definition (naive), blocked torch, and Triton. `dispatch` chooses."""

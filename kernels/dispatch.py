@@ -5,10 +5,42 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "naive", "blocked", "triton")
+
+
+@dataclass
+class Preference:
+    """What "auto" means for now; `used`: whether an operation asked."""
+
+    implementation: str
+    used: bool = False
+
+
+_PREFERENCE: ContextVar[Preference | None] = ContextVar("preference", default=None)
+
+
+@contextmanager
+def preferring(implementation: str) -> Iterator[Preference]:
+    """Within the block "auto" means `implementation`, in this thread: to compare whole methods with their naive twins."""
+    preference = Preference(_known(implementation))
+    token = _PREFERENCE.set(preference)
+    try:
+        yield preference
+    finally:
+        _PREFERENCE.reset(token)
+
+
+def _known(implementation: str) -> str:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: choose among {', '.join(IMPLEMENTATIONS)}")
+    return implementation
 
 
 @functools.cache
@@ -30,8 +62,9 @@ def choose(implementation: str, x: Tensor) -> str:
 
     Raises ValueError for an unknown name, and for "triton" where it cannot run.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: choose among {', '.join(IMPLEMENTATIONS)}")
+    preference = _PREFERENCE.get()
+    if _known(implementation) == "auto" and preference:
+        implementation, preference.used = preference.implementation, True
     on_gpu = x.device.type == "cuda" and has_triton()
     if implementation == "auto":
         return "triton" if on_gpu else "blocked"

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention statistics from blocks of rows that stay in the cache: logits, their exponentials, the sums over them, and the
+next block takes their place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import naive
+from .naive import HIDDEN
+
+LOG2E = math.log2(math.e)
+GONE = 10 * HIDDEN
+CELLS = 1 << 18
+"""Cells of the map in a block, a megabyte."""
+FEW = 1 << 15
+"""Up to so many cells `attention_rows` leaves to the plain code, which is as fast there if heads share no keys."""
+ROWS = 128
+"""Rows of a block even where they make it larger: with fewer the matrix product gets slow."""
+
+
+@dataclass
+class Block:
+    """Some rows of the map over its first `columns` keys (those behind are hidden): softmax = exps * share.
+
+    exps [b, h, r, columns], share [b, h, r, 1]: rows that see nothing have share 0.
+    """
+
+    batch: slice
+    heads: slice
+    rows: slice
+    columns: int
+    exps: Tensor
+    share: Tensor
+
+
+def blocks(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    hidden: Tensor | None = None,
+    bias: Tensor | None = None,
+    counts: Tensor | None = None,
+    at: Tensor | None = None,
+    offset: int | None = None,
+) -> Iterator[Block]:
+    """The map of q [n, heads, Q, d] and k [n, kv_heads, S, d], block after block in the same memory.
+
+    hidden, bias: broadcastable to [n, heads, Q, S]; counts, broadcastable to [n, heads, Q]: what is False is never read;
+    at [n, Q] or offset: the last key that a row sees.
+    """
+    (n, heads, queries, d), (kv_heads, keys) = q.shape, k.shape[1:3]
+    if not n * heads * queries * keys:
+        return
+    group, shape = heads // kv_heads, (n, heads, queries, keys)
+    each = group * queries * keys
+    batch_step = min(n, max(1, CELLS // (kv_heads * each)))
+    kv_step = kv_heads if batch_step > 1 else min(kv_heads, max(1, CELLS // each))
+    row_step = queries if each <= CELLS else min(queries, max(CELLS // (group * keys), -(-ROWS // group)))
+    buffer = q.new_empty(batch_step * kv_step * group * row_step * keys, dtype=torch.float32)
+    hidden = None if hidden is None else hidden.expand(shape)
+    bias = None if bias is None else bias.expand(shape)
+    counts = None if counts is None else counts.expand(shape[:3])
+    masked = any(x is not None for x in (hidden, bias, at, offset))
+    place = row = q
+    if at is not None or offset is not None:
+        place, row = (torch.arange(count, device=q.device) for count in (keys, queries))
+    for i in range(0, n, batch_step):
+        batch = slice(i, min(i + batch_step, n))
+        for h in range(0, kv_heads, kv_step):
+            some = k[batch, h : h + kv_step].float()
+            pairs = some.shape[0] * some.shape[1]
+            some = some.reshape(pairs, keys, d).transpose(1, 2)
+            of = slice(h * group, min(h + kv_step, kv_heads) * group)
+            for r in range(0, queries, row_step):
+                rows = slice(r, min(r + row_step, queries))
+                columns = keys if offset is None else min(keys, rows.stop + offset)
+                if columns <= 0:
+                    continue
+                x = q[batch, of, rows].float() * (scale * LOG2E)
+                if counts is not None:
+                    x.masked_fill_(~counts[batch, of, rows, None], 0)
+                exps = buffer[: x.numel() // d * columns].view(pairs, -1, columns)
+                torch.bmm(x.reshape(pairs, -1, d), some[..., :columns], out=exps)
+                exps = exps.view(*x.shape[:3], columns)
+                if bias is not None:
+                    added = bias[batch, of, rows, :columns]
+                    exps.add_(added.float(), alpha=LOG2E).masked_fill_(added <= HIDDEN, GONE)
+                if hidden is not None:
+                    exps.masked_fill_(hidden[batch, of, rows, :columns], GONE)
+                if at is not None:
+                    exps.masked_fill_(place[:columns] > at[batch, None, rows, None], GONE)
+                if offset is not None:
+                    edge = min(columns, max(0, r + offset + 1))
+                    exps[..., edge:].masked_fill_(place[edge:columns] > row[rows, None] + offset, GONE)
+                top = exps.amax(3, keepdim=True)
+                exps.sub_(top).exp2_()  # 2^x is several times as fast as e^x here
+                share = exps.sum(3, keepdim=True).reciprocal_()
+                if masked:
+                    share.masked_fill_(top <= HIDDEN, 0)
+                yield Block(batch, of, rows, columns, exps, share)
+
+
+def attention_received(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    reduce: str,
+    weight: Tensor | None,
+    key_mask: Tensor | None,
+    key_bias: Tensor | None,
+    at: Tensor | None,
+    offset: int | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """[n, heads, S] float32."""
+    if cu_seqlens is not None:
+        return _in_segments(q, k, scale, reduce, weight, key_mask, key_bias, offset, cu_seqlens.tolist())
+    n, heads, queries, _ = q.shape
+    found = q.new_zeros(n, heads, k.shape[2], dtype=torch.float32)
+    total = found.new_zeros(n, heads, 1)
+    counts = None if weight is None else weight != 0
+    weight = found.new_ones(1, 1, 1) if weight is None else weight.float()
+    weight = weight.expand(n, heads, queries)[..., None]
+    hidden = None if key_mask is None else ~key_mask[:, None, None]
+    bias = None if key_bias is None else key_bias[:, None, None]
+    for block in blocks(q, k, scale, hidden, bias, counts, at, offset):
+        mine = weight[block.batch, block.heads, block.rows]
+        into = found[block.batch, block.heads, : block.columns]
+        if reduce == "max":
+            block.exps.mul_(block.share * (mine > 0))
+            torch.maximum(into, block.exps.amax(2), out=into)
+        else:
+            share = (block.share * mine).flatten(0, 1).transpose(1, 2)
+            into.add_(torch.bmm(share, block.exps.flatten(0, 1)).view_as(into))
+            total[block.batch, block.heads] += (mine * (block.share > 0)).sum(2)
+    return found / torch.where(total > 0, total, 1) if reduce == "mean" else found
+
+
+def _in_segments(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    reduce: str,
+    weight: Tensor | None,
+    key_mask: Tensor | None,
+    key_bias: Tensor | None,
+    offset: int | None,
+    bounds: list[int],
+) -> Tensor:
+    """Neighbouring segments of one length are a batch."""
+    found = q.new_zeros(1, q.shape[1], k.shape[2], dtype=torch.float32)
+    first = 0
+    while first + 1 < len(bounds):
+        start, length, last = bounds[first], bounds[first + 1] - bounds[first], first + 1
+        while last + 1 < len(bounds) and bounds[last + 1] - bounds[last] == length:
+            last += 1
+        count, first = last - first, last
+        if length:
+            parts = [
+                None
+                if x is None
+                else x[0].narrow(axis, start, count * length).unflatten(axis, (count, length)).movedim(axis, 0)
+                for x, axis in ((q, 1), (k, 1), (weight, 1), (key_mask, 0), (key_bias, 0))
+            ]
+            queries, keys, *masks = parts
+            assert queries is not None and keys is not None
+            part = attention_received(queries, keys, scale, reduce, *masks, None, offset, None)
+            found[0, :, start : start + count * length] = part.transpose(0, 1).flatten(1)
+    return found
+
+
+def attention_marginals(q: Tensor, k: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
+    """([n, heads, S - prefix], [n, heads, Q]): mean over queries, sum over keys, of the columns from `prefix` on."""
+    n, heads, queries, _ = q.shape
+    received = q.new_zeros(n, heads, k.shape[2] - prefix, dtype=torch.float32)
+    given = received.new_zeros(n, heads, queries)
+    for block in blocks(q, k, scale):
+        exps, into = block.exps[..., prefix:], received[block.batch, block.heads]
+        share = block.share.flatten(0, 1).transpose(1, 2)
+        into.add_(torch.bmm(share, block.exps.flatten(0, 1)).view(*into.shape[:2], -1)[..., prefix:])
+        torch.mul(exps.sum(3), block.share[..., 0], out=given[block.batch, block.heads, block.rows])
+    return received / max(1, queries), given
+
+
+def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """[n, heads, Q, S] float32."""
+    n, heads, queries, _ = q.shape
+    if heads == k.shape[1] and n * heads * queries * k.shape[2] <= FEW:
+        return naive.attention_rows(q, k, scale, mask)
+    found = q.new_empty(n, heads, queries, k.shape[2], dtype=torch.float32)
+    is_bool = mask is not None and mask.dtype == torch.bool
+    hidden, bias = (~mask, None) if mask is not None and is_bool else (None, mask)
+    for block in blocks(q, k, scale, hidden, bias):
+        torch.mul(block.exps, block.share, out=found[block.batch, block.heads, block.rows])
+    return found

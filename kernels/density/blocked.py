@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Density peaks from blocks of rows of the table of distances, with plain torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..match.blocked import COLUMNS, ROWS, first_max, group_width, round_up
+from ..ragged import segments
+
+ELEMENTS = 1 << 22
+"""Distances in a block: as long as the whole table is no more it is made once, else twice (the second time half of it)."""
+_SAME = 1e-13
+"""Squared distances up to this part of the squared norms (of what lies around the mean) are rounding: they are 0."""
+
+
+class Squares(Protocol):
+    """Minus the squared distances of x [G, r, C] and y [G, c, C] (None: x itself), [G, R, C'] float32: more rows than asked for may
+    follow, and more columns, which are -inf; C' is a multiple of 32."""
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor: ...
+
+
+def density_peaks(
+    x: Tensor, k: int, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, longest: int | None = None
+) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is None:
+        return peaks(x, k, mask, products, ELEMENTS)
+    spread, gap = (x.new_full(x.shape[:1], value, dtype=torch.float32) for value in (float("inf"), 0))
+    for begin, end in segments(cu_seqlens):
+        part = peaks(x[None, begin:end], k, None if mask is None else mask[None, begin:end], products, ELEMENTS)
+        spread[begin:end], gap[begin:end] = part[0][0], part[1][0]
+    return spread, gap
+
+
+def nearest(
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    cu_x: Tensor | None = None,
+    cu_y: Tensor | None = None,
+    longest: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    if cu_x is None or cu_y is None:
+        return closest(x, y, mask, products, ELEMENTS)
+    distance, index = x.new_full(x.shape[:1], float("inf"), dtype=torch.float32), x.new_full(x.shape[:1], -1).long()
+    for (x0, x1), (y0, y1) in zip(segments(cu_x), segments(cu_y), strict=True):
+        near, place = closest(
+            x[None, x0:x1], y[None, y0:y1], None if mask is None else mask[None, y0:y1], products, ELEMENTS
+        )
+        distance[x0:x1], index[x0:x1] = near[0], torch.where(place[0] < 0, -1, place[0] + y0)
+    return distance, index
+
+
+def products(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """`Squares` by matrix products in float64 of what is left of the tokens without their mean (of `y`), so that distances which
+    are small beside the norms are exact to float32. Of a table of tokens with themselves one half is made."""
+    other = x if y is None else y
+    (groups, rows, width), columns = x.shape, other.shape[1]
+    shape = groups, round_up(rows, ROWS), round_up(columns, COLUMNS)
+    table = torch.zeros(shape, dtype=torch.float64, device=x.device)
+    own, norms = table.new_zeros(shape[:2]), table.new_zeros(groups, shape[2])
+    deep = max(64, ELEMENTS // max(1, groups * shape[2]))
+    step = rows if y is not None else max(64, round_up(rows // 8, ROWS))
+    for first in range(0, width, deep):
+        right = table.new_zeros(groups, shape[2], min(deep, width - first))
+        right[:, :columns].copy_(other[..., first : first + deep])
+        middle = right[:, :columns].mean(1, keepdim=True)
+        right[:, :columns].sub_(middle)
+        norms.add_(torch.linalg.vector_norm(right, dim=2).square_())
+        left = right
+        if y is not None:
+            left = table.new_zeros(groups, shape[1], right.shape[2])
+            torch.sub(x[..., first : first + deep], middle, out=left[:, :rows])
+            own.add_(torch.linalg.vector_norm(left, dim=2).square_())
+        for r in range(0, rows, step):
+            begin = 0 if y is not None else r
+            part = table[:, r : r + step, begin:]
+            part.baddbmm_(left[:, r : r + part.shape[1]], right[:, begin:].transpose(1, 2), alpha=2)
+    own = norms[:, : shape[1]] if y is None else own
+    out = torch.empty(shape, device=x.device)
+    high = max(1, (1 << 17) // max(1, groups * shape[2]))
+    for r in range(0, rows, high):
+        begin = 0 if y is not None else r // step * step
+        part, total = table[:, r : r + high, begin:], own[:, r : r + high, None] + norms[:, None, begin:]
+        part.sub_(total)
+        part.masked_fill_(part >= total.mul_(-_SAME), 0)
+        out[:, r : r + high, begin:].copy_(part.clamp_(min=-torch.finfo(torch.float32).max))
+    for r in range(step, rows if y is None else 0, step):
+        out[:, r : r + step, :r].copy_(out[:, :r, r : r + step].transpose(1, 2)[:, : shape[1] - r])
+    out[..., columns:] = float("-inf")
+    return out
+
+
+@torch.no_grad()
+def peaks(x: Tensor, k: int, mask: Tensor | None, squares: Squares, elements: int) -> tuple[Tensor, Tensor]:
+    """`density_peaks` of x [G, n, C] with distances by `squares`."""
+    groups, n, width = x.shape
+    spread, gap, farthest = (x.new_zeros(groups, n, dtype=torch.float32) for _ in range(3))
+    if not x.shape[1]:
+        return spread, gap
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None], 0)
+    size = n * round_up(n, COLUMNS)
+    for g in range(0, groups, max(1, elements // size)):
+        group = slice(g, g + max(1, elements // size))
+        known = None if mask is None else mask[group]
+        step = n if size <= elements else max(ROWS, elements // n // ROWS * ROWS)
+        for first in range(0, n, step):
+            rows = slice(first, first + step)
+            table = squares(x[group, rows], None if step == n else x[group])[:, : min(step, n - first)]
+            spread[group, rows], farthest[group, rows] = _row_statistics(table, n, k, known, width)
+        if known is not None:
+            spread[group].masked_fill_(~known, float("inf"))
+            farthest[group].masked_fill_(~known, 0)
+        if step == n:
+            gap[group] = _gap_in(table, spread[group])
+        else:
+            gap[group] = _gap_again(x[group], spread[group], step, squares)
+    gap = torch.where(gap.isinf(), farthest.amax(1, keepdim=True), gap)
+    gap = (gap.double() / width).sqrt_().float()
+    return spread, gap if mask is None else gap.masked_fill_(~mask, 0)
+
+
+def _row_statistics(table: Tensor, n: int, k: int, mask: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """Mean of the `k` smallest squared distances of each row, over `width`, and the largest one; masked columns become -inf."""
+    farthest = table[..., :n]
+    count: Tensor | int = min(k, n)
+    if mask is not None:
+        farthest = farthest.masked_fill(~mask[:, None], 0)
+        count = mask.sum(1, keepdim=True).clamp(1, k)
+        table[..., :n].masked_fill_(~mask[:, None], float("-inf"))
+    close = _largest(table, min(k, n)).double()
+    close = close.masked_fill_(close.isinf(), 0).sum(2).neg_()
+    return (close / (count * width)).float(), farthest.amin(2).neg_()
+
+
+def _largest(table: Tensor, k: int) -> Tensor:
+    """The `k` largest values of each row, in any order."""
+    wide = group_width(table.shape[2])
+    if table.shape[2] < 8 * k * wide:
+        return table.topk(k, sorted=False).values
+    fine = table.reshape(-1, wide)  # the k largest lie in the k groups with the largest maxima
+    coarse = fine.amax(1).view(*table.shape[:2], -1)
+    start = torch.arange(0, len(fine), coarse.shape[2], device=table.device).view(*table.shape[:2], 1)
+    members = fine.index_select(0, (start + coarse.topk(k, sorted=False).indices).flatten())
+    return members.view(*table.shape[:2], -1).topk(k, sorted=False).values
+
+
+def _gap_in(table: Tensor, spread: Tensor) -> Tensor:
+    """Squared distance of each token to the nearest denser one, inf for the densest, from the whole table."""
+    rank = spread.sort(dim=1, stable=True).indices.argsort(1).int()
+    n = spread.shape[1]
+    table[..., :n].masked_fill_(rank[:, None] >= rank[:, :, None], float("-inf"))
+    return table.amax(2).neg_()
+
+
+def _gap_again(x: Tensor, spread: Tensor, step: int, squares: Squares) -> Tensor:
+    """As `_gap_in`, of one group x [1, n, C]: by falling density, so that denser tokens are those before."""
+    order = spread.sort(dim=1, stable=True).indices
+    x, sorted_gap = x[:, order[0]], torch.empty_like(spread)
+    for first in range(0, x.shape[1], step):
+        end = min(first + step, x.shape[1])
+        table = squares(x[:, first:end], x[:, :end])[:, : end - first]
+        place = torch.arange(end - first, device=x.device)
+        table[..., first:end].masked_fill_(place >= place[:, None], float("-inf"))
+        sorted_gap[:, first:end] = table.amax(2).neg_()
+    return torch.empty_like(spread).scatter_(1, order, sorted_gap)
+
+
+@torch.no_grad()
+def closest(x: Tensor, y: Tensor, mask: Tensor | None, squares: Squares, elements: int) -> tuple[Tensor, Tensor]:
+    """`nearest` of x [G, n, C] and y [G, m, C] with distances by `squares`."""
+    (groups, n, width), columns = x.shape, y.shape[1]
+    distance = x.new_full((groups, n), float("inf"), dtype=torch.float32)
+    index = torch.full((groups, n), -1, device=x.device)
+    if not (groups and n and columns):
+        return distance, index
+    if mask is not None:
+        y = y.masked_fill(~mask[..., None], 0)
+    step = max(ROWS, elements // round_up(columns, COLUMNS) // ROWS * ROWS)
+    many = max(1, step // n)
+    for g in range(0, groups, many):
+        group = slice(g, g + many)
+        for first in range(0, n, step):
+            rows = slice(first, first + step)
+            table = squares(x[group, rows], y[group])
+            if mask is not None:
+                table[..., :columns].masked_fill_(~mask[group, None], float("-inf"))
+            near, place = first_max(table)
+            near, place = near[:, : min(step, n - first)], place[:, : min(step, n - first)]
+            none = near == float("-inf")
+            distance[group, rows] = (near.double().neg_() / width).sqrt_().float()
+            index[group, rows] = place.masked_fill(none, -1)
+    return distance, index

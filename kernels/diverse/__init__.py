@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens that are unlike each other: farthest-point selection, and the greedy mode of a determinantal point process."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from ..dispatch import choose
+
+
+def max_min(features: Tensor, k: int, weight: Tensor | None = None, *, implementation: str = "auto") -> Tensor:
+    """Greedy max-min diversity: `k` tokens per visual in the order they are picked, [U, k] int64.
+
+    features [U, N, D], any floating type; weight [U, N] >= 0, optional. The first pick is the token farthest from its nearest
+    other one, whatever it weighs; each next one has the largest weight times cosine distance to the nearest token picked so
+    far. Cosines are float32, a zero vector has cosine 0. No token twice; ties go to the lower index. No gradient.
+
+    Picks are those of the full table of distances ("naive", N^2 D), where two tokens do not come as close to each other as
+    the rounding of a dot product. CPU: only similarities that can decide are computed, N^2 D / 2 and N k D at worst; memory
+    O(N) and a block. GPU: N^2 D / 2 and all picks in one launch up to 4,096 tokens, with a table of N^2; above that N^2 D and
+    one launch per pick, O(N). Nothing waits for the device. `implementation`: see `kernels.dispatch.choose`.
+    """
+    _check(features, k)
+    if weight is not None and (weight.shape != features.shape[:2] or weight.device != features.device):
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} on {weight.device}: give one number per token, {tuple(features.shape[:2])} on "
+            f"{features.device}"
+        )
+    chosen = choose(implementation, features)
+    picks: Tensor = torch.ops.mmcompress.max_min(
+        features.detach(), None if weight is None else weight.detach(), k, chosen
+    )
+    return picks
+
+
+def greedy_map(features: Tensor, log_quality: Tensor, k: int, *, implementation: str = "auto") -> Tensor:
+    """Greedy MAP of a determinantal point process: `k` tokens per visual in the order they are picked, [U, k] int64.
+
+    features [U, N, D], any floating type; log_quality [U, N] (-inf is fine): logarithm of q in the kernel L_ij = q_i cos(i, j)
+    q_j. Each pick raises log det L of the picked tokens most: by 2 log q plus the logarithm of the part that is new, which an
+    incremental Cholesky factor of the cosines gives (Chen et al., arXiv 1709.05135). A part of 1e-6 (`naive.SPENT`) or less of
+    a token counts as nothing; when no token has anything new (equal or zero tokens, k above the rank), the rest follows by
+    quality. No token twice; ties go to the lower index. No gradient.
+
+    Picks are those of the full table of cosines ("naive", N^2 D) where gains differ by more than rounding and no new part is
+    near 1e-6: tokens at the edge of the rank are new or not by rounding. CPU: tokens are looked at only when they
+    can be the next, k N (D + k) at worst; memory N k and a block. GPU: N^2 D / 2 and a table of N^2 up to 4,096 tokens, above
+    that k N D; one launch per pick; memory N k. Nothing waits for the device.
+    """
+    _check(features, k)
+    if log_quality.shape != features.shape[:2] or log_quality.device != features.device:
+        raise ValueError(
+            f"log_quality is {tuple(log_quality.shape)} on {log_quality.device}: give one number per token, "
+            f"{tuple(features.shape[:2])} on {features.device}"
+        )
+    chosen = choose(implementation, features)
+    picks: Tensor = torch.ops.mmcompress.greedy_map(features.detach(), log_quality.detach(), k, chosen)
+    return picks
+
+
+def _check(features: Tensor, k: int) -> None:
+    if features.dim() != 3 or not features.is_floating_point():
+        raise ValueError(
+            f"features are {features.dtype} {tuple(features.shape)}: give a floating-point tensor [U, N, D]"
+        )
+    if not 1 <= k <= features.shape[1]:
+        raise ValueError(f"k={k}: {features.shape[1]} tokens, give a number from 1 to that")
+
+
+def _run(name: str, chosen: str, features: Tensor, extra: Tensor | None, k: int) -> Tensor:
+    if chosen == "blocked" and features.device.type == "cpu":
+        chosen = "lazy"  # the same in an order that reads values, which only waits where there is a device
+    if not len(features):
+        return torch.empty(0, k, dtype=torch.int64, device=features.device)
+    module = importlib.import_module(f".{chosen}", __name__)
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        if name == "max_min":
+            picks: Tensor = module.max_min(features, k, extra)
+        else:
+            picks = module.greedy_map(features, extra, k)
+    return picks
+
+
+def _picks(features: Tensor, extra: Tensor | None, k: int, chosen: str) -> Tensor:
+    return features.new_empty(len(features), k, dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "mmcompress::max_min", mutates_args=(), schema="(Tensor features, Tensor? weight, SymInt k, str chosen) -> Tensor"
+)
+def _max_min(features: Tensor, weight: Tensor | None, k: int, chosen: str) -> Tensor:
+    return _run("max_min", chosen, features, weight, k)
+
+
+@torch.library.custom_op(
+    "mmcompress::greedy_map",
+    mutates_args=(),
+    schema="(Tensor features, Tensor log_quality, SymInt k, str chosen) -> Tensor",
+)
+def _greedy_map(features: Tensor, log_quality: Tensor, k: int, chosen: str) -> Tensor:
+    return _run("greedy_map", chosen, features, log_quality, k)
+
+
+_max_min.register_fake(_picks)
+_greedy_map.register_fake(_picks)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy choices of different tokens in plain torch, for devices without Triton: nothing waits for the device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .naive import SPENT, first_largest, own_part
+
+_BLOCK = 2**24
+"""Numbers in a block of similarities."""
+
+
+def nearest_distance(unit: Tensor) -> Tensor:
+    """Cosine distance of every token to its nearest other token, [U, N], from unit rows [U, N, D]; blocks of rows."""
+    visuals, count, _ = unit.shape
+    step = max(1, _BLOCK // max(1, visuals * count))
+    parts = []
+    for first in range(0, count, step):
+        similar = unit[:, first : first + step] @ unit.transpose(1, 2)
+        own = torch.arange(similar.shape[1], device=unit.device)
+        similar[:, own, first + own] = float("-inf")
+        parts.append(1 - similar.amax(-1))
+    return torch.cat(parts, 1)
+
+
+def _row(unit: Tensor, pick: Tensor) -> Tensor:
+    """Cosines of all tokens to the pick [U, 1] of each visual, [U, N]."""
+    own = unit.gather(1, pick[..., None].expand(-1, 1, unit.shape[2]))
+    return (unit @ own.transpose(1, 2))[..., 0]
+
+
+def max_min(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
+    unit = F.normalize(features.float(), dim=-1)
+    weight = None if weight is None else weight.float()
+    pick = first_largest(nearest_distance(unit))[:, None]
+    picks, least = [pick], torch.full_like(unit[..., 0], float("inf"))
+    free = torch.ones_like(least, dtype=torch.bool)
+    for _ in range(k - 1):
+        least = torch.minimum(least, 1 - _row(unit, pick))
+        free = free.scatter(1, pick, False)
+        value = least if weight is None else weight * least
+        pick = first_largest(value.masked_fill(~free, float("-inf")))[:, None]
+        picks.append(pick)
+    return torch.cat(picks, 1)
+
+
+def greedy_map(features: Tensor, log_quality: Tensor, k: int) -> Tensor:
+    unit, worth = F.normalize(features.float(), dim=-1), 2 * log_quality.float().clamp_min(-1e30)
+    left = own_part(features)
+    free = torch.ones_like(left, dtype=torch.bool)
+    factor, picks = unit.new_empty(len(unit), k, unit.shape[1]), []
+    for step in range(k):
+        new = (left > SPENT) & free
+        gain = worth + torch.where(new, left, 1.0).log()
+        pool = torch.where(new.any(1, keepdim=True), new, free)
+        pick = first_largest(gain.masked_fill(~pool, float("-inf")))[:, None]
+        before = factor[:, :step]
+        known = before.gather(2, pick[..., None].expand(-1, step, 1))
+        pivot = (
+            torch.where(new, left, float("inf")).gather(1, pick).sqrt()
+        )  # what is not new adds nothing to the factor
+        factor[:, step] = (_row(unit, pick) - (known.transpose(1, 2) @ before)[:, 0]) / pivot
+        left = left - factor[:, step].square()
+        free = free.scatter(1, pick, False)
+        picks.append(pick)
+    return torch.cat(picks, 1)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy choices of different tokens on the CPU: similarities are computed only where they can decide a pick.
+
+What a token adds can only shrink while others are picked, so an old value is an upper bound. The tokens with the largest
+bounds form a pool; the pool is brought up to date, and picks are made from it for as long as its best token beats every
+bound outside. The picks are those of the plain greedy loop: nothing is approximated. The control flow reads values, which
+costs nothing on a CPU and would wait for the device anywhere else: `blocked.py` is for those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from . import naive
+from .naive import SPENT
+from .rows import UnitRows, loneliest
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+FEW = 1024
+"""So many tokens have a table of cosines that is no more than a block (4 MB): faster than deciding which of them matter."""
+POOL = 512
+"""Tokens that are kept up to date together."""
+LOW, HIGH = 16, 64
+"""With fewer picks than that from one pool more tokens are brought up to date before the next, with more of them fewer."""
+
+
+def max_min(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
+    """As `kernels.diverse.max_min`. Memory beside the result: POOL + k rows of D and O(N)."""
+    if features.shape[1] <= FEW:
+        weights = [None] * len(features) if weight is None else weight.split(1)
+        return torch.cat([naive.max_min(x, k, w) for x, w in zip(features.split(1), weights, strict=True)])
+    out = torch.empty(len(features), k, dtype=torch.int64)
+    for u, x in enumerate(features):
+        rows = UnitRows(x)
+        first = loneliest(rows)
+        state = _Distance(rows, k, first, None if weight is None else weight[u])
+        out[u] = torch.from_numpy(_greedy(rows, k, state, [first]))
+    return out
+
+
+def greedy_map(features: Tensor, log_quality: Tensor, k: int) -> Tensor:
+    """As `kernels.diverse.greedy_map`. Memory beside the result: POOL + k rows of D, k x k, N x k at most."""
+    out = torch.empty(len(features), k, dtype=torch.int64)
+    for u, x in enumerate(features):
+        rows = UnitRows(x)
+        worth = 2 * log_quality[u].float().clamp_min(-1e30)
+        picks = _greedy(rows, k, _NewPart(rows, k, worth), [])
+        if len(picks) < k:  # nothing is new any more
+            order = np.argsort(-worth.numpy(), kind="stable")
+            picks = np.concatenate([picks, order[~np.isin(order, picks)]])
+        out[u] = torch.from_numpy(picks[:k])
+    return out
+
+
+class _State(Protocol):
+    """What the tokens add to the picks made so far; `bound` [N] is never less, and -inf where nothing is to be picked."""
+
+    bound: Floats
+
+    def enter(self, pool: Indices, own: Tensor, spans: list[tuple[int, int, int]], done: int) -> Floats:
+        """What each token of the pool adds after `done` picks. `own` are its rows; spans (first, last, seen) say which of
+        them know the first `seen` picks already."""
+
+    def pick(self, place: int, done: int) -> Floats:
+        """The same with one pick more, that at `place` in the pool."""
+
+    def leave(self, done: int) -> None:
+        """Write down what was found out about the pool."""
+
+
+def _greedy(rows: UnitRows, k: int, state: _State, begun: Sequence[int]) -> Indices:
+    """`k` picks in order, less if no token is left that may be picked; `begun` are the first of them."""
+    done, size, wide = len(begun), min(POOL, rows.count), 0
+    picks, seen = np.zeros(k, np.int64), np.zeros(rows.count, np.int64)
+    picks[:done] = begun
+
+    def enter(pool: Indices) -> tuple[Indices, Floats]:
+        pool = pool[np.lexsort((pool, seen[pool]))]
+        edges = [0, *(np.flatnonzero(np.diff(seen[pool])) + 1).tolist(), len(pool)]
+        spans = [(a, b, int(seen[pool[a]])) for a, b in pairwise(edges)]
+        return pool, state.enter(pool, rows.take(torch.from_numpy(pool)), spans, done)
+
+    while done < k:
+        order = np.argsort(-state.bound, kind="stable")
+        stale = order[: wide * POOL][seen[order[: wide * POOL]] < done]
+        stale = stale[np.argsort(seen[stale], kind="stable")]
+        for first in range(0, len(stale), POOL):
+            part, _ = enter(stale[first : first + POOL])
+            state.leave(done)
+            seen[part] = done
+        if len(stale):
+            order = np.argsort(-state.bound, kind="stable")
+        if state.bound[order[0]] == -np.inf:
+            break
+        limit = (state.bound[order[size]], -order[size]) if size < rows.count else (-np.inf, 1)
+        pool, gain = enter(order[:size])
+        before = done
+        while done < k:
+            best = gain.max()
+            equal = np.flatnonzero(gain == best)
+            place = int(equal[pool[equal].argmin()])
+            if best == -np.inf or (best, -pool[place]) < limit:
+                break
+            picks[done] = pool[place]
+            gain = state.pick(place, done)
+            done += 1
+        state.leave(done)
+        seen[pool] = done
+        if done - before < LOW:  # bounds outside are too old: look further down next time
+            wide = min(max(1, 2 * wide), -(-rows.count // POOL))
+        elif done - before > HIGH:
+            wide //= 2
+    return picks[:done]
+
+
+class _Distance:
+    """Smallest distance to a pick, times a weight."""
+
+    def __init__(self, rows: UnitRows, k: int, first: int, weight: Tensor | None) -> None:
+        self.weight = np.ones(rows.count, np.float32) if weight is None else weight.float().numpy()
+        self.least = np.full(rows.count, 4, np.float32)  # more than any distance
+        self.bound = self.weight * self.least
+        self.bound[first] = -np.inf
+        self.picked = torch.empty(k, rows.width)
+        self.picked[0] = rows.take(torch.tensor([first]))
+
+    def enter(self, pool: Indices, own: Tensor, spans: list[tuple[int, int, int]], done: int) -> Floats:
+        self.pool, self.own, self.here, self.gain = pool, own, self.least[pool], self.bound[pool]
+        for a, b, seen in spans:
+            if seen < done:
+                near = (own[a:b] @ self.picked[seen:done].T).amax(1)
+                np.minimum(self.here[a:b], (1 - near).numpy(), out=self.here[a:b])
+        return self._gain()
+
+    def pick(self, place: int, done: int) -> Floats:
+        self.picked[done] = self.own[place]
+        np.minimum(self.here, (1 - self.own @ self.own[place]).numpy(), out=self.here)
+        self.gain[place] = -np.inf
+        return self._gain()
+
+    def _gain(self) -> Floats:
+        np.multiply(self.weight[self.pool], self.here, out=self.gain, where=self.gain > -np.inf)
+        return self.gain
+
+    def leave(self, done: int) -> None:
+        self.least[self.pool], self.bound[self.pool] = self.here, self.gain
+
+
+class _NewPart:
+    """Twice the logarithm of quality, plus that of the part of a token that no pick has: a Cholesky factor's squared pivots.
+
+    Only tokens that add something are ever picked here, so all pivots of the picks are above SPENT.
+    """
+
+    def __init__(self, rows: UnitRows, k: int, worth: Tensor) -> None:
+        self.worth, self.left = worth, rows.own_part.clone()
+        self.factor = torch.empty(rows.count, k)  # written as far as a token has been in a pool
+        self.picked, self.triangle = torch.empty(k, rows.width), torch.empty(k, k)
+        self.bound = _gain(worth, self.left).numpy()
+
+    def enter(self, pool: Indices, own: Tensor, spans: list[tuple[int, int, int]], done: int) -> Floats:
+        self.pool, self.own = torch.from_numpy(pool), own
+        self.value, self.rest = self.worth[self.pool], self.left[self.pool]
+        self.known = torch.empty(len(pool), len(self.picked))
+        self.known[:, :done] = self.factor[:, :done].index_select(0, self.pool)
+        self.gone = torch.from_numpy(self.bound[pool] == -np.inf)
+        self.written = spans[0][2]  # the spans go up
+        for a, b, seen in spans:
+            if seen < done:
+                new = own[a:b] @ self.picked[seen:done].T
+                new -= self.known[a:b, :seen] @ self.triangle[seen:done, :seen].T
+                corner = self.triangle[seen:done, seen:done].T
+                new = torch.linalg.solve_triangular(corner, new, upper=True, left=False)
+                self.known[a:b, seen:done] = new
+                self.rest[a:b] -= new.square_().sum(1)
+        return self._gain()
+
+    def pick(self, place: int, done: int) -> Floats:
+        known, pivot = self.known[place, :done], self.rest[place].sqrt()
+        self.picked[done], self.triangle[done, :done], self.triangle[done, done] = self.own[place], known, pivot
+        new = (self.own @ self.own[place] - self.known[:, :done] @ known) / pivot
+        self.known[:, done] = new
+        self.rest -= new.square_()
+        self.gone[place] = True
+        return self._gain()
+
+    def _gain(self) -> Floats:
+        self.gain = _gain(self.value, self.rest).masked_fill_(self.gone, float("-inf")).numpy()
+        return self.gain
+
+    def leave(self, done: int) -> None:
+        self.factor[self.pool, self.written : done] = self.known[:, self.written : done]
+        self.left[self.pool] = self.rest
+        self.bound[self.pool.numpy()] = self.gain
+
+
+def _gain(worth: Tensor, left: Tensor) -> Tensor:
+    new = left > SPENT
+    return torch.where(new, worth + torch.where(new, left, 1.0).log(), float("-inf"))

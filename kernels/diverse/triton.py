@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy choices of different tokens on a GPU, without a host that waits.
+
+Up to TABLE tokens the cosines are made once, half of them and mirrored. Max-min then makes all its picks in one launch, one
+program per visual, which reads one row of the table per pick. Above that, and for the determinant, there is one launch per
+pick of as many programs as fill the device: each finds the last pick again from what the programs of the launch before left
+behind (their best token and its value), so that nothing but the order of launches ties them together. The number of launches
+depends on sizes alone: all of it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cosines import Tokens, length_of
+from .naive import SPENT
+
+TABLE = 4096
+"""Largest number of tokens whose cosines are held, 64 MB per visual."""
+_TOGETHER = 2**28
+"""Numbers in the tables that are held at a time."""
+_NONE = tl.constexpr(float("-inf"))
+_TAKEN = tl.constexpr(-1e30)
+_SPENT = tl.constexpr(SPENT)
+
+
+@triton.jit
+def _max_min_kernel(
+    COSINE, NEAR, WEIGHT, PICKS, count, tiles, k, w_u, w_n, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """All picks of one visual from its table."""
+    u = tl.program_id(0).to(tl.int64)
+    COSINE += u * count * count
+    token = tl.arange(0, BLOCK)
+    free = token < count
+    near = tl.full([BLOCK], _NONE, tl.float32)
+    for t in range(tiles):
+        near = tl.maximum(near, tl.load(NEAR + (u * tiles + t) * count + token, mask=token < count, other=_NONE))
+    weight = tl.full([BLOCK], 1, tl.float32)
+    if WEIGHTED:
+        weight = tl.load(WEIGHT + u * w_u + token * w_n, mask=token < count, other=0).to(tl.float32)
+    pick = tl.argmax(tl.where(free, 1 - near, _NONE), 0, tie_break_left=True)
+    tl.store(PICKS + u * k, pick.to(tl.int64))
+    least = tl.full([BLOCK], 4, tl.float32)  # more than any distance
+    for step in range(1, k):
+        free = free & (token != pick)
+        least = tl.minimum(least, 1 - tl.load(COSINE + pick.to(tl.int64) * count + token, mask=token < count, other=0))
+        pick = tl.argmax(tl.where(free, weight * least, _NONE), 0, tie_break_left=True)
+        tl.store(PICKS + u * k + step, pick.to(tl.int64))
+
+
+@triton.jit
+def _row(
+    X, LENGTH, COSINE, pick, token, count, width, x_n, x_d, HELD: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Cosines of a block of tokens to the pick, read from the table if it is held."""
+    if HELD:
+        cosine = tl.load(COSINE + pick.to(tl.int64) * count + token, mask=token < count, other=0)
+    else:
+        total = tl.zeros([BLOCK, DEPTH], tl.float32)
+        for d in range(0, width, DEPTH):
+            dims = d + tl.arange(0, DEPTH)
+            own = tl.load(X + pick.to(tl.int64) * x_n + dims * x_d, mask=dims < width, other=0).to(tl.float32)
+            at = X + token[:, None].to(tl.int64) * x_n + dims[None, :] * x_d
+            x = tl.load(at, mask=(token < count)[:, None] & (dims < width)[None, :], other=0).to(tl.float32)
+            total += x * own[None, :]
+        scale = length_of(LENGTH, token, count) * tl.load(LENGTH + pick)
+        cosine = tl.where(scale < float("inf"), tl.sum(total, 1) / scale, 0)
+    return cosine
+
+
+@triton.jit
+def _leading(BEST, AT, u, blocks, SPAN: tl.constexpr):
+    """The block with the largest value, the first of equals: its value, its token, its number."""
+    block = tl.arange(0, SPAN)
+    values = tl.load(BEST + u * blocks + block, mask=block < blocks, other=_NONE)
+    lead = tl.argmax(values, 0, tie_break_left=True)
+    return tl.max(values, 0), tl.load(AT + u * blocks + lead), lead
+
+
+@triton.jit
+def _leave(BEST, AT, at, value, token, BLOCK: tl.constexpr):
+    """Write down the best token of the block, the first of equals."""
+    lead = tl.argmax(value, 0, tie_break_left=True)
+    tl.store(BEST + at, tl.max(value, 0))
+    tl.store(AT + at, tl.min(token, 0) + lead)
+    return lead
+
+
+@triton.jit
+def _loneliest_kernel(NEAR, LEAST, BEST, AT, count, BLOCK: tl.constexpr):
+    """Begin with the token whose nearest other one is farthest away."""
+    block, blocks, u = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    near = tl.load(NEAR + u * count + token, mask=token < count, other=0)
+    tl.store(LEAST + u * count + token, tl.full([BLOCK], 4, tl.float32), mask=token < count)
+    _leave(BEST, AT, u * blocks + block, tl.where(token < count, 1 - near, _NONE), token, BLOCK)
+
+
+@triton.jit(do_not_specialize=["step"])
+def _distance_kernel(
+    X, LENGTH, WEIGHT, LEAST, BEFORE, BEFORE_AT, BEST, AT, PICKS, x_u, x_n, x_d, w_u, w_n, count, width, blocks, k, step,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Pick number `step`, and what the tokens of a block are worth after it."""
+    block, u = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    _, pick, _ = _leading(BEFORE, BEFORE_AT, u, blocks, SPAN)
+    if block == 0:
+        tl.store(PICKS + u * k + step, pick.to(tl.int64))
+    if step + 1 < k:
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        there = token < count
+        row = _row(X + u * x_u, LENGTH + u * count, X, pick, token, count, width, x_n, x_d, False, BLOCK, DEPTH)
+        least = tl.minimum(tl.load(LEAST + u * count + token, mask=there, other=_TAKEN), 1 - row)
+        least = tl.where(token == pick, _TAKEN, least)
+        tl.store(LEAST + u * count + token, least, mask=there)
+        value = least
+        if WEIGHTED:
+            value = least * tl.load(WEIGHT + u * w_u + token * w_n, mask=there, other=0).to(tl.float32)
+        _leave(BEST, AT, u * blocks + block, tl.where(least > _TAKEN, value, _NONE), token, BLOCK)
+
+
+@triton.jit
+def _gains(left, worth, there, BEST, BEST_LEFT, REST, at, token, BEST_AT, REST_AT, BLOCK: tl.constexpr):
+    """Write down the best token of the block that is new, with what is left of it, and the best of those that are not."""
+    new = there & (left > _SPENT)
+    gain = tl.where(new, worth + tl.log(tl.where(new, left, 1)), _NONE)
+    lead = _leave(BEST, BEST_AT, at, gain, token, BLOCK)
+    tl.store(BEST_LEFT + at, tl.sum(tl.where(tl.arange(0, BLOCK) == lead, left, 0), 0))
+    spent = there & (left > _TAKEN)
+    _leave(REST, REST_AT, at, tl.where(spent, worth, _NONE), token, BLOCK)
+
+
+@triton.jit
+def _begin_kernel(WORTH, LEFT, BEST, BEST_AT, BEST_LEFT, REST, REST_AT, count, BLOCK: tl.constexpr):
+    """What the tokens of a block are worth before the first pick."""
+    block, blocks, u = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    there = token < count
+    left = tl.load(LEFT + u * count + token, mask=there, other=_TAKEN)
+    worth = tl.load(WORTH + u * count + token, mask=there, other=0)
+    _gains(left, worth, there, BEST, BEST_LEFT, REST, u * blocks + block, token, BEST_AT, REST_AT, BLOCK)
+
+
+@triton.jit(do_not_specialize=["step"])
+def _determinant_kernel(
+    X, LENGTH, COSINE, WORTH, LEFT, FACTOR, BEFORE, BEFORE_AT, BEFORE_LEFT, BEFORE_REST, BEFORE_REST_AT,
+    BEST, BEST_AT, BEST_LEFT, REST, REST_AT, PICKS, x_u, x_n, x_d, count, width, blocks, k, step,
+    HELD: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Pick number `step`, its row of the factor for a block of tokens, and what they are worth after it."""
+    block, u = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    value, pick, lead = _leading(BEFORE, BEFORE_AT, u, blocks, SPAN)
+    _, rest, _ = _leading(BEFORE_REST, BEFORE_REST_AT, u, blocks, SPAN)
+    new = value > _NONE
+    pick = tl.where(new, pick, rest)
+    if block == 0:
+        tl.store(PICKS + u * k + step, pick.to(tl.int64))
+    if step + 1 < k:
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        there = token < count
+        left = tl.load(LEFT + u * count + token, mask=there, other=_TAKEN)
+        FACTOR += u * k * count
+        if new:  # what is not new changes nothing
+            row = _row(
+                X + u * x_u, LENGTH + u * count, COSINE + u * count * count, pick, token, count, width, x_n, x_d,
+                HELD, BLOCK, DEPTH,
+            )  # fmt: skip
+            shared = tl.zeros([BLOCK], tl.float32)
+            for s in range(0, step, STEPS):
+                steps = s + tl.arange(0, STEPS)
+                earlier = steps < step
+                known = tl.load(FACTOR + steps.to(tl.int64) * count + pick, mask=earlier, other=0)
+                at = FACTOR + steps[:, None].to(tl.int64) * count + token[None, :]
+                shared += tl.sum(known[:, None] * tl.load(at, mask=earlier[:, None] & there[None, :], other=0), 0)
+            row = (row - shared) / tl.sqrt(tl.load(BEFORE_LEFT + u * blocks + lead))
+            tl.store(FACTOR + step.to(tl.int64) * count + token, row, mask=there)
+            left = tl.where(left > _TAKEN, left - row * row, left)
+        left = tl.where(token == pick, _TAKEN, left)
+        tl.store(LEFT + u * count + token, left, mask=there)
+        worth = tl.load(WORTH + u * count + token, mask=there, other=0)
+        _gains(left, worth, there, BEST, BEST_LEFT, REST, u * blocks + block, token, BEST_AT, REST_AT, BLOCK)
+
+
+def max_min(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
+    if features.shape[1] <= TABLE:
+        together = max(1, _TOGETHER // features.shape[1] ** 2)
+        weights = [None] * len(features) if weight is None else weight.split(together)
+        parts = [_max_min_held(x, k, w) for x, w in zip(features.split(together), weights, strict=False)]
+        return torch.cat(parts)
+    tokens = Tokens(features)
+    near = tokens.nearest()
+    grid, constants = tokens.blocks(tokens.size["tokens"])
+    least = torch.empty_like(near)
+    best = [near.new_empty(grid[::-1]) for _ in range(2)]
+    at = [near.new_empty(grid[::-1], dtype=torch.int32) for _ in range(2)]
+    picks = near.new_empty(len(features), k, dtype=torch.int64)
+    _loneliest_kernel[grid](near, least, best[0], at[0], tokens.count, BLOCK=constants["BLOCK"])
+    weights = near if weight is None else weight
+    for step in range(k):
+        a, b = step % 2, 1 - step % 2
+        _distance_kernel[grid if step + 1 < k else (1, len(features))](
+            features, tokens.length, weights, least, best[a], at[a], best[b], at[b], picks, *features.stride(), *weights.stride(),
+            tokens.count, tokens.width, grid[0], k, step, WEIGHTED=weight is not None, **constants,
+        )  # fmt: skip
+    return picks
+
+
+def _max_min_held(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
+    tokens = Tokens(features)
+    table, near = tokens.table(nearest=True)
+    picks = near.new_empty(len(features), k, dtype=torch.int64)
+    weights = tokens.length if weight is None else weight
+    block = triton.next_power_of_2(tokens.count)
+    _max_min_kernel[(len(features),)](
+        table, near, weights, picks, tokens.count, near.shape[1], k, *weights.stride(),
+        WEIGHTED=weight is not None, BLOCK=block, num_warps=max(1, min(tokens.size["pick_warps"], block // 64)),
+    )  # fmt: skip
+    return picks
+
+
+def greedy_map(features: Tensor, log_quality: Tensor, k: int) -> Tensor:
+    count = features.shape[1]
+    numbers = count * count + k * count if count <= TABLE else k * count
+    together = max(1, _TOGETHER // numbers)
+    pairs = zip(features.split(together), log_quality.split(together), strict=True)
+    return torch.cat([_greedy_map(x, q, k) for x, q in pairs])
+
+
+def _greedy_map(features: Tensor, log_quality: Tensor, k: int) -> Tensor:
+    tokens = Tokens(features)
+    held = tokens.count <= TABLE
+    table = tokens.table(nearest=False)[0] if held else tokens.length
+    worth = 2 * log_quality.float().clamp_min(-1e30).contiguous()
+    grid, constants = tokens.blocks(tokens.size["held_tokens" if held else "tokens"])
+    factor = worth.new_empty(len(features), k, tokens.count)
+    left = tokens.own_part
+    picks = worth.new_empty(len(features), k, dtype=torch.int64)
+    states = []
+    for _ in range(2):
+        best, best_left, rest = worth.new_empty(3, *grid[::-1])
+        best_at, rest_at = worth.new_empty(2, *grid[::-1], dtype=torch.int32)
+        states.append((best, best_at, best_left, rest, rest_at))
+    _begin_kernel[grid](worth, left, *states[0], tokens.count, BLOCK=constants["BLOCK"])
+    for step in range(k):
+        _determinant_kernel[grid if step + 1 < k else (1, len(features))](
+            features, tokens.length, table, worth, left, factor, *states[step % 2], *states[1 - step % 2], picks,
+            *features.stride(), tokens.count, tokens.width, grid[0], k, step, HELD=held, STEPS=16, **constants,
+        )  # fmt: skip
+    return picks

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of an operation runs, and the times of selections that follow from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmcompress.eval.selection import Sizes, selection_times
+from mmcompress.kernels.dispatch import IMPLEMENTATIONS, choose, has_triton, preferring
+
+
+def test_auto_takes_blocked_torch_on_the_cpu() -> None:
+    assert choose("auto", torch.zeros(1)) == "blocked"
+    assert choose("naive", torch.zeros(1)) == "naive"
+
+
+def test_a_preference_stands_for_auto_alone_and_ends_with_its_block() -> None:
+    x = torch.zeros(1)
+    with preferring("naive") as outer:
+        assert not outer.used
+        assert choose("blocked", x) == "blocked"
+        assert not outer.used
+        with pytest.raises(KeyError), preferring("auto"):
+            assert choose("auto", x) == "blocked"
+            raise KeyError
+        assert choose("auto", x) == "naive"
+        assert outer.used
+    assert choose("auto", x) == "blocked"
+
+
+@pytest.mark.parametrize("call", [lambda name: choose(name, torch.zeros(1)), lambda name: preferring(name).__enter__()])
+def test_an_unknown_implementation_is_named_with_those_there_are(call) -> None:
+    with pytest.raises(ValueError, match=f"'cuda'.*{', '.join(IMPLEMENTATIONS)}"):
+        call("cuda")
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="CUDA device"):
+        choose("triton", torch.zeros(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if has_triton():
+        assert choose("triton", torch.zeros(1)) == "triton"
+
+
+def test_naive_times_stand_beside_the_methods_that_call_kernels() -> None:
+    sizes = Sizes(features=16, encoder=16, keys=8, heads=2, text=4)
+    found = {row.method: row for row in selection_times(["divprune", "fastv"], repeats=2, sizes=sizes, side=4)}
+    assert found["divprune"].naive_ms > 0
+    assert found["fastv"].naive_ms is None
