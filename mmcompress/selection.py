@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .kernels.merge import merge
+
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows of `x` [U, N, ...] at `index` [U, k]: [U, k, ...]."""
@@ -84,15 +86,10 @@ class Selection:
         return self.rows is not None or self.weight is not None
 
     def apply(self, x: Tensor) -> Tensor:
-        """The companion tensor `x` [U, N, ...] of the output tokens: [U, k, ...], gathered or merged."""
+        """The companion tensor `x` [U, N, ...] of the output tokens: [U, k, ...], gathered or merged (sums in float32)."""
         if self.weight is None or self.assign is None or not x.is_floating_point():
             return gather(x, self.keep)
-        gone = self.assign < 0
-        weight = self.weight.masked_fill(gone, 0).to(x.dtype)
-        weighted = x * weight.view(*weight.shape, *[1] * (x.dim() - 2))
-        target = self.assign.clamp_min(0)
-        index = target.view(*target.shape, *[1] * (x.dim() - 2)).expand_as(x)
-        return x.new_zeros(x.shape[0], self.k, *x.shape[2:]).scatter_add(1, index, weighted)
+        return merge(x, self.assign.to(x.device), self.k, self.weight.to(x.device))
 
     def then(self, later: Selection, tokens: int) -> Selection:
         """This selection of `tokens` slots followed by `later`, which chose among the output tokens of this one.

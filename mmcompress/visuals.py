@@ -169,10 +169,10 @@ class Visuals:
               instruction), `text_attention_heads` [U, heads, T, N], `last_attention_heads` [U, heads, 1, N],
               `key_norms` [U, N] and `text_key_norms` [U, T] (L1),
               `rotary_gain` [U, T, N] (what the rotary embedding alone would make the logits). Of the residual stream behind
-              the final norm: `final_states` [U, N, D], `text_final_states` [U, T, D]. `transitions@6` [U, N]: how much the
-              layers from 6 on have changed each token (`absolute_transitions@6`: by the size of the cosine). From before the
-              LLM: `text_relevance` [U, T] (how much the visual tokens mean each word), `input_scores` [U, N] (of the last
-              input stage).
+              the final norm: `final_states` [U, N, D], `text_final_states` [U, T, D]; as it is: `text_states` [U, T, D].
+              `transitions@6` [U, N]: how much the layers from 6 on have changed each token (`absolute_transitions@6`: by the
+              size of the cosine). From before the LLM: `text_relevance` [U, T] (how much the visual tokens mean each word),
+              `input_scores` [U, N] (of the last input stage).
     slots     [U, N]: which cell of `layout` each token is; the cells in order as long as no stage has acted.
     cut       number of the cut, for layer stages that cut several times.
     """

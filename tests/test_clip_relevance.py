@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from mmcompress.assets import CLIP, model_path
+from mmcompress.kernels.diverse import greedy_map
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
@@ -195,7 +196,7 @@ def test_cdpruner_in_a_model_decides_as_on_signals_of_transformers(
         relevance = -F.cosine_similarity(patches[i], embedded, dim=-1)
         relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
         quality = CDPruner(**options).log_quality(relevance[None])
-        alone.append(mm.ops.dpp.greedy_map(features[i][None], quality, 5)[0].sort().values.tolist())
+        alone.append(greedy_map(features[i][None], quality, 5)[0].sort().values.tolist())
     assert kept == alone  # the questions have different lengths: each visual is decided alone
 
 

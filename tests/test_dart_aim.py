@@ -18,7 +18,7 @@ from torch import Tensor
 import mmcompress as mm
 from mmcompress.methods.aim_merge import AIMMerge
 from mmcompress.methods.dart import DART
-from mmcompress.ops.bipartite import bipartite_match, halvings, merge_in_steps
+from mmcompress.ops.bipartite import halvings, merge_in_steps
 from mmcompress.ops.pivots import least_similar
 from mmcompress.ops.shares import split_budget
 from mmcompress.runtime.cache import is_pruned
@@ -304,14 +304,6 @@ def test_halvings_reach_every_number(tokens: int, data: st.DataObject) -> None:
         assert 1 <= r <= tokens // 2
         tokens -= r
     assert tokens == keep
-
-
-def test_matching_in_blocks_equals_the_whole_map() -> None:
-    metric = torch.randn(2, 41, 5, generator=torch.Generator().manual_seed(0))
-    for protected in (0, 1):
-        whole = bipartite_match(metric, 13, protected)
-        for block in (1, 4, 20):
-            assert torch.equal(bipartite_match(metric, 13, protected, block)[0], whole[0])
 
 
 @pytest.mark.parametrize("name", MERGING)

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmcompress.kernels.coverage import max_coverage, soft_coverage
+from mmcompress.kernels.diverse import greedy_map
 from torch import Tensor
 
 import mmcompress as mm
 from mmcompress.methods.cdpruner import CDPruner
 from mmcompress.methods.mmtok import MMTok
-from mmcompress.ops import coverage, dpp
-from mmcompress.ops.coverage import max_coverage, soft_coverage
-from mmcompress.ops.dpp import greedy_map
 from mmcompress.ops.relevance import mean_cosine
 from mmcompress.visuals import View
 
@@ -186,12 +185,14 @@ def test_max_coverage_is_near_the_best() -> None:
         assert got >= (1 - 1 / math.e) * best
 
 
-def test_coverage_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = some_visuals(2, 50, 20, seed=1)
-    stage = MMTok(keep=20)
-    table, keep = stage.coverage(seen), stage.select(seen).keep
-    monkeypatch.setattr(coverage, "_BLOCK", {"cpu": 1700})
-    assert torch.allclose(stage.coverage(seen), table, rtol=1e-5) and torch.equal(stage.select(seen).keep, keep)
+@pytest.mark.parametrize("n", [5, 33, 40, 65, 100])
+def test_equal_tokens_are_taken_in_their_order(n: int) -> None:
+    """Library sums round the last columns of a table in their own way, which must not decide."""
+    for kind in ("zero", "equal"):
+        seen = some_visuals(1, n, 3, kind=kind)
+        seen = replace(seen, features=seen.features.sign(), signals={k: s.sign() for k, s in seen.signals.items()})
+        seen = replace(seen, signals={**seen.signals, "encoder_features": seen.features[..., :4]})
+        assert MMTok(keep=3).select(seen).keep.tolist() == [[0, 1, 2]]
 
 
 def test_soft_coverage_weights() -> None:
@@ -264,13 +265,18 @@ def test_greedy_map_equals_its_naive_twin(n: int, k: int, seed: int) -> None:
 @given(st.integers(1, 12), st.integers(0, 10**6), st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_beyond_the_rank_quality_decides(rank: int, seed: int, half: bool) -> None:
+    """Tokens of `rank` directions at right angles, whose cosines are exact: near the rank of others rounding decides."""
     g = torch.Generator().manual_seed(seed)
-    x, q = torch.randn(1, 40, rank, generator=g), torch.rand(1, 40, generator=g) + 0.05
-    x = (x.half() if half else x) @ torch.eye(rank, 64).to(torch.half if half else torch.float32)
-    order = greedy_map(x, q.log(), 40)[0].tolist()
-    assert sorted(order) == list(range(40))
-    worth = [q[0, i].item() for i in order[rank:]]
-    assert worth == sorted(worth, reverse=True)
+    way, q = torch.randint(rank, (40,), generator=g), torch.rand(1, 40, generator=g) + 0.05
+    square = torch.ones(1, 1)
+    for _ in range(4):
+        square = torch.cat([torch.cat([square, square], 1), torch.cat([square, -square], 1)])
+    scale = torch.randint(1, 5, (40, 1), generator=g) * (torch.randint(2, (40, 1), generator=g) * 2 - 1)
+    x = (square[torch.randperm(16, generator=g)][way] * scale)[None]
+    order = greedy_map(x.half() if half else x, q.log(), 40)[0].tolist()
+    by_quality = sorted(range(40), key=lambda i: -q[0, i].item())
+    first = [i for place, i in enumerate(by_quality) if way[i] not in way[by_quality[:place]]]
+    assert order == first + [i for i in by_quality if i not in first]
 
 
 def test_equal_and_zero_tokens_in_the_process() -> None:
@@ -323,7 +329,6 @@ def test_mean_cosine() -> None:
     x, y = torch.randn(2, 5, 4, generator=g), torch.randn(2, 3, 4, generator=g)
     expected = F.cosine_similarity(x[:, :, None], y[:, None], dim=-1).mean(-1)
     assert torch.allclose(mean_cosine(x, y), expected, atol=1e-6)
-    assert dpp._SPENT < 1e-5
 
 
 # ---------------------------------------------------------------------- in a model

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mmcompress as mm
 from mmcompress.budget import exact_merge_schedule, merge_schedule, resolve
-from mmcompress.ops import argmax_first, bipartite_match, max_min_diverse, merge_mean
+from mmcompress.ops import argmax_first, bipartite_match, merge_mean
 from mmcompress.trace import Shape, kv_bytes, prefill_flops
 
 INPUT_METHODS = ["random", "uniform", "divprune", "visionzip"]
@@ -140,31 +140,6 @@ def test_gradients_flow_through_kept_tokens() -> None:
 def test_ties_go_to_the_lower_index() -> None:
     assert argmax_first(torch.tensor([[1.0, 3, 3], [2, 2, 2], [float("-inf")] * 3])).tolist() == [1, 0, 0]
     assert mm.Selection.top(torch.zeros(1, 6), 3).keep.tolist() == [[0, 1, 2]]
-    assert max_min_diverse(torch.ones(1, 5, 3), 3).tolist() == [[0, 1, 2]]
-
-
-@given(st.integers(2, 30), st.integers(1, 30), st.integers(0, 10**6))
-@settings(deadline=None, max_examples=50)
-def test_max_min_equals_its_naive_twin(n: int, k: int, seed: int) -> None:
-    k = min(k, n)
-    x = torch.randn(1, n, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
-    unit = torch.nn.functional.normalize(x[0].double(), dim=-1)
-    distance = 1 - unit @ unit.T
-    picked = [max(range(n), key=lambda i: min((distance[i, j].item() for j in range(n) if j != i), default=0.0))]
-    while len(picked) < k:
-        picked.append(
-            max((i for i in range(n) if i not in picked), key=lambda i: min(distance[i, j].item() for j in picked))
-        )
-    assert max_min_diverse(x, k)[0].tolist() == picked
-
-
-def test_max_min_above_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmcompress.ops import diversity
-
-    x = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(1))
-    expected = max_min_diverse(x, 20)
-    monkeypatch.setattr(diversity, "_BLOCK", 16)
-    assert torch.equal(max_min_diverse(x, 20), expected)
 
 
 @given(st.integers(2, 33), st.integers(0, 1), st.integers(0, 99), st.data())

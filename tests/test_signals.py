@@ -12,7 +12,6 @@ from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
 
 import mmcompress as mm
-from mmcompress.ops import attention_received, attention_rows
 
 from .tiny import ALIKE, GREEDY, OLDEST, RAGGED, build, prompts
 
@@ -141,20 +140,6 @@ def test_fastv_in_a_later_turn_sees_the_keys_of_the_cache() -> None:
     cache = model(**one, use_cache=True).past_key_values
     model(**two, past_key_values=cache)
     assert mm.trace(model).visuals[0].kept_cells(layer=2).tolist() == whole
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("block", [1, 3, 256])
-def test_attention_received_in_blocks_equals_the_whole_map(causal: bool, block: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 4, 11, 8, generator=generator), torch.randn(2, 2, 11, 8, generator=generator)
-    seen = torch.rand(2, 1, 1, 11, generator=generator) < 0.7
-    seen[..., 0] = True
-    visible = seen & torch.ones(11, 11, dtype=torch.bool).tril() if causal else seen.expand(2, 1, 11, 11)
-    whole = attention_rows(q, k, 0.3, visible).mean(1)
-    rows = seen[:, 0, 0, :, None]
-    expected = (whole * rows).sum(1) / rows.sum(1)
-    assert torch.allclose(attention_received(q, k, 0.3, seen, causal, block), expected, atol=1e-6)
 
 
 @mm.register("deep_spy")

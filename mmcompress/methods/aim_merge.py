@@ -27,7 +27,7 @@ class AIMMerge(InputStage):
     their targets, which become plain means. This is repeated, half of what is left (rounded down) each time and at last just
     as many as are over, so that k is exact: the paper's steps for 0.25 (196 -> 98 -> 49), 0.125 and 252 of 576. Each crop
     (thumbnail, tile, frame) is merged alone, with a budget by its size, never with another; where an earlier stage has thinned
-    the visual out, it is one crop. Cost n^2 D / 4 for a crop of n.
+    the visual out, it is one crop. Cost n^2 D / 4 for a crop of n, in blocks.
 
     metric  "features": tokens are compared, and merged, as they enter the LLM (the reference's way with videos); "keys": encoder
             features are merged before the projector, by the keys of the last block of the encoder (its way with images); None:
@@ -56,8 +56,7 @@ class AIMMerge(InputStage):
         metric = visuals["joint_keys@-1"] if by_keys else visuals.features
         features = visuals["encoder_features"] if by_keys else visuals.features
         merged = self._matched(visuals, metric.detach())
-        # in float32: the weights of large groups, and sums of so small addends, are coarse in half precision
-        rows = merged.apply(features.float()).to(features.dtype)
+        rows = merged.apply(features)
         return replace(merged, rows=visuals.project(rows) if by_keys else rows)
 
     def _by_keys(self, visuals: Visuals) -> bool:

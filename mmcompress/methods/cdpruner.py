@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.dpp import greedy_map
+from ..kernels.diverse import greedy_map
 from ..ops.relevance import mean_cosine
 from ..plan import register
 from ..selection import Selection
@@ -31,10 +31,11 @@ class CDPruner(InputStage):
     from the prompt, is that of the model if not given. Without `clip` it is PLUS the mean cosine of the projected token to the
     instruction's LLM input embeddings, as in a port to another engine (a weaker signal, but there for all families).
 
-    Cost k N (D + k), N (D + k) float32 of memory. Departs from the reference: relevance is scaled to (0, 1] per visual,
-    not over all that share a batch (`compat="reference"` does that), all cosines are float32, equal tokens follow by
-    relevance instead of breaking the factorisation, the tiles of one picture share its budget, and each segment of a
-    question that is too long for CLIP is a text of its own with an end token (the mean over segments counts in both).
+    Cost k N (D + k) at most, N k float32 of memory, on a GPU also a table of N^2 up to 4,096 tokens. Departs from the
+    reference: relevance is scaled to (0, 1] per visual, not over all that share a batch (`compat="reference"` does that),
+    all cosines are float32, equal tokens follow by relevance instead of breaking the factorisation, the tiles of one
+    picture share its budget, and each segment of a question that is too long for CLIP is a text of its own with an end
+    token (the mean over segments counts in both).
     """
 
     keep: float | int = 0.111

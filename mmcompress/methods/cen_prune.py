@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.centring import centred, distinctiveness, weighted_max_min
+from ..kernels.diverse import greedy_map, max_min
+from ..ops.centring import centred, distinctiveness
 from ..ops.crops import alike_crops
-from ..ops.dpp import greedy_map
 from ..ops.relevance import mean_of_patches
 from ..plan import as_pipeline, register
 from ..selection import Selection
@@ -99,7 +99,7 @@ class CenPrune(InputStage):
             scores[:, part.cells] = weight.unflatten(0, (len(scores), -1))
             tokens = centred(raw) if self.center else raw
             if quality is None:
-                picks = weighted_max_min(tokens, weight, part.k)
+                picks = max_min(tokens, part.k, weight)
             else:
                 picks = greedy_map(tokens, part.take(quality) + weight.log(), part.k)
             keep.append(part.slots(picks))

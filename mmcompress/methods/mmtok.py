@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.coverage import max_coverage, soft_coverage
+from ..kernels.coverage import max_coverage, soft_coverage
 from ..ops.relevance import mean_of_patches
 from ..plan import register
 from ..selection import Selection
@@ -27,9 +27,9 @@ class MMTok(InputStage):
     compared. The paper's values for Qwen2.5-VL are text_temperature=0.01, patches=4; the defaults are those for LLaVA.
     Cells outside the picture (square padding) are kept last. Without instruction visual coverage alone decides.
 
-    Cost k N (N + T) for T words, N (N + T) float32 of memory. Departs from the reference: all tokens of the instruction
-    count, while there stop words and the answer-format suffix are left out; the tiles of one picture share its budget,
-    where there each tile has the same; more than the tokens inside the picture can be asked for.
+    Cost N^2 C / 2 and k N (N + T) at most for T words, N (N + T) float32 of memory. Departs from the reference: all tokens
+    of the instruction count, while there stop words and the answer-format suffix are left out; the tiles of one picture
+    share its budget, where there each tile has the same; more than the tokens inside the picture can be asked for.
     """
 
     keep: float | int = 0.111

@@ -43,8 +43,7 @@ class Pool(InputStage):
         assign = torch.empty_like(order).scatter(1, order, place).gather(1, group)
         keep, assign, weight = (t.expand(len(features), -1) for t in (keep, assign, 1 / own))
         merged = Selection(keep, assign, weight)
-        # in float32: the weights of large groups, and sums of so small addends, are coarse in half precision
-        return replace(merged, rows=merged.apply(features.float()).to(features.dtype))
+        return replace(merged, rows=merged.apply(features))
 
 
 def _groups(layout: Layout, k: int, slots: Tensor | None, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

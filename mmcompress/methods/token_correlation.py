@@ -95,7 +95,7 @@ class TokenCorrelation(InputStage):
             return Selection(keep, scores=score)
         assign = (kept.long().cumsum(1) - 1).gather(1, target).masked_fill(weight == 0, -1)
         merged, features = Selection(keep, assign, weight, scores=score), visuals["encoder_features"]
-        return replace(merged, rows=visuals.project(merged.apply(features.float()).to(features.dtype)))
+        return replace(merged, rows=visuals.project(merged.apply(features)))
 
     def adaptive(self, features: Tensor, keys: Tensor, low: Tensor, deep: Tensor) -> tuple[Tensor, Tensor]:
         """What B crops keep as in the paper: outliers, and as many of the best as are not redundant. A mask [B, n], and
@@ -110,7 +110,7 @@ class TokenCorrelation(InputStage):
         if not self.aggregate:
             return kept, features
         slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-        return kept, Selection(slots, *absorb(keys, kept)).apply(features.float()).to(features.dtype)
+        return kept, Selection(slots, *absorb(keys, kept)).apply(features)
 
     def redundant(self, keys: Tensor) -> Tensor:
         """Patches that say what many others of their crop say, [B, n] bool, from keys [B, n, d]."""

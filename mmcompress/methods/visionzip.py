@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import argmax_first
+from ..kernels.match import match
+from ..kernels.merge import merge
 from ..plan import register
 from ..selection import Selection, gather
 from ..stage import InputStage, Need
@@ -70,8 +70,7 @@ class VisionZip(InputStage):
         assign = assign.scatter(1, targets, place[:, extra + dominant :])
         parts = [gather(features, chosen)]
         if context:
-            unit = F.normalize(visuals["keys"].float(), dim=-1)
-            nearest = argmax_first(gather(unit, others) @ gather(unit, targets).transpose(1, 2))
+            nearest = match(*(gather(visuals["keys"], slots) for slots in (others, targets)))[1]
             assign = assign.scatter(1, others, extra + dominant + nearest)
             parts.append(self._contextual(features, targets, others, nearest))
         keep = torch.cat([chosen, targets], 1)
@@ -83,12 +82,10 @@ class VisionZip(InputStage):
 
     def _contextual(self, features: Tensor, targets: Tensor, others: Tensor, nearest: Tensor) -> Tensor:
         """Contextual tokens [U, context, C] before the projector."""
-        own = gather(features, targets).float()
-        count = own.new_zeros(own.shape[:2]).scatter_add(1, nearest, torch.ones_like(nearest, dtype=own.dtype))
-        index = nearest[..., None].expand(-1, -1, own.shape[-1])
-        total = torch.zeros_like(own).scatter_add(1, index, gather(features, others).float())
+        context = targets.shape[1]
         if self.merge == "mean":
-            merged = (own + total) / (1 + count)[..., None]
-        else:
-            merged = own + total / count.clamp_min(1)[..., None]
-        return merged.to(features.dtype)
+            place = torch.arange(context, device=targets.device).expand_as(targets)
+            members = gather(features, torch.cat([targets, others], 1))
+            return merge(members, torch.cat([place, nearest], 1), context, mean=True)
+        added = merge(gather(features, others).float(), nearest, context, mean=True)
+        return (gather(features, targets) + added).to(features.dtype)

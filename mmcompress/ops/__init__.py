@@ -3,7 +3,6 @@
 
 from .attention import attention_received, attention_rows, proportional_bias
 from .bipartite import bipartite_match, merge_mean
-from .diversity import max_min_diverse
 from .ties import argmax_first
 
 __all__ = [
@@ -11,7 +10,6 @@ __all__ = [
     "attention_received",
     "attention_rows",
     "bipartite_match",
-    "max_min_diverse",
     "merge_mean",
     "proportional_bias",
 ]

@@ -6,19 +6,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .ties import argmax_first
+from ..kernels.match import match
+from ..kernels.merge import merge
+from .groups import group_sum
 
 
-def bipartite_match(metric: Tensor, r: int, protected: int = 0, block: int = 256) -> tuple[Tensor, int]:
+def bipartite_match(metric: Tensor, r: int, protected: int = 0) -> tuple[Tensor, int]:
     """Merge the `r` most similar pairs between tokens at even and at odd places (Bolya et al., arXiv 2210.09461).
 
     metric [n, T, d]. Returns (target, count): the index in the new sequence of every token, [n, T] int64, and the new
     length T - r. New order: even tokens that stay, then all odd tokens. `protected` is 0 or 1: with 1 the first token
     stays alone and first, and the even tokens that stay keep their order; with 0 they come by falling similarity, as in
-    the reference. Ties go to the lower index. Cost T^2 d / 4; never holds more than `block` rows of similarities.
+    the reference. Ties go to the lower index. Cost T^2 d / 4, memory T.
     """
     n, tokens, _ = metric.shape
     if protected not in (0, 1):
@@ -27,14 +28,7 @@ def bipartite_match(metric: Tensor, r: int, protected: int = 0, block: int = 256
         raise ValueError(
             f"r={r}: {tokens} tokens, {protected} of them protected, can lose at most {(tokens - protected) // 2}"
         )
-    unit = F.normalize(metric.float(), dim=-1)
-    even, odd = unit[:, ::2], unit[:, 1::2].transpose(1, 2)
-    best, partners = [], []
-    for first in range(0, even.shape[1], block):
-        scores = even[:, first : first + block] @ odd
-        best.append(scores.amax(-1))
-        partners.append(argmax_first(scores))
-    partner, likeness = torch.cat(partners, 1), torch.cat(best, 1)
+    likeness, partner = match(metric[:, ::2], metric[:, 1::2])
     if protected:
         likeness[:, 0] = float("-inf")
     order = likeness.sort(dim=1, descending=True, stable=True).indices
@@ -56,12 +50,7 @@ def merge_mean(x: Tensor, size: Tensor, target: Tensor, count: int) -> tuple[Ten
     x [n, T, C], size [n, T], target [n, T] in [0, count): merged tokens [n, count, C] in the dtype of x and their sizes
     [n, count]. Sums run in float32.
     """
-    n, _, channels = x.shape
-    total = size.new_zeros(n, count).scatter_add(1, target, size)
-    weighted = x.float() * size[..., None]
-    index = target[..., None].expand(-1, -1, channels)
-    merged = weighted.new_zeros(n, count, channels).scatter_add(1, index, weighted)
-    return (merged / total[..., None]).to(x.dtype), total
+    return merge(x, target, count, size, mean=True), group_sum(size, target, count)
 
 
 def halvings(tokens: int, keep: int) -> list[int]:

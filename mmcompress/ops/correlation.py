@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .ties import argmax_first
-
-_ELEMENTS = 1 << 22
-"""Largest number of similarities that are held at a time."""
+from ..kernels.components import components
+from ..kernels.match import match
+from .groups import group_sum
 
 
 def first_of(order: Tensor, count: Tensor) -> Tensor:
@@ -21,10 +17,9 @@ def first_of(order: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(first).scatter(1, order, first)
 
 
-@torch.no_grad()
 def similar_count(keys: Tensor, tau: float) -> Tensor:
-    """How many others of `keys` [B, n, d] have a cosine above `tau` to each of them, [B, n] int64. Cost n^2 d."""
-    return torch.cat([(cosine > tau).sum(2) for cosine in _cosines(keys)], 1)
+    """How many others of `keys` [B, n, d] have a cosine above `tau` to each of them, [B, n] int64. Cost n^2 d / 2, memory n."""
+    return components(keys, tau)[1] - 1
 
 
 @torch.no_grad()
@@ -33,27 +28,11 @@ def absorb(keys: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
     keys [B, n, d], kept [B, n] bool. A token that is kept goes to itself with weight 1, any other one to the kept one with
     the most similar key (the lower of equals), weighted by that cosine if it is positive; shares are weights over their
-    sum. Where nothing is kept, all shares are 0. Cost n^2 d.
+    sum. Where nothing is kept, all shares are 0. Cost n^2 d, memory n.
     """
-    best, nearest = [], []
-    for cosine in _cosines(keys):
-        cosine = cosine.masked_fill_(~kept[:, None], float("-inf"))
-        best.append(cosine.amax(2))
-        nearest.append(argmax_first(cosine))
+    cosine, nearest = match(keys, keys, query_mask=~kept, key_mask=kept)
     place = torch.arange(kept.shape[1], device=kept.device)
-    target = torch.where(kept, place, torch.cat(nearest, 1))
-    weight = torch.where(kept, 1.0, torch.cat(best, 1).clamp_min(0))
-    total = torch.zeros_like(weight).scatter_add(1, target, weight).clamp_min(1)
+    target = torch.where(kept, place, nearest.clamp_min(0))
+    weight = torch.where(kept, 1.0, cosine.clamp_min(0))
+    total = group_sum(weight, target, kept.shape[1]).clamp_min(1)
     return target, weight / total.gather(1, target)
-
-
-def _cosines(keys: Tensor) -> Iterator[Tensor]:
-    """Cosines of `keys` [B, n, d] to each other, block after block of rows [B, rows, n]; -inf to themselves."""
-    unit = F.normalize(keys.float(), dim=-1)
-    batch, n, _ = unit.shape
-    step = max(1, _ELEMENTS // (batch * n))
-    for first in range(0, n, step):
-        cosine = unit[:, first : first + step] @ unit.transpose(1, 2)
-        own = torch.arange(cosine.shape[1], device=keys.device)
-        cosine[:, own, first + own] = float("-inf")
-        yield cosine

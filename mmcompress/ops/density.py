@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ties import argmax_first
+from ..kernels import density
 
 
 @torch.no_grad()
@@ -19,24 +19,10 @@ def density_peaks(x: Tensor, count: int, neighbours: int | None = None) -> tuple
     is. Centres are the tokens with the largest products of both; every other token joins its nearest centre. Of equally
     dense tokens the lower one counts as denser, so that copies of a token make one peak. Ties of the product go to the lower
     index, ties of distances to the clearer peak. Products are compared by their logarithm: densities of tokens that
-    lie far apart would all be 0. `neighbours`: `count` by default. Cost n^2 C, memory n^2.
+    lie far apart would all be 0. `neighbours`: `count` by default. Cost n^2 C, memory n.
     """
-    tokens = x.shape[1]
-    distance = _distances(x)
-    nearest = distance.sort(dim=2).values[..., : neighbours or count]
-    density = -nearest.square().mean(2)
-    index = torch.arange(tokens, device=x.device)
-    mine, other = density[:, :, None], density[:, None]
-    denser = (other > mine) | ((other == mine) & (index < index[:, None]))
-    gap = distance.masked_fill(~denser, float("inf")).amin(2)
-    gap = torch.where(gap.isinf(), distance.flatten(1).amax(1, keepdim=True), gap)
-    centres = (density + gap.log()).sort(dim=1, descending=True, stable=True).indices[:, :count]
-    near = distance.gather(2, centres[:, None].expand(-1, tokens, -1))
+    spread, gap = density.density_peaks(x, neighbours or count)
+    centres = (gap.log() - spread).sort(dim=1, descending=True, stable=True).indices[:, :count]
+    into = density.nearest(x, x.gather(1, centres[..., None].expand(-1, -1, x.shape[2])))[1]
     order = torch.arange(count, device=x.device).expand_as(centres)
-    return centres, argmax_first(-near).scatter(1, centres, order)
-
-
-def _distances(x: Tensor) -> Tensor:
-    """Euclidean distances of `x` [U, n, C] over sqrt(C), [U, n, n] float32; exactly 0 to itself and the same both ways."""
-    x = x.float()
-    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") * x.shape[2] ** -0.5
+    return centres, into.scatter(1, centres, order)

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.merge import merge
+from .groups import group_sizes
+
 _EQUAL = 1e-6
 """Cosines that are no farther apart than this differ by rounding only."""
 _ELEMENTS = 1 << 22
@@ -20,8 +23,7 @@ def cosine_kmeans(x: Tensor, seeds: Tensor, rounds: int = 10) -> Tensor:
     x [B, n, C]; seeds [B, M]: the vectors that the clusters begin with. A round gives every vector to the most similar centre
     (the lowest of equals) and makes each centre the direction of the sum of its members; a centre without members stays. There
     are always `rounds` of them, without a look at the values: once nothing moves, nothing moves any more. Clusters may end up
-    empty. Sums are products with a table of zeros and ones, which are the same in every run, also on a GPU. Float32; cost
-    2 rounds n M C.
+    empty. Float32; the same in every run, also on a GPU. Cost rounds n M C.
     """
     unit = F.normalize(x.float(), dim=-1)
     centres = unit.gather(1, seeds[..., None].expand(-1, -1, unit.shape[2]))
@@ -29,17 +31,13 @@ def cosine_kmeans(x: Tensor, seeds: Tensor, rounds: int = 10) -> Tensor:
     step = max(1, _ELEMENTS // max(1, seeds.shape[1]))
     labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     for round_ in range(rounds):
-        total, members, parts = torch.zeros_like(centres), torch.zeros_like(centres[..., :1]), []
-        for first in range(0, x.shape[1], step):
-            block = unit[:, first : first + step]
-            likeness = block @ centres.transpose(1, 2)
+        if round_:
+            members, total = group_sizes(labels, len(number)), merge(unit, labels, len(number))
+            centres = torch.where(members[..., None] > 0, F.normalize(total, dim=-1), centres)
+        for block in (slice(first, first + step) for first in range(0, x.shape[1], step)):
+            likeness = unit[:, block] @ centres.transpose(1, 2)
             best = likeness >= likeness.amax(2, keepdim=True) - _EQUAL
-            parts.append(torch.where(best, number, len(number)).amin(2))
-            if round_ < rounds - 1:
-                own = (parts[-1][:, None] == number[:, None]).to(unit.dtype)
-                total, members = total + own @ block, members + own.sum(2, keepdim=True)
-        labels = torch.cat(parts, 1) if parts else labels
-        centres = torch.where(members > 0, F.normalize(total, dim=-1), centres)
+            labels[:, block] = torch.where(best, number, len(number)).amin(2)
     return labels
 
 
@@ -47,19 +45,11 @@ def cluster_means(x: Tensor, weight: Tensor, labels: Tensor, count: int) -> Tens
     """Weighted mean of the members of each cluster, [B, count, C] float32; zeros for an empty one.
 
     x [B, n, C]; weight [B, n], not negative (members without weight count alike); labels [B, n]: vectors with a label outside
-    [0, count) belong to none. Gradients reach `x`. Cost n count C.
+    [0, count) belong to none. Gradients reach `x`. Cost n C.
     """
     weight = weight.detach().float().clamp_min(1e-30)
-    number = torch.arange(count, device=x.device)[:, None]
-    step = max(1, _ELEMENTS // max(1, count))
-    largest = torch.zeros(len(x), count, 1, device=x.device)
-    blocks = [slice(first, first + step) for first in range(0, x.shape[1], step)]
-    for block in blocks:
-        own = (labels[:, None, block] == number) * weight[:, None, block]
-        largest = torch.maximum(largest, own.amax(2, keepdim=True))
-    total = torch.zeros(len(x), count, x.shape[2], device=x.device)
-    mass = torch.zeros_like(largest)
-    for block in blocks:  # parts of the largest weight: sums of tiny ones would lose their digits
-        own = (labels[:, None, block] == number) * weight[:, None, block] / largest.clamp_min(1e-30)
-        total, mass = total + own @ x[:, block].float(), mass + own.sum(2, keepdim=True)
-    return total / mass.clamp_min(1e-30)
+    labels = labels.masked_fill(labels >= count, -1).clamp_min(-1)
+    group = labels + 1
+    largest = weight.new_zeros(len(x), count + 1).scatter_reduce(1, group, weight, "amax")
+    # parts of the largest weight: sums of tiny ones would lose their digits
+    return merge(x.float(), labels, count, weight / largest.gather(1, group), mean=True)

@@ -3,33 +3,27 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .attention import attention_rows
+from ..kernels import attention
 
 
 def attention_marginals(
-    q: Tensor, k: Tensor, scale: float, prefix: int = 0, softmax: bool = True, block: int = 256
+    q: Tensor, k: Tensor, scale: float, prefix: int = 0, softmax: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Attention that each patch receives and gives: means over the patches on the other side and over heads, float32.
 
     q, k [n, heads, T, d], of which the first `prefix` tokens are no patches: two tensors [n, T - prefix]. With `softmax`
-    the softmax runs over all T keys before the other tokens are left out; never more than `block` rows of it are held.
-    Without, the map is that of the logits, whose means need no map: cost heads * T * d.
+    the softmax runs over all T keys before the other tokens are left out: cost heads * T^2 * d, memory heads * T. Without,
+    the map is that of the logits, whose means need no map: cost heads * T * d.
     """
     if not softmax:
         q, k = q[:, :, prefix:].float(), k[:, :, prefix:].float()
         received = (k @ q.mean(2)[..., None])[..., 0].mean(1) * scale
         given = (q @ k.mean(2)[..., None])[..., 0].mean(1) * scale
         return received, given
-    patches = q.shape[2] - prefix
-    total, parts = torch.zeros(k.shape[0], patches, device=k.device), []
-    for first in range(prefix, q.shape[2], block):
-        part = attention_rows(q[:, :, first : first + block], k, scale).mean(1)[..., prefix:]
-        total = total + part.sum(1)
-        parts.append(part.mean(2))
-    return total / patches, torch.cat(parts, 1)
+    received, given = attention.attention_marginals(q[:, :, prefix:], k, scale, prefix)
+    return received, given / max(1, q.shape[2] - prefix)
 
 
 def hubs(received: Tensor, threshold: float) -> Tensor:
@@ -39,16 +33,12 @@ def hubs(received: Tensor, threshold: float) -> Tensor:
     return found | ~found.any(1, keepdim=True)
 
 
-def hub_attention(q: Tensor, k: Tensor, scale: float, threshold: float, prefix: int = 0, block: int = 256) -> Tensor:
+def hub_attention(q: Tensor, k: Tensor, scale: float, threshold: float, prefix: int = 0) -> Tensor:
     """Attention that the hubs give to each patch, mean over hubs and heads, [n, T - prefix] float32.
 
     Hubs are the patches that receive more than `threshold` times what a patch receives on average (`hubs`). Arguments as in
-    `attention_marginals`. The map is gone over twice, never more than `block` rows of it are held.
+    `attention_marginals`. The map is gone over twice.
     """
-    received, _ = attention_marginals(q, k, scale, prefix, block=block)
-    asked = hubs(received, threshold).float()
-    total = torch.zeros_like(received)
-    for first in range(prefix, q.shape[2], block):
-        part = attention_rows(q[:, :, first : first + block], k, scale).mean(1)[..., prefix:]
-        total = total + (asked[:, None, first - prefix : first - prefix + block] @ part)[:, 0]
-    return total / asked.sum(1, keepdim=True)
+    received = attention.attention_received(q[:, :, prefix:], k, scale)[:, prefix:]
+    asked = hubs(received, threshold)
+    return attention.attention_received(q[:, :, prefix:], k, scale, query_weight=asked)[:, prefix:]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import attention_rows
+from .attention import attention_received
 
 
 def attention_pagerank(
@@ -17,13 +17,12 @@ def attention_pagerank(
     causal: bool = True,
     temperature: float = 0.1,
     iterations: int = 5,
-    block: int = 256,
 ) -> Tensor:
     """What each token has after importance has flowed `iterations` times from queries to keys, [n, S] float32.
 
     Per head it starts at 1/S everywhere and flows along softmax(logits / temperature), without damping; the result is the root
     mean square over heads. q [n, heads, S, d]; k [n, kv_heads, S, d]; valid [n, S] bool: padding has no part.
-    Never holds more than `block` rows of the map; cost iterations * heads * S^2 * d.
+    Cost iterations * heads * S^2 * d, memory heads * S.
     """
     tokens, device = q.shape[2], q.device
     count = valid.sum(1) if valid is not None else torch.full((len(q),), tokens, device=device)
@@ -31,18 +30,7 @@ def attention_pagerank(
     if valid is not None:
         share = share * valid[:, None]
     for _ in range(iterations):
-        flowed = torch.zeros_like(share)
-        for first in range(0, tokens, block):
-            rows = slice(first, min(first + block, tokens))
-            visible = valid[:, None, None] if valid is not None else None
-            if causal:
-                at = torch.arange(rows.start, rows.stop, device=device)
-                before = (torch.arange(tokens, device=device) <= at[:, None])[None, None]
-                visible = before if visible is None else before & visible
-            part = attention_rows(q[:, :, rows], k, scale / temperature, visible)
-            mine = share[:, :, rows, None]
-            if valid is not None:  # rows of padding see nothing: their softmax is not a number
-                part = part.masked_fill(~valid[:, None, rows, None], 0.0)
-            flowed = flowed + (mine * part).sum(2)
-        share = flowed
+        share = attention_received(
+            q, k, scale / temperature, reduce="sum", query_weight=share, key_mask=valid, causal=causal, per_head=True
+        )
     return share.square().mean(1).sqrt()

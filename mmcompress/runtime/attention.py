@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
+from ..ops import attention_rows
 from ..stage import AttentionStage, Pipeline
 from ..visuals import AttentionRows, widened
 from .cache import PrunedLayer, is_plain
@@ -219,24 +220,35 @@ class Columns:
         known = known.to(self.device)[:, : self.total]
         return torch.cat([known, place[:, known.shape[1] :].expand(len(known), -1)], 1)
 
-    def weights(self, part: slice) -> Tensor:
-        """Softmax attention of some of the rows, [B, heads, q, K] float32."""
+    def _queries(self, part: slice) -> Tensor:
+        """Queries of some of the rows, [B, heads, q, d]."""
         heads, rows = self.heads, slice(self.first + part.start, self.first + part.stop)
         with torch.autocast(self.device.type, enabled=self.autocast):  # projections as the model runs them
-            q = heads._project("q", *(t[:, rows] for t in (heads.hidden, *heads.tables))).to(self.keys)
-        kv = self.keys.shape[1]
+            return heads._project("q", *(t[:, rows] for t in (heads.hidden, *heads.tables))).to(self.keys)
+
+    def _seen(self, part: slice) -> Tensor:
+        """Which columns some of the rows see, [B, 1, q, K]."""
+        before = torch.arange(self.total, device=self.device) <= self.at[part, None]
+        return (before & self.real[:, None])[:, None]
+
+    def weights(self, part: slice) -> Tensor:
+        """Softmax attention of some of the rows, [B, heads, q, K] float32. It has a gradient."""
+        q, kv = self._queries(part), self.keys.shape[1]
         grouped = q.unflatten(1, (kv, -1)).flatten(2, 3)  # the queries that share a key head, in one product
-        logits = (grouped @ self.keys.transpose(2, 3)).float() * heads.attention.scaling
+        logits = (grouped @ self.keys.transpose(2, 3)).float() * self.heads.attention.scaling
         logits = logits.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
-        seen = torch.arange(self.total, device=self.device) <= self.at[part, None]
-        seen = (seen & self.real[:, None])[:, None]
-        return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)  # -inf: NaN in rows of padding
+        # -inf: NaN in rows of padding
+        return logits.masked_fill(~self._seen(part), torch.finfo(logits.dtype).min).softmax(-1)
 
     def mean(self) -> Tensor:
-        """Attention of all rows, mean over heads, [B, Q, K]."""
+        """Attention of all rows, mean over heads, [B, Q, K]; it has no gradient."""
         parts = [slice(i, min(i + BLOCK, self.count)) for i in range(0, self.count, BLOCK)]
-        none = self.keys.new_zeros(len(self.keys), 0, self.total, dtype=torch.float32)
-        return torch.cat([none, *(self.weights(part).mean(1) for part in parts)], 1)
+        none, scale = (
+            self.keys.new_zeros(len(self.keys), 0, self.total, dtype=torch.float32),
+            self.heads.attention.scaling,
+        )
+        made = (attention_rows(self._queries(part), self.keys, scale, self._seen(part)).mean(1) for part in parts)
+        return torch.cat([none, *made], 1)
 
     def mixed(self, weights: Tensor) -> Tensor:
         """Values mixed by weights [B, heads, q, K], heads side by side, [B, q, heads * d]."""

@@ -227,7 +227,9 @@ def _last_attention_heads(cut: Cut, where: str) -> Tensor:
 def _mean_attention(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
     q, k = heads.square("mean_attention")
-    return cut._of(attention_received(q, k, heads.attention.scaling, heads.visible[:, None, None], causal=True), cut.at)
+    real = heads.visible
+    received = attention_received(q, k, heads.attention.scaling, query_weight=real, key_mask=real, causal=True)
+    return cut._of(received, cut.at)
 
 
 def _pagerank(cut: Cut, where: str) -> Tensor:
@@ -279,6 +281,7 @@ SIGNALS: dict[str, Callable[[Cut, str], Tensor]] = {
     "rotary_gain": _rotary_gain,
     "final_states": lambda cut, _: cut.norm(cut._of(cut.hidden, cut.at)),
     "text_final_states": lambda cut, _: cut.norm(cut._of(cut.hidden, cut.text)),
+    "text_states": lambda cut, _: cut._of(cut.hidden, cut.text),
     "text_relevance": lambda cut, _: cut.kept["text_relevance"][cut.rows.to(cut.text.device), cut.text],
     "input_scores": lambda cut, _: cut._of(cut.kept["input_scores"], cut.at),
     "transitions": lambda cut, start: cut._of(cut.transitions(start, False), cut.at),
@@ -288,9 +291,21 @@ SIGNALS: dict[str, Callable[[Cut, str], Tensor]] = {
 
 CHANGES = frozenset({"transitions", "absolute_transitions"})
 """Those that add up what layers do to each token."""
-AROUND = frozenset(SIGNALS) - CHANGES - {"final_states", "text_final_states", "text_relevance", "input_scores"}
+AROUND = (
+    frozenset(SIGNALS)
+    - CHANGES
+    - {"final_states", "text_final_states", "text_states", "text_relevance", "input_scores"}
+)
 """Those that read an attention module: of the layer before the cut, with "@next" of the layer behind it."""
 OF_TEXT = frozenset(
-    {"text_attention", "text_attention_heads", "text_key_norms", "text_final_states", "text_relevance", "rotary_gain"}
+    {
+        "text_attention",
+        "text_attention_heads",
+        "text_key_norms",
+        "text_final_states",
+        "text_states",
+        "text_relevance",
+        "rotary_gain",
+    }
 )
 """Those that need to know where the instruction is."""

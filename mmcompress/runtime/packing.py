@@ -6,18 +6,18 @@ Counts are known on the host before the forward pass (budgets are exact), so not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..kernels.compact import compact
 from ..selection import Selection, gather
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of `x` [B or 1, S, D] at `index` [B, M]: [B, M, D], on the device of x."""
-    index = index.to(x.device)
-    x = x.expand(index.shape[0], -1, -1)
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+def take(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """Rows of `tensors` [B or 1, S, ...], all on one device, at `index` [B, M]: [B, M, ...] on that device."""
+    return compact(tensors, index.to(tensors[0].device))
 
 
 def take_last(x: Tensor, index: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Group:
             made = chosen.rows if chosen.rows is not None else chosen.apply(hidden[rows, at])
             slots = gather(at, chosen.keep)
             hidden = hidden.index_put((rows.expand_as(slots), slots), made.to(hidden))
-        return hidden if self.from_previous is None else take(hidden, self.from_previous)
+        return hidden if self.from_previous is None else take([hidden], self.from_previous)[0]
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Rows [B, physical, H] back at their logical places, [B, logical, H], zeros where a token is gone."""

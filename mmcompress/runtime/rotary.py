@@ -36,7 +36,7 @@ def layer_tables(rotary: Any, call: Call, group: Group, ledger: Ledger | None, h
     first, before = call.groups[0], ledger_of(call.cache, 0)
     moved = ledger is not before and ledger is not None and before is not None and ledger.shift is not before.shift
     if group.gone is first.gone and not moved:
-        return given if group.from_base is None else tuple(take(t, group.from_base) for t in given)
+        return given if group.from_base is None else tuple(take(given, group.from_base))
     key = (id(group), id(ledger))
     if key not in call.tables:
         assert group.positions is not None

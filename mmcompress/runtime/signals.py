@@ -129,11 +129,12 @@ class VisionTap:
             kind = kind_of(name)
             if kind == "cls_attention":
                 found[name] = attention_rows(q[:, :, :1], k, scale, mask).mean(1)[:, 0]
+            elif kind == "cls_joint_attention":
+                one, all_keys = (x.transpose(1, 2).flatten(2)[:, None] for x in (q[:, :, :1], k))  # heads side by side
+                found[name] = attention_rows(one, all_keys, one.shape[-1] ** -0.5)[:, 0, 0]
             elif kind in OF_CLS:
                 products = (q[:, :, :1] @ k.transpose(2, 3)).float()[:, :, 0]
-                width = q.shape[1] * q.shape[3]  # of all heads side by side
-                joint = kind == "cls_joint_attention"
-                found[name] = (products.sum(1) * width**-0.5).softmax(-1) if joint else products.mean(1) * scale
+                found[name] = products.mean(1) * scale
             else:
                 found[name] = _among_patches(name, q, k, scale, mask, self.adapter.prefix)
         spread = self.facade.spread(index) if self.facade else None
@@ -158,13 +159,15 @@ class VisionTap:
     def _in_segments(name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], scale: float) -> Tensor:
         """What the patches of a packed sequence say of each other within its segments, [T]."""
         cos, sin = (t[None].float() for t in arguments["position_embeddings"])
+        turned = [rotate(x.float().transpose(0, 1)[None], cos, sin).to(x.dtype) for x in (q, k)]
+        if kind_of(name) == "received_attention":
+            return attention_received(*turned, scale, cu_seqlens=arguments["cu_seqlens"])[0]
         bounds = arguments["cu_seqlens"].tolist()
         lengths = [b - a for a, b in itertools.pairwise(bounds)]
-        turned = [rotate(x.float().transpose(0, 1)[None], cos, sin).to(x.dtype)[0] for x in (q, k)]
         parts: list[Tensor] = [torch.empty(0)] * len(lengths)
         for length in set(lengths):
             same = [i for i, n in enumerate(lengths) if n == length]
-            queries, keys = (torch.stack([x[:, bounds[i] : bounds[i + 1]] for i in same]) for x in turned)
+            queries, keys = (torch.cat([x[:, :, bounds[i] : bounds[i + 1]] for i in same]) for x in turned)
             for i, values in zip(same, _among_patches(name, queries, keys, scale, None, 0), strict=True):
                 parts[i] = values
         return torch.cat(parts)
@@ -213,7 +216,7 @@ def _among_patches(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor |
     if kind == "joint_keys":
         return k.transpose(1, 2).flatten(2)
     if kind == "received_attention":
-        return attention_received(q, k, scale, mask)
+        return attention_received(q, k, scale, key_bias=None if mask is None else mask[:, 0, 0])
     if mask is not None:
         raise NotImplementedError(f"{kind} behind an encoder stage with proportional attention: use proportional=False")
     if kind == "hub_attention":

@@ -15,6 +15,9 @@ Arrays: TypeAlias = dict[str, Tensor]
 Results: TypeAlias = Iterator[tuple[str, Tensor]]
 Runner: TypeAlias = Callable[[Arrays, dict[str, Any]], Results]
 RUNNERS: dict[str, Runner] = {}
+TextRunner: TypeAlias = Callable[[dict[str, Any]], Iterator[tuple[str, Any, Any]]]
+TEXT_RUNNERS: dict[str, TextRunner] = {}
+"""For cases without arrays: the content of the JSON file to (what, found, recorded)."""
 
 
 def runner(*names: str) -> Callable[[Runner], Runner]:
@@ -23,6 +26,16 @@ def runner(*names: str) -> Callable[[Runner], Runner]:
     def add(function: Runner) -> Runner:
         for name in names:
             RUNNERS[name] = _both(RUNNERS[name], function) if name in RUNNERS else function
+        return function
+
+    return add
+
+
+def text_runner(name: str) -> Callable[[TextRunner], TextRunner]:
+    """The decorated function replays the cases of this name, which are a JSON file alone."""
+
+    def add(function: TextRunner) -> TextRunner:
+        TEXT_RUNNERS[name] = function
         return function
 
     return add

@@ -1,7 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Importing this package registers all runners."""
 
-from . import adaptive, attention, crops, first, flow, inhibition, merging, pooling, pyramid, recover, text
+from . import (
+    adaptive,
+    attention,
+    crops,
+    first,
+    flow,
+    inhibition,
+    learned,
+    merging,
+    pooling,
+    pyramid,
+    recover,
+    tam,
+    tam_maps,
+    text,
+    vqa_metrics,
+)
 
 __all__ = [
     "adaptive",
@@ -10,9 +26,13 @@ __all__ = [
     "first",
     "flow",
     "inhibition",
+    "learned",
     "merging",
     "pooling",
     "pyramid",
     "recover",
+    "tam",
+    "tam_maps",
     "text",
+    "vqa_metrics",
 ]

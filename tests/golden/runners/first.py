@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmcompress.kernels.diverse import max_min
+from mmcompress.kernels.diverse.blocked import nearest_distance
 from torch import Tensor
 
 import mmcompress as mm
 from mmcompress.budget import merge_schedule, resolve
-from mmcompress.ops import max_min_diverse, merge_mean, proportional_bias
-from mmcompress.ops.diversity import nearest_distance
+from mmcompress.ops import merge_mean, proportional_bias
 
 from ..form import Arrays, Results, runner, visuals
 
@@ -43,7 +44,7 @@ def divprune(arrays: Arrays, params: dict[str, Any]) -> Results:
     tokens = arrays["visual_tokens"][None]
     stage = mm.DivPrune(keep=params["ratio"])
     k = stage.budget(tokens.shape[1])
-    yield "selected_order", max_min_diverse(tokens, k)[0]
+    yield "selected_order", max_min(tokens, k)[0]
     yield "selected_sorted", stage.select(visuals(tokens, k)).keep[0]
     yield "first_scores", nearest_distance(F.normalize(tokens, dim=-1))[0]
 

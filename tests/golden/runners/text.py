@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from mmcompress.kernels.coverage import max_coverage
+from mmcompress.kernels.diverse import greedy_map
 
 import mmcompress as mm
-from mmcompress.ops.coverage import max_coverage
-from mmcompress.ops.dpp import greedy_map
 from mmcompress.ops.relevance import direction
 from mmcompress.visuals import View
 
