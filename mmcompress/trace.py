@@ -42,14 +42,32 @@ class Shape:
         )
 
 
-def prefill_flops(shape: Shape, tokens: Sequence[int]) -> int:
-    """FLOPs (2 per multiply-add) of one prefill, `tokens[l]` being the tokens that enter layer l; without lm_head.
+CONVENTIONS = ("exact", "swiglu_mac", "fastv")
 
-    Projections, gated MLP, and attention over all n^2 pairs (no causal discount): what torch's FLOP counter counts.
+
+def prefill_flops(shape: Shape, tokens: Sequence[int], convention: str = "exact", causal: bool = False) -> int:
+    """Cost of the decoder layers in one prefill, `tokens[l]` being the tokens that enter layer l; without lm_head.
+
+    exact       FLOPs (2 per multiply-add) of projections with grouped queries, gated MLP and attention: what torch's FLOP
+                counter counts.
+    swiglu_mac  multiply-adds 4nd^2 + 2n^2 d + 3ndm: most published "TFLOPs", half of the FLOPs of a model without grouped
+                queries.
+    fastv       multiply-adds 4nd^2 + 2n^2 d + 2ndm: FastV and DivPrune, with an MLP of two matrices.
+
+    Attention counts all n^2 pairs; causal=True counts the n(n+1)/2 that a causal mask leaves.
     """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention={convention!r}: choose one of {', '.join(CONVENTIONS)}")
     d, m = shape.hidden, shape.intermediate
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return sum(2 * (2 * n * d * query + 2 * n * d * key + 2 * n * n * query + 3 * n * d * m) for n in tokens)
+    if convention != "exact":
+        query = key = d
+    matrices, unit = (2, 1) if convention == "fastv" else (3, 1 if convention == "swiglu_mac" else 2)
+    total = 0
+    for n in tokens:
+        pairs = n * (n + 1) // 2 if causal else n * n
+        total += unit * (2 * n * d * query + 2 * n * d * key + 2 * pairs * query + matrices * n * d * m)
+    return total
 
 
 def kv_bytes(shape: Shape, tokens: Sequence[int], bytes_per_value: int = 2) -> int:

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands `mmcompress eval` and `mmcompress compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+Command = Callable[[str, Any, str], argparse.ArgumentParser]
+Load = Callable[[argparse.Namespace], "tuple[Any, Any, str]"]
+
+
+def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
+    """Add both commands; `load` makes model, processor and device of the options."""
+    measure = command(
+        "eval",
+        lambda options, console: _eval(options, console, load),
+        "answer a benchmark, stock and with plans (restartable)",
+    )
+    measure.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(models)}")
+    measure.add_argument("--plan", action="append", default=[], help="plan to evaluate; may be given several times")
+    measure.add_argument(
+        "--no-stock", action="store_true", help="leave the uncompressed model out (then nothing to retain)"
+    )
+    measure.add_argument(
+        "--task",
+        default="shapes",
+        help="vqav2, gqa, textvqa, pope, mme, mmbench, scienceqa, chartqa, docvqa, ...; for a table of your own exact, soft, "
+        "anls, relaxed, letter, yesno or contains; shapes is the embedded benchmark (default)",
+    )
+    measure.add_argument(
+        "--data", type=Path, help="folder of the benchmark, or file of questions (.jsonl, .csv, .tsv, .parquet)"
+    )
+    measure.add_argument(
+        "--images", type=Path, help="folder of the pictures, if they are not where the layout has them"
+    )
+    measure.add_argument("--split", help="part of the benchmark, where the folder has several")
+    measure.add_argument("--questions", type=int, metavar="N", help="only the first N (shapes: how many, default 210)")
+    measure.add_argument(
+        "--protocol", default="official", help="whose prompts and metric: official (default), llava or lmms"
+    )
+    measure.add_argument(
+        "--template", default="chat", help="chat (the checkpoint's, default) or vicuna (LLaVA-1.5's scripts)"
+    )
+    measure.add_argument("--suffix", help="instruction behind each question instead of the protocol's; '' for none")
+    measure.add_argument("--max-new-tokens", type=int, help="default: the protocol's")
+    measure.add_argument("--batch-size", type=int, default=8, help="default 8; 1 for numbers to publish (no padding)")
+    measure.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
+    measure.add_argument("--out", type=Path, default=Path("eval_output"), help="folder of predictions and records")
+    measure.add_argument("--device", default=None, help="default: cuda where there is one")
+    measure.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+
+    against = command(
+        "compare", _compare, "records of `mmcompress eval` side by side: retention, agreement, flips, ties called ties"
+    )
+    against.add_argument("base", type=Path, help="record (.json) of the model to compare with")
+    against.add_argument(
+        "other", type=Path, nargs="+", help="other records; with several tasks the first of each is its base"
+    )
+    against.add_argument(
+        "--flips", type=int, default=0, metavar="N", help="show N answers that were right and are wrong"
+    )
+    against.add_argument("--out", type=Path, help="also write the comparisons as JSON")
+
+
+def _eval(options: argparse.Namespace, console: Console, load: Load) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from ..plan import as_pipeline
+    from . import evaluator as runs
+    from .comparison import summary_table
+    from .data import read_questions
+    from .metrics import check_protocol
+    from .tasks import task_of
+
+    task = task_of(options.task)
+    setup = runs.Setup(
+        options.task,
+        check_protocol(options.protocol),
+        options.template,
+        options.suffix,
+        options.max_new_tokens,
+        options.batch_size,
+        options.strict,
+    )
+    plans = [*([] if options.no_stock else [runs.STOCK]), *options.plan]
+    if not plans:
+        raise ValueError("nothing to evaluate: --no-stock needs a --plan")
+    for plan in options.plan:
+        as_pipeline(plan)
+    if options.questions is not None and options.questions < 1:
+        raise ValueError(f"--questions {options.questions}: at least 1")
+    if (options.data is None) != (options.task == "shapes"):
+        raise ValueError(
+            f"--task {options.task} needs --data" if options.data is None else "--task shapes has its own data"
+        )
+    asked = None if options.data is None else read_questions(options.task, options.data, options.images, options.split)
+    model, processor, _ = load(options)
+    questions = runs.shapes_questions(options.questions or 210, model) if asked is None else asked[: options.questions]
+    records = []
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[rate]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        for plan in plans:
+            bar = progress.add_task(plan, total=len(questions), rate="")
+
+            def show(now: runs.Progress, bar: Any = bar) -> None:
+                rate = f"{now.tokens_per_second:.1f} tokens/s" if now.tokens_per_second else ""
+                progress.update(bar, completed=now.done, rate=rate)
+
+            record = runs.evaluate(model, processor, questions, setup, plan, options.out, options.model, show)
+            records.append(record)
+    console.print(summary_table(records[0], records[1:]))
+    for record in records:
+        plan = record["settings"]["plan"]
+        if record["empty"]:
+            console.print(f"{plan}: {record['empty']} empty answers", markup=False, highlight=False)
+        if record["cut"]:
+            console.print(f"{plan}: {record['cut']} answers end at --max-new-tokens", markup=False, highlight=False)
+        if record["without_gold_answer"]:
+            console.print(f"{plan}: {record['without_gold_answer']} questions have no gold answer", highlight=False)
+        console.print(f"record: {runs.record_path(options.out, record)}", markup=False, highlight=False)
+    failed = records[0]["failed"]
+    for key, reason in list(failed.items())[:5]:
+        console.print(f"left out: question {key}: {reason}", markup=False, highlight=False)
+    if failed:
+        console.print(
+            f"{len(failed)} of {len(questions)} questions were left out: their pictures cannot be read (--strict stops)"
+        )
+    console.print(f"task: {task.title}", markup=False, highlight=False)
+
+
+def _compare(options: argparse.Namespace, console: Console) -> None:
+    from .comparison import compare, kind_table, retention, summary_table
+    from .evaluator import load_record, rows_of
+    from .statistics import RIGHT, paired
+
+    records = [load_record(path) for path in (options.base, *options.other)]
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        tasks.setdefault(record["settings"]["task"], []).append(record)
+    if alone := [name for name, found in tasks.items() if len(found) < 2]:
+        raise ValueError(f"{alone[0]}: one record alone, nothing to compare it with")
+    found, pairs = [], {}
+    for name, (base, *others) in tasks.items():
+        console.print(summary_table(base, others))
+        for other in others:
+            one = compare(base, other)
+            found.append(one)
+            pairs.setdefault(one.other, []).append((base, other))
+            if len(one.by_kind) > 1:
+                console.print(f"{one.base} and {one.other}:", markup=False, highlight=False)
+                console.print(kind_table(one))
+            for note in one.notes:
+                console.print(f"note: {name}: {note}", markup=False, highlight=False)
+            if one.flips.right_to_wrong + one.flips.wrong_to_right:
+                text = (
+                    f"{one.other}: flips by chance alone at least as uneven with p = {one.flips.p:.2g} (McNemar, exact)"
+                )
+                console.print(text, markup=False, highlight=False)
+            lost = [
+                (a, b)
+                for a, b in zip(*paired(rows_of(base), rows_of(other)), strict=True)
+                if (a.value or 0) >= RIGHT > (1.0 if b.value is None else b.value)
+            ]
+            for a, b in lost[: options.flips]:
+                line = f"  {a.id} {a.kind}: {a.reply.strip()!r} became {b.reply.strip()!r}, right: {', '.join(a.answers[:3])}"
+                console.print(line, markup=False, highlight=False)
+    for plan, both in pairs.items():
+        try:
+            sums = retention(both)
+        except ValueError as error:  # a base score of 0
+            console.print(f"note: {plan}: no retention: {error}", markup=False, highlight=False)
+            continue
+        parts = [f"{name} {value:.3f}" if name == "OG" else f"{name} {value:.1f} %" for name, value in sums.items()]
+        console.print(f"{plan} over {len(both)} benchmark(s): {', '.join(parts)}", markup=False, highlight=False)
+    console.print(
+        "[dim]RelAcc: mean of score / base; OP: root mean square of it; OG: its standard deviation over its mean; OL: part of the "
+        "questions with the same answer[/dim]"
+    )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps([one.to_dict() for one in found], indent=1) + "\n")
+        console.print(f"written: {options.out}", markup=False, highlight=False)

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks on disk -> questions."""
+
+from .load import read_questions
+from .question import Question, check_questions, digest, open_picture
+
+__all__ = ["Question", "check_questions", "digest", "open_picture", "read_questions"]

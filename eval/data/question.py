@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all layouts become: questions, and pictures that are opened when their turn comes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Picture: TypeAlias = "Path | bytes | Callable[[], Image.Image]"
+"""A file, the bytes of one, or what draws it."""
+
+
+class PictureError(ValueError):
+    """A picture that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about pictures.
+
+    text: as the file has it, without the instruction that a protocol adds; answers: all that are right (of a multiple
+    choice its letter), none if they are not known; options: (letter, text); kind: for the breakdown by question type;
+    group: questions that are judged together; extra: what only one benchmark has.
+    """
+
+    id: str
+    text: str
+    images: tuple[Picture, ...] = field(repr=False)
+    answers: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+    hint: str = ""
+    kind: str = ""
+    group: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+def open_picture(source: Picture) -> Image.Image:
+    """The picture upright and in RGB; raises PictureError that says which and why."""
+    try:
+        if callable(source):
+            return source()
+        picture = ImageOps.exif_transpose(Image.open(source if isinstance(source, Path) else io.BytesIO(source)))
+        if picture.mode.startswith("I"):  # 16 bits: converting would clip, not scale
+            picture = Image.fromarray((np.asarray(picture).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+        return picture.convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        name = str(source) if isinstance(source, Path) else "a picture in the data file"
+        raise PictureError(f"{name} is not a readable picture ({error})") from error
+
+
+def picture_size(source: Picture) -> tuple[int, int]:
+    """Width and height without decoding; (0, 0) if they cannot be told."""
+    try:
+        if callable(source):
+            return source().size
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
+            return picture.size
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
+        return (0, 0)
+
+
+def check_questions(questions: Sequence[Question], where: Path | str) -> Sequence[Question]:
+    """Raises ValueError if there are none or two of one id."""
+    if not questions:
+        raise ValueError(f"{where}: no questions in it")
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise ValueError(f"{where}: the id {question.id!r} is there twice; ids have to be unique")
+        seen.add(question.id)
+    return questions
+
+
+def digest(questions: Iterable[Question]) -> str:
+    """Sixteen hexadecimal digits that change with the questions: ids, texts, answers, options, names and sizes of pictures."""
+    found = hashlib.sha256()
+    for question in questions:
+        words = [question.id, question.text, *question.answers, *map(str, question.options), question.hint]
+        words += [f"{k}={v}" for k, v in sorted(question.extra.items())]
+        for image in question.images:
+            if isinstance(image, Path):
+                words.append(f"{image.name} {image.stat().st_size}")
+            elif isinstance(image, bytes):
+                words.append(hashlib.sha256(image).hexdigest())
+        found.update("\x1f".join(words).encode() + b"\x1e")
+    return found.hexdigest()[:16]

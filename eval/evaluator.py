@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers questions with a model, stock or compressed, and keeps every answer on disk as soon as it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mmcompress as mm
+
+from .data import Question, digest
+from .data.question import PictureError, open_picture, picture_size
+from .journal import Journal, file_name, fingerprint
+from .latency import machine, synchronize
+from .metrics import Protocol, check_protocol
+from .prompts import conversation, new_tokens, question_text
+from .synthetic import items
+from .synthetic.benchmark import takes_any_shape
+from .tasks import Row, Task, by_kind, known, task_of
+
+STOCK = "stock"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How questions are asked. suffix: an instruction instead of the protocol's; new_tokens: instead of the protocol's limit;
+    batch_size 1 gives the numbers to publish, since padding changes the last bits of logits."""
+
+    task: str
+    protocol: Protocol = "official"
+    template: str = "chat"
+    suffix: str | None = None
+    new_tokens: int | None = None
+    batch_size: int = 8
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        check_protocol(self.protocol)
+        if self.protocol not in (allowed := task_of(self.task).protocols):
+            raise ValueError(f"{self.task} has no protocol {self.protocol!r}: choose one of {', '.join(allowed)}")
+        for name in ("batch_size", "new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: at least 1")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: questions done (with those of earlier runs) of all; new tokens per second of this run."""
+
+    done: int
+    total: int
+    tokens_per_second: float
+
+
+def shapes_questions(count: int, model: Any) -> list[Question]:
+    """The embedded benchmark as questions; pictures are drawn when their turn comes."""
+    if count < 7:
+        raise ValueError(f"{count} questions: at least 7, one of each type")
+    return [
+        Question(
+            str(item.scene.seed), item.question.text, (_Drawn(item),), (item.question.answer,), kind=item.question.kind
+        )
+        for item in items(count, stretched=takes_any_shape(model))
+    ]
+
+
+class _Drawn:
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+    def __call__(self) -> Any:
+        return self.item.picture
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    setup: Setup,
+    plan: str = STOCK,
+    folder: Path | str = "eval_output",
+    name: str | None = None,
+    show: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Greedy answers to `questions` by the model with `plan`, judged by the rules of the task; returns the record.
+
+    Answers go to FOLDER/task_protocol_plan_fingerprint.jsonl, the record beside it as .json. A run that was killed goes on
+    where it was: no answer is lost or made twice, and other settings, other questions or another model get other files.
+    Questions whose picture cannot be read are left out, counted and named, or raise PictureError with setup.strict. Raises
+    ValueError if the model is compressed already: say plan=.
+    """
+    if "_mmcompress_engine" in getattr(model, "__dict__", {}):
+        raise ValueError("this model is compressed: call mmcompress.uncompress(model) and give plan= instead")
+    task, folder = task_of(setup.task), Path(folder)
+    for question in questions:
+        task.row(question, "", setup.protocol)  # what cannot be judged fails now, not at the end
+    pipeline = None if plan == STOCK else mm.as_pipeline(plan)
+    settings = _settings(model, processor, questions, setup, repr(pipeline) if pipeline else STOCK, name)
+    texts = [
+        conversation(processor, question_text(task, q, setup.protocol, setup.suffix), len(q.images), setup.template)
+        for q in questions
+    ]
+    path = folder / f"{file_name(settings)}.json"
+    failed: dict[str, str] = {}
+    plain: AbstractContextManager[Any] = nullcontext()
+    with Journal(path.with_name(f"{path.name}l"), settings) as journal:
+        with mm.compressed(model, pipeline) if pipeline else plain, _padded_left(processor):
+            _answer(model, processor, questions, texts, settings, setup.strict, journal, failed, show)
+        record = _record(task, setup.protocol, questions, settings, journal, failed, name)
+    _write(record, path)
+    return record
+
+
+def _settings(
+    model: Any, processor: Any, questions: Sequence[Question], setup: Setup, plan: str, name: str | None
+) -> dict[str, Any]:
+    """Everything that changes answers."""
+    pictures = getattr(processor, "image_processor", None)
+    shown = json.dumps(pictures.to_dict() if pictures else {}, sort_keys=True, default=str)
+    template = getattr(processor, "chat_template", None)
+    return {
+        "task": setup.task,
+        "protocol": setup.protocol,
+        "plan": plan,
+        "model": Path(name or model.config.name_or_path or model.config.model_type).name,
+        "weights": weights_digest(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "processor": hashlib.sha256(f"{shown} {template}".encode()).hexdigest()[:12],
+        "template": setup.template,
+        "suffix": setup.suffix,
+        "new_tokens": setup.new_tokens or new_tokens(task_of(setup.task), setup.protocol),
+        "batch_size": setup.batch_size,
+        "questions": len(questions),
+        "data": digest(questions),
+    }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits of the names, shapes and a few values of all parameters, wherever the checkpoint lies."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = torch.cat([flat[:16], flat[len(flat) // 2 :][:16], flat[-16:]]).float().cpu()
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+class _padded_left:
+    """The tokenizer pads on the left for a block: what generation needs."""
+
+    def __init__(self, processor: Any) -> None:
+        self.tokenizer = processor.tokenizer
+
+    def __enter__(self) -> None:
+        self.before = self.tokenizer.padding_side, self.tokenizer.pad_token
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def __exit__(self, *_: object) -> None:
+        self.tokenizer.padding_side, self.tokenizer.pad_token = self.before
+
+
+def bucketed(questions: Sequence[Question], texts: Sequence[str], size: int, any_shape: bool) -> list[list[int]]:
+    """Numbers of the questions in batches of like length, the longest first (what does not fit in memory fails at once).
+
+    The batches depend on the questions alone, so a run that goes on makes the same ones.
+    """
+
+    def length(i: int) -> tuple[int, int, int, int]:
+        images = questions[i].images
+        pixels = sum(w * h for w, h in map(picture_size, images)) if any_shape and size > 1 else 0
+        return (-len(images), -pixels, -len(texts[i]), i)
+
+    order = sorted(range(len(questions)), key=length)
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    parts = [[[i for i in b if questions[i].images], [i for i in b if not questions[i].images]] for b in batches]
+    return [part for pair in parts for part in pair if part]  # text alone makes no mixed batch
+
+
+@torch.no_grad()
+def _answer(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    texts: Sequence[str],
+    settings: dict[str, Any],
+    strict: bool,
+    journal: Journal,
+    failed: dict[str, str],
+    show: Callable[[Progress], None] | None,
+) -> None:
+    """Ask what the journal does not have. A batch of which a part is there is asked as a whole again, so that its padding and
+    with it every answer is that of an unbroken run; only the missing answers are written."""
+    todo = [
+        batch
+        for batch in bucketed(questions, texts, settings["batch_size"], takes_any_shape(model))
+        if any(questions[i].id not in journal.records for i in batch)
+    ]
+
+    def prepare(batch: list[int]) -> tuple[list[int], Any]:
+        pictures: dict[int, list[Any]] = {}
+        for i in batch:
+            try:
+                pictures[i] = [open_picture(image) for image in questions[i].images]
+            except PictureError as error:
+                if strict:
+                    raise
+                failed[questions[i].id] = str(error)
+        asked = list(pictures)
+        if all(questions[i].id in journal.records for i in asked):
+            return [], None
+        shown = [picture for i in asked for picture in pictures[i]]
+        inputs = processor(images=shown or None, text=[texts[i] for i in asked], padding=True, return_tensors="pt")
+        return asked, inputs
+
+    made, spent = 0, 0.0
+    if show:
+        show(Progress(len(journal.records), len(questions), 0.0))
+    for asked, inputs in _ahead(todo, prepare):
+        if asked:
+            synchronize()
+            start = time.perf_counter()
+            replies, counts, visual = _generate(
+                model, processor, inputs.to(model.device, model.dtype), settings["new_tokens"]
+            )
+            synchronize()
+            seconds = time.perf_counter() - start
+            made, spent = made + sum(counts), spent + seconds
+            records = []
+            for i, reply, count, tokens in zip(asked, replies, counts, visual, strict=True):
+                record = {"id": questions[i].id, "reply": reply, "new_tokens": count, "seconds": seconds / len(asked)}
+                records.append(record | ({"visual": tokens} if tokens else {}))
+            journal.append([record for record in records if record["id"] not in journal.records])
+        if show:
+            show(Progress(len(journal.records) + len(failed), len(questions), made / spent if spent else 0.0))
+
+
+def _ahead(batches: Sequence[list[int]], prepare: Callable[[list[int]], Any]) -> Iterator[Any]:
+    """What `prepare` makes of each batch, the next one in a thread while the model is busy with this one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(prepare, batches[0]) if batches else None
+        for number in range(len(batches)):
+            assert waiting is not None
+            ready = waiting.result()
+            waiting = pool.submit(prepare, batches[number + 1]) if number + 1 < len(batches) else None
+            yield ready
+
+
+def _generate(model: Any, processor: Any, inputs: Any, most: int) -> tuple[list[str], list[int], list[list[float]]]:
+    """Replies, numbers of new tokens, and visual tokens of each row: of the prompt, entering the LLM, mean over its layers."""
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    out = model.generate(**inputs, **greedy, max_new_tokens=most)[:, inputs["input_ids"].shape[1] :]
+    ends = model.generation_config.eos_token_id
+    ended = torch.isin(out, torch.tensor([] if ends is None else ends, device=out.device, dtype=out.dtype))
+    counts = torch.where(ended.any(1), ended.long().argmax(1) + 1, out.shape[1]).tolist()
+    return processor.batch_decode(out, skip_special_tokens=True), counts, _visual_tokens(model, inputs["input_ids"])
+
+
+def _visual_tokens(model: Any, ids: Tensor) -> list[list[float]]:
+    token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
+    if token is None:
+        return [[] for _ in ids]
+    full = (ids == token).sum(1).tolist()
+    if "_mmcompress_engine" not in model.__dict__ or not any(full):
+        return [[n, n, n] for n in full]
+    last = mm.trace(model)
+    found: list[list[float]] = []
+    for row, n in enumerate(full):
+        layers = [n - last.call.counts[row] + count for count in last.tokens_per_layer(row)]
+        found.append([n, layers[0], round(statistics.mean(layers), 1)])
+    return found
+
+
+def _record(
+    task: Task,
+    protocol: Protocol,
+    questions: Sequence[Question],
+    settings: dict[str, Any],
+    journal: Journal,
+    failed: dict[str, str],
+    name: str | None,
+) -> dict[str, Any]:
+    answers = [(q, journal.records[q.id]) for q in questions if q.id in journal.records]
+    rows = [task.row(question, record["reply"], protocol) for question, record in answers]
+    seconds = sum(record["seconds"] for _, record in answers)
+    tokens = sum(record["new_tokens"] for _, record in answers)
+    visual = [record["visual"] for _, record in answers if "visual" in record]
+    scores, judged = task.scores(rows, protocol), known(rows)
+    return {
+        "mmcompress": "results",
+        "format": FORMAT,
+        "fingerprint": fingerprint(settings),
+        "settings": settings,
+        "checkpoint": name,
+        "machine": machine(),
+        "headline": task.headline(protocol),
+        "scores": scores,
+        "chance": task.guess(judged),
+        "by_kind": {kind: {"value": value, "questions": n} for kind, (value, n) in by_kind(rows).items()},
+        "answered": len(rows),
+        "without_gold_answer": len(rows) - len(judged),
+        "empty": sum(not row.reply.strip() for row in rows),
+        "cut": sum(record["new_tokens"] >= settings["new_tokens"] for _, record in answers),
+        "failed": failed,
+        "visual_tokens": {
+            what: {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+            for what, values in zip(("prompt", "entering", "mean_of_layers"), zip(*visual, strict=True), strict=False)
+        },
+        "seconds": seconds,
+        "new_tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "rows": [asdict(row) | {"answers": list(row.answers)} for row in rows],
+    }
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    """The record, its rows one to a line; in one step, so that there is never half a file."""
+    head = json.dumps({key: value for key, value in record.items() if key != "rows"}, indent=1, ensure_ascii=False)
+    lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in record["rows"])
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    unfinished.replace(path)
+
+
+def record_path(folder: Path | str, record: dict[str, Any]) -> Path:
+    """Where `evaluate` put a record."""
+    return Path(folder) / f"{file_name(record['settings'])}.json"
+
+
+def load_record(path: Path | str) -> dict[str, Any]:
+    """A record that `evaluate` wrote; raises ValueError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("mmcompress") != "results" or record.get("format") != FORMAT:
+        raise ValueError(f"{path} is no record of `mmcompress eval` of this version")
+    return record
+
+
+def rows_of(record: dict[str, Any]) -> list[Row]:
+    """The rows of a record."""
+    return [Row(**{**row, "answers": tuple(row["answers"])}) for row in record["rows"]]
