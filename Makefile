@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# one process per core (at most four: each needs 2 GiB), of one thread: small tensors gain nothing from more
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 # transformers 5.17 with what it needs beside the installed packages, laid over them: no second torch
 OLDEST := .overlay-oldest
 OLDEST_PACKAGES := transformers==5.17.0 "huggingface-hub>=1.5,<2" httpx httpcore anyio certifi h11 hf-xet idna typer
@@ -19,15 +21,15 @@ demo: $(READY)  ## the embedded models answer questions with all and with some o
 	$(RUN) -m mmcompress demo
 
 test: $(READY)  ## the test suite (without tests marked slow)
-	$(RUN) -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## the test suite with slow tests
-	$(RUN) -m pytest -q
+	$(PYTEST)
 
 test-oldest: $(READY)  ## the test suite on transformers 5.17
 	test -d $(OLDEST) || $(RUN) -m pip install --quiet --no-deps --target $(OLDEST) $(OLDEST_PACKAGES)
 	PYTHONPATH=$(OLDEST) $(RUN) -c "import transformers; assert transformers.__version__ == '5.17.0', transformers.__version__"
-	PYTHONPATH=$(OLDEST) $(RUN) -m pytest -q -m "not slow"
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "not slow"
 
 lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff check .
@@ -35,11 +37,12 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m mypy -p mmcompress
 
 results: $(READY)  ## measure again what the README shows (about two hours on two cores) and fill it in
-	rm -f results/demo.json results/bench.json results/methods.json
-	$(RUN) -m mmcompress demo --model llava-shapes --questions 490 --out results
-	$(RUN) -m mmcompress demo --model llava-next-shapes --model qwen3-vl-shapes --model internvl-shapes --questions 210 --out results
+	rm -f results/demo.json results/bench.json results/methods.json results/kernels.json
+	$(RUN) -m mmcompress demo --model llava-shapes --model internvl-shapes --questions 490 --out results
+	$(RUN) -m mmcompress demo --model llava-next-shapes --model qwen3-vl-shapes --questions 210 --out results
 	$(RUN) -m mmcompress methods --measure 140 --out results/methods.json
 	$(RUN) -m mmcompress bench all --out results/bench.json
+	$(RUN) -m mmcompress bench kernels --out results/kernels.json --plot results/kernels.png
 	$(RUN) -m mmcompress.eval.readme
 
 bench: $(READY)  ## prefill, decode and memory on mid-size random models of every family

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mmcompress as mm
 
 from ..runtime.needs import names_of
+from .kernels import Row, digits, read
 from .latency import Timing
 from .midsize import FAMILIES
+from .operations import OPERATIONS
 from .standing import Standing, difference
 from .synthetic import CHANCE, KINDS
 
@@ -117,7 +119,9 @@ def methods(record: dict[str, Any], speed: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for _, name, keep in found if name != "stock"))
     milliseconds: dict[str, list[str]] = {}
     for row in speed["selection"]["rows"]:
-        milliseconds.setdefault(row["method"], []).append(f"{row['milliseconds']:.1f}")
+        twin = row["naive_ms"]
+        took = f"{row['milliseconds']:.1f}" + ("" if twin is None else f" ({twin:.1f})")
+        milliseconds.setdefault(row["method"], []).append(took)
 
     def at(name: str, keep: float) -> list[Standing]:
         return [found[m, name, keep] for m in models]
@@ -165,7 +169,8 @@ def methods(record: dict[str, Any], speed: dict[str, Any]) -> str:
         f"Accuracy (%) with 50 / 25 / 10 % of the visual tokens ({questions}; the stock models: {stock}), the mean over seven "
         f"question types; sorted by the mean over models at 25 %, baselines included. `keep` counts tokens behind the last cut, "
         f"for methods with several cuts it is the mean over all LLM layers; `-`: cannot be reached, or not possible with this "
-        f"model. ms: selection of 288 of 2,880 tokens of 4,096 features, without its signals, float32. Last column: question types "
+        f"model. ms: selection of 288 of 2,880 tokens of 4,096 features, without its signals, float32; in brackets "
+        f"with the naive twins of our kernels. Last column: question types "
         f"on which the baseline is better by more than two standard errors, all models together. Every budget is exact; all "
         f"methods run on all families, but where the text below says otherwise.\n\n"
         f"{table(headings, body, (*headings[:6], headings[-1]))}\n\n"
@@ -223,6 +228,65 @@ def memory(record: dict[str, Any]) -> str:
     )
 
 
+def kernels(rows: Sequence[Row]) -> str:
+    """Every kernel beside its naive twin, by N, for the narrowest and the widest tokens measured; a table per device."""
+    parts = []
+    for device in dict.fromkeys(row.device for row in rows):
+        mine = [row for row in rows if row.device == device]
+        types = list(dict.fromkeys(row.dtype for row in mine))
+        dtype = "float32" if "float32" in types else types[0]
+        mine = [row for row in mine if row.dtype == dtype]
+        names = list(dict.fromkeys(row.provider for row in mine))
+        ours = next((name for name in ("triton", "blocked") if name in names), names[-1])
+        swept = [row for row in mine if OPERATIONS[row.op].d is None] or mine
+        widths = {min(row.d for row in swept), max(row.d for row in swept)}
+        counts = sorted({row.n for row in mine})
+        body = []
+        for op, d, k in dict.fromkeys((row.op, row.d, row.k) for row in mine):
+            if OPERATIONS[op].d is None and d not in widths:
+                continue
+            found = {(row.provider, row.n): row for row in mine if (row.op, row.d, row.k) == (op, d, k)}
+            body.append(_kernel_line(op, d, k, found, names, ours, counts))
+        sizes = " / ".join(str(n) for n in counts)
+        first = mine[0]
+        faster = [f"{ours} over naive"] if "naive" in names else []
+        held = [f"{name}, MiB" for name in ("naive", ours) if name in names]
+        headings = ["kernel", "D", "k", *(f"{name}, ms" for name in names), *faster, *held, "roofline"]
+        commits = ", ".join(dict.fromkeys(row.commit or "?" for row in mine if "@" not in row.provider))
+        copy, matmul = first.copy_bytes_per_s / 1e9, first.matmul_flops_per_s / 1e12
+        parts.append(
+            f"N = {sizes} tokens of width D, {dtype}, one visual, medians of interleaved runs; `-`: would take too long "
+            f"or too much memory. MiB: beyond inputs and outputs at the peak. Roofline: the time that the device would allow "
+            f"by its copy bandwidth ({copy:.0f} GB/s) or matmul rate ({matmul:.2f} TFLOP/s), measured in the same run, over "
+            f"the median of {ours}; it may exceed 100 % where greedy selection skips work.\n\n{table(headings, body)}\n\n"
+            f"Shown by `mmcompress bench kernels` ({device}, {first.threads} threads, torch {first.torch}, commit {commits})."
+        )
+    return "\n\n".join(parts)
+
+
+def _kernel_line(
+    op: str, d: int, k: int, found: dict[tuple[str, int], Row], names: list[str], ours: str, counts: list[int]
+) -> list[str]:
+    def over(values: Iterable[float | None], form: Callable[[float], str]) -> str:
+        return " / ".join("-" if value is None else form(value) for value in values)
+
+    def ms(name: str, n: int) -> float | None:
+        return found[name, n].q50_ms if (name, n) in found else None
+
+    def mib(name: str, n: int) -> float | None:
+        held = found[name, n].peak_bytes if (name, n) in found else None
+        return None if held is None else held / 2**20
+
+    cells = [f"`{op}`", str(d), str(k) if k else ""]
+    cells += [over((ms(name, n) for n in counts), digits) for name in names]
+    if "naive" in names:
+        pairs = [(ms("naive", n), ms(ours, n)) for n in counts]
+        cells.append(over((a / b if a and b else None for a, b in pairs), lambda x: f"{x:.1f}x"))
+    cells += [over((mib(name, n) for n in counts), lambda x: f"{x:.1f}") for name in ("naive", ours) if name in names]
+    bound = (found[ours, n].roofline if (ours, n) in found else None for n in counts)
+    return [*cells, over(bound, lambda x: f"{100 * x:.0f}%")]
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
@@ -239,6 +303,7 @@ def main() -> None:
     speed = json.loads((ROOT / "results" / "bench.json").read_text())
     standing = json.loads((ROOT / "results" / "methods.json").read_text())
     for name, content in (
+        ("kernels", kernels(read(ROOT / "results" / "kernels.json"))),
         ("methods", methods(standing, speed)),
         ("accuracy", accuracy(demo)),
         ("types", types(demo)),

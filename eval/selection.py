@@ -12,6 +12,7 @@ from torch import Tensor
 
 import mmcompress as mm
 
+from ..kernels.dispatch import preferring
 from ..runtime.needs import names_of
 from ..stage import InputStage, LayerStage, Selecting, Stage
 from .latency import milliseconds
@@ -30,11 +31,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class SelectionTime:
-    """Median milliseconds of one selection with making the output tokens; iqr: spread of the middle half."""
+    """Median milliseconds of one selection with making the output tokens; iqr: spread of the middle half.
+
+    naive_ms: the median with the naive twins of all kernels in their place; None where the method calls none.
+    """
 
     method: str
     milliseconds: float
     iqr: float
+    naive_ms: float | None
 
 
 def random_signal(
@@ -105,9 +110,16 @@ def selection_times(
             if not isinstance(stage, InputStage | LayerStage):
                 continue
             visuals = random_visuals(stage, round(keep * layout.cells), layout, sizes)
-            times = [milliseconds(lambda s=stage, v=visuals: _whole(s, v)) for _ in range(repeats + 2)][2:]
-            low, median, high = statistics.quantiles(times, n=4)
-            yield SelectionTime(stage.name, median, high - low)
+            with preferring("naive") as naive:
+                _whole(stage, visuals)
+            times: dict[str, list[float]] = {"auto": [], "naive": []} if naive.used else {"auto": []}
+            for _ in range(repeats + 2):
+                for implementation, measured in times.items():
+                    with preferring(implementation):
+                        measured.append(milliseconds(lambda s=stage, v=visuals: _whole(s, v)))
+            low, median, high = statistics.quantiles(times["auto"][2:], n=4)
+            twin = statistics.median(times["naive"][2:]) if naive.used else None
+            yield SelectionTime(stage.name, median, high - low, twin)
 
 
 def _whole(stage: Selecting, visuals: mm.Visuals) -> Tensor:
