@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import queue
+import random
 import re
 import shutil
 import signal
@@ -178,8 +179,8 @@ class Late(Failure):
 class Worker:
     """A process that runs kernels of one folder; started when first asked, and again after it ended."""
 
-    def __init__(self, kernels_folder: Path, environment: dict[str, str] | None = None) -> None:
-        self.folder, self.environment = kernels_folder, environment or {}
+    def __init__(self, kernels_folder: Path) -> None:
+        self.folder = kernels_folder
         self.process: subprocess.Popen[str] | None = None
         self.case: dict[str, Any] | None = None
 
@@ -208,7 +209,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=environment | self.environment,
+            env=environment | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
             start_new_session=True,  # so that compilers which it has started can be ended with it
         )
         self.answers: queue.Queue[str] = queue.Queue()
@@ -333,18 +334,16 @@ def measure(sweep: Sweep, base: Base | None = None, kernels_folder: Path | None 
     ours = kernels_folder or Path(str(kernels.__file__)).parent
     name = processor() if sweep.device == "cpu" else torch.cuda.get_device_name(sweep.device)
     shared = {**versions(), "device": name}
-    main, compiling = Worker(ours), Worker(ours, {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
-    workers = [main, compiling]
-    contenders = [Contender(p, p, compiling if p == "compile" else main, shared["commit"]) for p in sweep.providers]
+    contenders = [Contender(p, p, Worker(ours), shared["commit"]) for p in sweep.providers]
     with contextlib.ExitStack() as stack:
         if base is not None:
-            workers.append(Worker(stack.enter_context(base)))
+            theirs = stack.enter_context(base)
             again = [p for p in sweep.providers if p in ("blocked", "triton")]
-            contenders += [Contender(f"{p}@{base.name}", p, workers[-1], base.commit[:10]) for p in again]
-        for worker in workers:
-            stack.callback(worker.close)
+            contenders += [Contender(f"{p}@{base.name}", p, Worker(theirs), base.commit[:10]) for p in again]
+        for c in contenders:
+            stack.callback(c.worker.close)
         try:
-            rates = main.ask("rates", 600, dtypes=list(sweep.dtypes), device=sweep.device)
+            rates = contenders[0].worker.ask("rates", 600, dtypes=list(sweep.dtypes), device=sweep.device)
         except Failure as failure:
             raise ValueError(f"bench kernels: {sweep.device} could not be measured: {failure}") from None
         for op in sweep.ops:
@@ -371,9 +370,8 @@ class Case:
 
     def rows(self, rates: dict[str, Any], shared: dict[str, Any]) -> list[Row]:
         request = {"op": self.op, **dataclasses.asdict(self.size), "device": self.sweep.device}
-        for worker in {id(c.worker): c.worker for c in self.contenders}.values():
-            worker.prepare(request)
         for c in self.contenders:
+            c.worker.prepare(request)
             self._try(c)
         self._race()
         copy, matmul = rates["copy"], rates["matmul"][self.size.dtype]
@@ -427,7 +425,7 @@ class Case:
         return seconds * (self.flops or self.bytes) / work, n
 
     def _race(self) -> None:
-        """Rounds of one run of each, forwards and backwards."""
+        """Rounds of one run of each, every time in another order: what ran before leaves its traces in the caches."""
         slow = 1000 * self.sweep.patience
         racing = [c for c in self.contenders if c.name not in self.notes and max(self.times[c.name], default=0) <= slow]
         start = time.perf_counter()
@@ -435,7 +433,7 @@ class Case:
             done = min((len(self.times[c.name]) for c in racing), default=0)
             if done >= FEWEST and time.perf_counter() - start > self.sweep.seconds:
                 break
-            for c in racing if round_ % 2 == 0 else racing[::-1]:
+            for c in random.Random(round_).sample(racing, len(racing)):
                 time.sleep(0.005)  # threads of another process wait busily for a while
                 try:
                     self.times[c.name].append(c.worker.ask("run", c.limit(self.sweep.patience), provider=c.provider))

@@ -91,6 +91,10 @@ WRITTEN = {"sink_correction": "sink_correction(dims=(1415, 2533))"}
 """Plans of methods that cannot do without an option: the sink dimensions are those of LLaMA-2."""
 
 
+NAIVE_REPEATS = 3
+"""Runs of the naive twins, some of which take seconds, after one to warm up."""
+
+
 def anyres(side: int = 24) -> mm.Layout:
     """A thumbnail and 2 x 2 tiles laid together: 2,880 tokens for the 24 of CLIP-L/14-336."""
     half = float(side)
@@ -112,13 +116,15 @@ def selection_times(
             visuals = random_visuals(stage, round(keep * layout.cells), layout, sizes)
             with preferring("naive") as naive:
                 _whole(stage, visuals)
-            times: dict[str, list[float]] = {"auto": [], "naive": []} if naive.used else {"auto": []}
-            for _ in range(repeats + 2):
+            times: dict[str, list[float]] = {"auto": [], "naive": []}
+            for round_ in range(repeats + 2):
                 for implementation, measured in times.items():
+                    if implementation == "naive" and (not naive.used or round_ >= NAIVE_REPEATS):
+                        continue
                     with preferring(implementation):
                         measured.append(milliseconds(lambda s=stage, v=visuals: _whole(s, v)))
             low, median, high = statistics.quantiles(times["auto"][2:], n=4)
-            twin = statistics.median(times["naive"][2:]) if naive.used else None
+            twin = statistics.median(times["naive"]) if naive.used else None
             yield SelectionTime(stage.name, median, high - low, twin)
 
 

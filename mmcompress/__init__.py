@@ -3,11 +3,20 @@
 
 from .api import compress, compressed, find_sink_dims, report, trace, uncompress
 from .dominance import Dominance, modality_dominance
+from .explain import (
+    Explanation,
+    attention_rollout,
+    grad_cam,
+    gradient_relevance,
+    last_attention,
+    token_activation_map,
+)
+from .learn import attention_ranks, conversion, convert, unconvert
 from .methods import *  # noqa: F403 - every method class
 from .methods import __all__ as _methods
 from .plan import as_pipeline, methods, register
 from .selection import Selection
-from .stage import AttentionStage, EncoderStage, InputStage, LayerStage, Pipeline, PixelStage, Recipe, Stage
+from .stage import AttentionStage, EncoderStage, ExitStage, InputStage, LayerStage, Pipeline, PixelStage, Recipe, Stage
 from .trace import EncoderReport, Report, Trace
 from .visuals import AttentionRows, Layout, View, Visuals
 
@@ -19,6 +28,8 @@ __all__ = [
     "Dominance",
     "EncoderReport",
     "EncoderStage",
+    "ExitStage",
+    "Explanation",
     "InputStage",
     "LayerStage",
     "Layout",
@@ -32,14 +43,23 @@ __all__ = [
     "View",
     "Visuals",
     "as_pipeline",
+    "attention_ranks",
+    "attention_rollout",
     "compress",
     "compressed",
+    "conversion",
+    "convert",
     "find_sink_dims",
+    "grad_cam",
+    "gradient_relevance",
+    "last_attention",
     "methods",
     "modality_dominance",
     "register",
     "report",
+    "token_activation_map",
     "trace",
     "uncompress",
+    "unconvert",
 ]
 __all__ += _methods

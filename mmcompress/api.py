@@ -21,12 +21,19 @@ from .trace import EncoderReport, Report, Trace
 
 M = TypeVar("M")
 _ATTRIBUTE = "_mmcompress_engine"
+CONVERTED = "_mmcompress_conversion"
+"""Attribute of a model whose layers `mmcompress.convert` has rebuilt."""
 
 
 def _stock(model: Any) -> Any:
     """The Hugging Face model inside a wrapper such as PEFT's."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
+
+
+def is_compressed(model: Any) -> bool:
+    """Whether `compress` has been called on the model, and not undone."""
+    return _ATTRIBUTE in _stock(model).__dict__
 
 
 def _put_in(stock: Any, engine: Engine | TowerEngine) -> None:
@@ -65,6 +72,10 @@ def compress(
     NotImplementedError for a model that cannot be compressed so; the model is then as it was before the call.
     """
     stock = _stock(model)
+    if CONVERTED in stock.__dict__:
+        raise NotImplementedError(
+            "the layers of this model were converted, and both would give them fewer tokens: mmcompress.unconvert(model) first"
+        )
     pipeline = as_pipeline(plan, positions=positions, structural=structural, **options)
     adapter = adapter_for(stock)
     engine = Engine(adapter, pipeline, timing) if isinstance(adapter, Adapter) else TowerEngine(adapter, pipeline)

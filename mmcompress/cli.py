@@ -14,7 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from . import cli_learn
 from .assets import CLIP, MODELS, model_path
+from .eval import cli as evaluation
 
 
 class UserError(Exception):
@@ -114,20 +116,42 @@ def _parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         default=["llava"],
-        help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), or 'all'",
+        help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), or 'all' of "
+        "these; or 'kernels' (see below)",
     )
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
-    bench.add_argument("--repeats", type=int, default=12)
+    bench.add_argument("--repeats", type=int, default=12, help="rounds (default 12)")
     bench.add_argument("--list", action="store_true", help="say what there is")
-    bench.add_argument(
-        "--out", type=Path, help="JSON record; families that are in it already and not measured now stay"
+    bench.add_argument("--out", type=Path, help="JSON record; what is in it already and not measured now stays")
+    kernels = bench.add_argument_group(
+        "bench kernels", "every kernel in its implementations, interleaved, on random tokens"
     )
+    kernels.add_argument("--op", nargs="+", help="operations (default: all)")
+    for name, text in (
+        ("n", "numbers of tokens"),
+        ("d", "widths of tokens"),
+        ("k", "numbers of tokens to pick or to keep"),
+    ):
+        kernels.add_argument(f"--{name}", nargs="+", type=int, help=text)
+    kernels.add_argument("--dtype", nargs="+", help="float32, float16, bfloat16")
+    kernels.add_argument(
+        "--provider", nargs="+", help="naive, compile (torch.compile of the naive one), blocked, triton (on a GPU)"
+    )
+    kernels.add_argument("--device", help="default: cuda where there is one")
+    kernels.add_argument("--full", action="store_true", help="more sizes, types and providers: hours on a CPU")
+    kernels.add_argument("--base", metavar="REV", help="also time the kernels of this commit of the repository")
+    kernels.add_argument("--patience", type=float, help="leave out what takes longer than so many seconds a run")
+    kernels.add_argument("--csv", type=Path, help="also write the record as a table")
+    kernels.add_argument("--plot", type=Path, help="also draw time against N")
+
+    evaluation.add_commands(command, _load, MODELS)
 
     train = command("train", _train, "train an embedded model on the synthetic benchmark (restartable)")
     trained = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes", CLIP)
     train.add_argument("model", choices=trained, help="all but llava-shapes start from the one in the package")
     train.add_argument("--out", type=Path, help="default: runs/MODEL")
     train.add_argument("--device", default=None)
+    cli_learn.add(command)
     return parser
 
 
@@ -348,15 +372,23 @@ def _bench(options: argparse.Namespace, console: Console) -> None:
     from .eval.midsize import FAMILIES, build
 
     if options.list:
-        more = {"memory": "peak memory of a 20,480-token video", "selection": "every method alone, 2,880 tokens to 288"}
+        more = {
+            "memory": "peak memory of a 20,480-token video", "selection": "every method alone, 2,880 tokens to 288",
+            "kernels": "every kernel alone (not part of all)",
+        }  # fmt: skip
         for name, text in {**FAMILIES, **more}.items():
             console.print(f"{name:<12}{text}", highlight=False)
         return
+    if "kernels" in options.what:
+        _bench_kernels(options, console)
+        return
     others = ("memory", "selection")
+    if given := [f"--{name}" for name in KERNEL_OPTIONS if getattr(options, name)]:
+        raise UserError(f"{given[0]} belongs to `mmcompress bench kernels`")
     wanted = [*FAMILIES, *others] if "all" in options.what else options.what
     unknown = [name for name in wanted if name not in (*FAMILIES, *others)]
     if unknown:
-        raise UserError(f"bench {unknown[0]}: choose among {', '.join((*FAMILIES, *others))}, all")
+        raise UserError(f"bench {unknown[0]}: choose among {', '.join((*FAMILIES, *others))}, all; or kernels alone")
     if options.repeats < 1:
         raise UserError(f"--repeats {options.repeats}: at least 1")
     here = machine()
@@ -409,19 +441,94 @@ def _bench(options: argparse.Namespace, console: Console) -> None:
         console.print(f"record: {options.out}")
 
 
+KERNEL_OPTIONS = ("op", "n", "d", "k", "dtype", "provider", "device", "full", "base", "patience", "csv", "plot")
+
+
+def _bench_kernels(options: argparse.Namespace, console: Console) -> None:
+    import torch
+
+    from .eval.kernel_plot import need_matplotlib, plot
+    from .eval.kernels import Base, Sweep, measure, merged, read, write
+
+    if options.what != ["kernels"] or options.plan:
+        raise UserError("bench kernels: by itself, without other things to measure and without --plan")
+    sweep = Sweep.usual(
+        options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        options.full,
+        ops=options.op,
+        n=options.n,
+        d=options.d,
+        k=options.k,
+        dtypes=options.dtype,
+        providers=options.provider,
+        repeats=options.repeats,
+        patience=options.patience,
+    )
+    base = Base(options.base) if options.base else None
+    if options.plot:
+        need_matplotlib()
+    old = read(options.out) if options.out and options.out.exists() else []
+    rows: list[Any] = []
+    with console.status("measuring the device") as status:
+        for case in measure(sweep, base):
+            if rows and rows[-1].op != case[0].op:
+                _show_kernel([row for row in rows if row.op == rows[-1].op], console)
+            rows += case
+            status.update(f"{case[0].op}: N = {case[0].n}, D = {case[0].d} measured")
+            if options.out:
+                write(merged(old, rows), options.out)
+            if options.csv:
+                write(rows, options.csv)
+    if not rows:
+        raise UserError("bench kernels: every k is above every N; give smaller k or larger N")
+    _show_kernel([row for row in rows if row.op == rows[-1].op], console)
+    console.print(
+        "[dim]ms: median of interleaved runs, beside it the quantiles 0.2 and 0.8; extra MiB: beyond inputs and outputs at the "
+        "peak; roofline: the time that the measured copy bandwidth or matmul rate would allow, over the median[/dim]"
+    )
+    if options.plot:
+        plot(rows, options.plot)
+    for path in filter(None, (options.out, options.csv, options.plot)):
+        console.print(f"record: {path}", markup=False)
+
+
+def _show_kernel(rows: Sequence[Any], console: Console) -> None:
+    """The rows of one operation: a table for each type, and why there are gaps."""
+    from rich import box
+
+    from .eval.kernels import AS_BEFORE
+    from .eval.operations import OPERATIONS
+
+    naive = {row.key()[:-1]: row for row in rows if row.provider == "naive"}
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        mine = [row for row in rows if row.dtype == dtype]
+        title = f"{mine[0].op}: {OPERATIONS[mine[0].op].text}; {dtype}, {mine[0].device}, {mine[0].threads} threads"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for heading in mine[0].HEADINGS:
+            table.add_column(heading, justify="left" if heading == "provider" else "right")
+        for row in mine:
+            table.add_row(*row.cells(naive.get(row.key()[:-1])))
+        console.print(table)
+    for row in rows:
+        if row.note and not row.note.startswith(AS_BEFORE):
+            size = f"N = {row.n}, D = {row.d}, k = {row.k}, {row.dtype}"
+            console.print(f"{row.provider}, {size}: {row.note}", style="dim", highlight=False, markup=False)
+
+
 def _bench_selection(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     from .eval.selection import selection_times
     from .plan import methods
 
     rows = []
     table = Table(title="2,880 tokens of 4,096 features to 288, float32, one visual, without its signals")
-    for heading in ("stage", "ms"):
+    for heading in ("stage", "ms", "naive twins, ms"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for row in selection_times(
         [name for name, cls in methods().items() if cls.kind != "recipe"], repeats=options.repeats
     ):
         rows.append(dataclasses.asdict(row))
-        table.add_row(row.method, f"{row.milliseconds:.1f} ± {row.iqr / 2:.1f}")
+        twin = "-" if row.naive_ms is None else f"{row.naive_ms:.1f}"
+        table.add_row(row.method, f"{row.milliseconds:.1f} ± {row.iqr / 2:.1f}", twin)
     console.print(table)
     return rows
 

@@ -52,6 +52,10 @@ class Stage:
         """This stage for a language model with that `config`: options that depend on it are filled in."""
         return self
 
+    def load(self, model: Any) -> Stage:
+        """This stage for `model`: weights that it was trained with are read, and checked to belong to that model."""
+        return self
+
     def options(self) -> dict[str, Any]:
         """The options by name, as plain values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -135,6 +139,24 @@ class LayerStage(Selecting):
         return (self.budget(tokens),)
 
 
+class ExitStage(Stage):
+    """Before LLM layers, drops all visual tokens of a sample or none, by what the layers so far have made of it.
+
+    How many tokens a layer gets is known only then: every decision waits for the device, until all samples of the batch are
+    out. `visuals` in `leave` holds what `needs` names, with `k` 0.
+    """
+
+    kind: ClassVar[str] = "exit"
+
+    def layers(self, depth: int) -> range:
+        """Before which of `depth` layers tokens may leave."""
+        raise NotImplementedError
+
+    def leave(self, visuals: Visuals, layer: int) -> Tensor:
+        """Whether the visual tokens of each sample leave before `layer`, [U] bool."""
+        raise NotImplementedError
+
+
 class PixelStage(Selecting):
     """Acts on the pixels before the vision encoder: it gets every picture in a lower resolution."""
 
@@ -202,7 +224,7 @@ class Recipe(Stage):
 
 
 POSITIONS = ("keep", "reindex")
-_ORDER: dict[type[Stage], int] = {PixelStage: 0, EncoderStage: 0, InputStage: 1, LayerStage: 2, AttentionStage: 2}
+_ORDER: dict[type[Stage], int] = {PixelStage: 0, EncoderStage: 0, InputStage: 1, LayerStage: 2, ExitStage: 2, AttentionStage: 2}
 
 
 @dataclass(frozen=True, repr=False)
@@ -234,6 +256,8 @@ class Pipeline:
             raise ValueError(f"{self!r}: a plan can have one pixel stage or one encoder stage")
         if len({type(s) for s in self.attention_stages}) < len(self.attention_stages):
             raise ValueError(f"{self!r}: a plan can have each method that rewrites attention once")
+        if len(self.exit_stages) > 1:
+            raise ValueError(f"{self!r}: a plan can have one stage at which visual tokens leave for good")
 
     @functools.cached_property
     def parts(self) -> tuple[Stage, ...]:
@@ -260,9 +284,17 @@ class Pipeline:
     def attention_stages(self) -> tuple[AttentionStage, ...]:
         return tuple(s for s in self.parts if isinstance(s, AttentionStage))
 
+    @property
+    def exit_stages(self) -> tuple[ExitStage, ...]:
+        return tuple(s for s in self.parts if isinstance(s, ExitStage))
+
     def fit(self, config: Any) -> Pipeline:
         """This plan for a language model with that `config`."""
         return dataclasses.replace(self, stages=tuple(stage.fit(config) for stage in self.stages))
+
+    def load(self, model: Any) -> Pipeline:
+        """This plan for `model`, with the weights that its stages were trained with."""
+        return dataclasses.replace(self, stages=tuple(stage.load(model) for stage in self.stages))
 
     def position_policy(self) -> str:
         """The policy in force before the LLM: the plan's own, else that of its first stage there."""

@@ -162,7 +162,7 @@ class Played:
     script: dict[tuple[str, int], float | Exception]
     asked: list[tuple[str, str, int]]
 
-    def __init__(self, folder: Path, environment: Any = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.n = 0
 
     def prepare(self, case: dict[str, Any]) -> None:
@@ -199,7 +199,8 @@ def test_rows_of_a_run(played: type[Played]) -> None:
     assert blocked.note is None and blocked.torch == torch.__version__ and blocked.device and blocked.threads
     assert blocked.cells(naive)[4:] == ["2", "2", "2", "2.00x", "0.00", f"{100 * blocked.roofline:.3g} %"]
     runs = [provider for do, provider, _ in played.asked if do == "run"][2:]
-    assert runs[:4] == ["naive", "blocked", "blocked", "naive"]  # in turn, forwards and backwards
+    rounds = [tuple(runs[i : i + 2]) for i in range(0, 10, 2)]
+    assert set(rounds) == {("naive", "blocked"), ("blocked", "naive")}  # in turn, in both orders
 
 
 def test_what_would_take_too_long_is_left_out(played: type[Played]) -> None:
@@ -332,7 +333,7 @@ def test_another_commit_in_the_same_run(repository: Path) -> None:
     blocked, naive, other = rows
     assert [row.provider for row in rows] == ["blocked", "naive", "blocked@slow"]
     assert "SIGKILL" in str(blocked.note) and blocked.q50_ms is None and blocked.rounds == 0
-    assert naive.q50_ms is not None and naive.q50_ms < 50  # its process was started again
+    assert naive.q50_ms is not None and naive.q50_ms < 50
     assert other.q50_ms is not None and other.q50_ms >= 50 and other.commit == base.commit[:10] != naive.commit
     assert base.folder is not None and not Path(base.folder.name).exists()
 
@@ -347,6 +348,7 @@ def test_an_answer_that_does_not_come(repository: Path, monkeypatch: pytest.Monk
         with pytest.raises(Late, match="longer than 0 s"):
             worker.ask("run", 0.01, provider="blocked")
         assert process is not None and process.poll() is not None and worker.process is None
+        assert worker.ask("run", 120, provider="naive") > 0  # in a new process
         worker.close()
 
 

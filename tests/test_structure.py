@@ -23,13 +23,13 @@ FOLDERS = {
 FLOORS = [
     ("kernels",),
     ("ops",),
-    ("budget", "visuals", "selection", "stage", "plan"),
+    ("budget", "visuals", "selection", "stage", "plan", "weights"),
     ("methods",),
     ("runtime",),
     ("adapters",),
     ("api", "trace", "dominance"),
-    ("explain", "visualize"),
-    ("eval", "cli", "demo", "assets", "tune", "__main__"),
+    ("explain", "learn", "visualize"),
+    ("eval", "cli", "demo", "assets", "tune", "cli_learn", "__main__"),
 ]
 """From the ground up; a module may import from its own floor and from those below."""
 

@@ -9,6 +9,7 @@ from .cmai import CMAI
 from .dart import DART
 from .divprune import DivPrune
 from .downsample import Downsample
+from .dyvte import DyVTE
 from .fastervlm import FasterVLM
 from .fastv import FastV
 from .flash_compression import FlashCompression
@@ -26,6 +27,7 @@ from .recoverable_compression import RecoverableCompression
 from .sink_correction import SinkCorrection
 from .sparsevlm import SparseVLM
 from .token_correlation import TokenCorrelation
+from .tokenflex import TokenFlex
 from .tome import ToMe
 from .transprune import TransPrune
 from .uniform import Uniform
@@ -48,6 +50,7 @@ __all__ = [
     "CenPrune",
     "DivPrune",
     "Downsample",
+    "DyVTE",
     "FastV",
     "FasterVLM",
     "FlashCompression",
@@ -66,6 +69,7 @@ __all__ = [
     "SparseVLM",
     "ToMe",
     "TokenCorrelation",
+    "TokenFlex",
     "TransPrune",
     "Uniform",
     "VARAttentionSink",

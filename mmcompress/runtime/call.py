@@ -144,13 +144,13 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
         if encoded and bool((kinds == code).any()):
             spans += _deal(modality, encoded, kinds == code, adapter)
     if text:
-        instruction = _instruction(kinds, adapter.delimited)
+        instruction = instruction_of(kinds, adapter.delimited)
         for span in spans:
             span.text = instruction[span.row].nonzero()[:, 0]
     return kinds >= 0, spans
 
 
-def _instruction(kinds: Tensor, delimited: bool) -> Tensor:
+def instruction_of(kinds: Tensor, delimited: bool) -> Tensor:
     """The text after the last visual of each row, [B, S] bool; all text of rows that have none there.
 
     kinds [B, S]: 0 for text, above 0 for visual tokens. delimited: the tokens beside those are no text.

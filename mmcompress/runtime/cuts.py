@@ -56,9 +56,13 @@ class Cutter:
     def __init__(self, language_model: Any, plan: Pipeline, reindexes: bool) -> None:
         self.language_model, self.plan, self.reindexes = language_model, plan, reindexes
         layers = language_model.layers
-        self.depth = len(layers)
+        self.depth: int = len(layers)
         self.at = plan.cuts(self.depth)
-        listened = {i - 1 for i, (stage, _) in self.at.items() if any(map(_needs_before, names_of(stage.needs)))}
+        self.exit_stage = next(iter(plan.exit_stages), None)
+        self.exits = set(self.exit_stage.layers(self.depth)) - set(self.at) if self.exit_stage is not None else set()
+        asking = [(i, stage) for i, (stage, _) in self.at.items()]
+        asking += [(i, self.exit_stage) for i in self.exits if self.exit_stage is not None]
+        listened = {i - 1 for i, stage in asking if any(map(_needs_before, names_of(stage.needs)))}
         self.layer_taps = {i: LayerTap(layers[i].self_attn) for i in listened}
         changing = {i for stage in plan.layer_stages for i in self._changing(stage)}
         self.transition_taps = {i: TransitionTap(layers[i]) for i in sorted(changing)}
@@ -76,8 +80,15 @@ class Cutter:
         for tap in self.taps:
             tap.clear()
 
+    @property
+    def first(self) -> int | None:
+        """The first layer that may see fewer tokens than the language model is given."""
+        return min((*self.at, *self.exits), default=None)
+
     def drops(self, tokens: int) -> bool:
-        """Whether any cut drops some of the `tokens` that enter the language model."""
+        """Whether any cut drops some of the `tokens` that enter the language model, or an exit may."""
+        if self.exits and tokens:
+            return True
         for stage in self.plan.layer_stages:
             budgets = stage.budgets(tokens, self.depth)
             if min(budgets) < tokens:
@@ -133,13 +144,59 @@ class Cutter:
             if k < patch_counts[row]:
                 counts[row] += k - patch_counts[row]
                 patch_counts[row] = k
+        self._append(call, index, places, counts, patch_counts, self.plan.positions or stage.positions, merges)
+
+    @torch.no_grad()
+    def leave(self, call: Call, index: int, hidden: Tensor, given: Tables) -> None:
+        """Ask, before layer `index`, which rows lose all their visual tokens, and append the group that is left. Waits for the
+        device."""
+        assert call.patches is not None and call.texts is not None and self.exit_stage is not None
+        before, stage = call.groups[-1], self.exit_stage
+        around = self._around(call, index, hidden, given)
+        gone: list[int] = []
+        for (tokens, _, _), (rows, at, text) in rows_alike(call, lambda row: 0).items():
+            cut = replace(around, rows=rows, at=at, text=text)
+            signals = {name: cut.signal(name) for name in names_of(stage.needs)}
+            features = hidden[rows.to(hidden.device), at.to(hidden.device)]
+            visuals = Visuals(features, Layout.raster(1, 1, tokens), 0, signals)
+            with torch.autocast(hidden.device.type, enabled=False):
+                out = stage.leave(visuals, index).tolist()
+            gone += [row for row, leaves in zip(rows[:, 0].tolist(), out, strict=True) if leaves]
+        if not gone:
+            return
+        counts, patch_counts = list(before.counts), list(call.patch_counts)
+        device = call.patches.device
+        places = torch.arange(before.physical, device=device).expand(call.batch, -1)
+        if before.valid is not None:
+            places = places.masked_fill(~before.valid, -1)
+        leaves = torch.zeros(call.batch, 1, dtype=torch.bool)
+        leaves[gone] = True
+        places = places.masked_fill(call.patches & leaves.to(device), -1)
+        for row in gone:
+            counts[row] -= patch_counts[row]
+            patch_counts[row] = 0
+        self._append(call, index, places, counts, patch_counts, self.plan.positions or "keep", [])
+
+    def _append(
+        self,
+        call: Call,
+        index: int,
+        places: Tensor,
+        counts: list[int],
+        patch_counts: list[int],
+        policy: str,
+        merges: list[tuple[Tensor, Tensor, Selection]],
+    ) -> None:
+        """The group of tokens that layers from `index` on see: `places` [B, S] in that of the group before, -1 where they are
+        gone."""
+        assert call.patches is not None and call.texts is not None
+        before = call.groups[-1]
         packed = pack(places, counts)
 
         def follow(index: Tensor | None) -> Tensor:
             return packed.source if index is None else index.gather(1, packed.source)
 
         assert before.positions is not None
-        policy = self.plan.positions or stage.positions
         positions, here = renumbered(
             before.positions, places, packed, before.valid, self.reindexes and policy == "reindex"
         )

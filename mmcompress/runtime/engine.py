@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..kernels.compact import compact
 from ..selection import Selection, gather
 from ..stage import Pipeline
 from ..visuals import Visuals
@@ -59,7 +60,7 @@ class Engine:
     """Compresses one model by one plan, from `install` to `remove`."""
 
     def __init__(self, adapter: Adapter, plan: Pipeline, timing: bool = False) -> None:
-        plan = plan.fit(adapter.language_model.config)
+        plan = plan.fit(adapter.language_model.config).load(adapter.model)
         self.adapter, self.plan, self.timing = adapter, plan, timing
         self.base, self.language_model = adapter.base, adapter.language_model
         check_language_model(self.language_model.config, plan)
@@ -68,7 +69,8 @@ class Engine:
         self.substitutes = resolve_needs(adapter, plan, self.clip is not None)
         self.cutter = Cutter(self.language_model, plan, adapter.reindexes)
         self.facade = self._facade()
-        self.layer_kinds = {kind_of(name) for stage in plan.layer_stages for name in names_of(stage.needs)}
+        inside = (*plan.layer_stages, *plan.exit_stages)
+        self.layer_kinds = {kind_of(name) for stage in inside for name in names_of(stage.needs)}
         texts = {*TEXT_SIGNALS, *CLIP_TEXT} & set(self.substitutes.values())
         self.reads_text = bool(self.layer_kinds & OF_TEXT or texts)
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
@@ -289,17 +291,15 @@ class Engine:
             0, length, physical, counts, packed.valid, packed.source, tail=tail, positions=positions, gone=gone
         )
         call.groups = call.record.groups = [group]
-        call.patches, call.texts = patches.gather(1, packed.source), texts.to(device).gather(1, packed.source)
-        if packed.valid is not None:
-            call.patches, call.texts = call.patches & packed.valid, call.texts & packed.valid
-        kwargs["inputs_embeds"] = take(embeds, packed.source)
+        moved = compact([embeds, patches, texts.to(device), *levels], packed.source, packed.valid)
+        kwargs["inputs_embeds"], call.patches, call.texts, *levels = moved
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
         if scores is not None:
             call.kept["input_scores"] = scores.gather(1, packed.source)
         if "text_relevance" in self.layer_kinds:
             call.kept["text_relevance"] = words_meant(call, kwargs["inputs_embeds"])
         if levels:
-            self._pack_deepstack(call, kwargs, [take(level, packed.source) for level in levels])
+            self._pack_deepstack(call, kwargs, levels)
         kwargs["attention_mask"] = logical_mask(call, group, 0, device)
         self.cutter.arm()
         return True
@@ -422,7 +422,7 @@ class Engine:
         """Give the model the levels [B, M, H] of the packed tokens: those before the first cut in its own form, the others
         are added by the hooks of the layers."""
         assert call.patches is not None
-        cut = min(self.cutter.at, default=len(levels))
+        cut = len(levels) if self.cutter.first is None else self.cutter.first
         call.deepstack = {j + 1: level for j, level in enumerate(levels) if j >= cut}
         count = sum(call.patch_counts)
         order = call.patches.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
@@ -459,12 +459,14 @@ class Engine:
         hidden = args[0] if args else kwargs["hidden_states"]
         if index in call.deepstack:
             level, before = call.deepstack[index], call.group_of(index - 1)
-            level = level if before.from_base is None else take(level, before.from_base)
+            level = level if before.from_base is None else take([level], before.from_base)[0]
             hidden = hidden + level.to(hidden)
-        if index in self.cutter.at and call.patches is not None and index not in call.cuts:
+        here = index in self.cutter.at or index in self.cutter.exits
+        if here and call.patches is not None and index not in call.cuts:
             call.cuts.add(index)  # decided once; gradient checkpointing replays layers and only applies it again
             start = self._now()
-            self.cutter.cut(call, index, hidden, kwargs["position_embeddings"])
+            decide = self.cutter.cut if index in self.cutter.at else self.cutter.leave
+            decide(call, index, hidden, kwargs["position_embeddings"])
             if call.record is not None:
                 call.record.seconds["select"] += self._since(start)
         group = call.group_of(index)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..stage import LayerStage, Need, Pipeline
+from ..stage import ExitStage, LayerStage, Need, Pipeline
 from .adapter import PER_TOKEN, Adapter
 from .clip import CLIP_PATCHES, CLIP_SIGNALS
 from .layers import SIGNALS
@@ -24,9 +24,10 @@ def names_of(needs: Iterable[Need]) -> list[str]:
 def check_language_model(config: Any, plan: Pipeline) -> None:
     """Raise for layers in which tokens cannot be dropped."""
     kinds = set(getattr(config, "layer_types", None) or ())
-    if "linear_attention" in kinds and plan.layer_stages:
+    inside = (*plan.layer_stages, *plan.exit_stages)
+    if "linear_attention" in kinds and inside:
         raise NotImplementedError(
-            f"{plan.layer_stages[0]!r}: the language model has linear attention layers, whose state cannot forget "
+            f"{inside[0]!r}: the language model has linear attention layers, whose state cannot forget "
             f"tokens: only stages before the language model are supported"
         )
     if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -53,8 +54,9 @@ def resolve_needs(adapter: Adapter, plan: Pipeline, clip: bool) -> dict[str, str
     """The signal that serves each need of each stage; raises if there is none."""
     found: dict[str, str] = {}
     for stage in plan.parts:
-        there = set(SIGNALS) if isinstance(stage, LayerStage) else {*adapter.signals, *TEXT_SIGNALS}
-        if clip and not isinstance(stage, LayerStage):
+        inside = isinstance(stage, LayerStage | ExitStage)
+        there = set(SIGNALS) if inside else {*adapter.signals, *TEXT_SIGNALS}
+        if clip and not inside:
             there |= CLIP_SIGNALS
         if not plan.input_stages:
             there.discard("input_scores")

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Explanations: where in the pictures each token of an answer comes from, and how faithful that is."""
+
+from collections.abc import Callable
+
+from .activation import token_activation_map
+from .attention import attention_rollout, last_attention
+from .gradients import grad_cam, gradient_relevance
+from .panes import Pane, panes
+from .result import Explanation, Seen, Token, Word
+
+EXPLANATIONS: dict[str, Callable[..., Explanation]] = {
+    "token activation map": token_activation_map,
+    "attention rollout": attention_rollout,
+    "last-layer attention": last_attention,
+    "gradient relevance": gradient_relevance,
+    "Grad-CAM": grad_cam,
+}
+"""All explanations by their names: functions of the same arguments and result."""
+
+__all__ = [
+    "EXPLANATIONS",
+    "Explanation",
+    "Pane",
+    "Seen",
+    "Token",
+    "Word",
+    "attention_rollout",
+    "grad_cam",
+    "gradient_relevance",
+    "last_attention",
+    "panes",
+    "token_activation_map",
+]

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pictures and a question to what the model is given, and where the question's own tokens are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..runtime.adapter import Adapter
+from ..visuals import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """inputs: for the model, one row. question: places of its tokens in `input_ids`. pictures: of each visual, the picture or the
+    frames; empty where inputs came ready-made."""
+
+    inputs: dict[str, Any]
+    question: list[int]
+    pictures: list[tuple[Any, ...]]
+
+    @property
+    def ids(self) -> Tensor:
+        return self.inputs["input_ids"][0]
+
+
+def make_prompt(
+    processor: Any, visuals: Any, question: str, video: bool
+) -> tuple[Any, list[int], list[tuple[Any, ...]]]:
+    """Ask `question` about pictures in one user turn of the processor's chat template: inputs, places of the question's tokens
+    counted from the end of the prompt, and the pictures."""
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question={question!r}: give the text that the model is to answer")
+    pictures = _pictures(visuals, video)
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            "the processor has no chat template to write the prompt with: give what it makes of yours as inputs="
+        )
+    question = question.strip()
+    kind = "video" if video else "image"
+    content = [*[{"type": kind}] * len(pictures), {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    if video:
+        frames = [np.stack([np.asarray(frame) for frame in pictures[0]])]
+        inputs = processor(videos=frames, text=[text], do_sample_frames=False, return_tensors="pt")
+    else:
+        inputs = processor(images=[one for (one,) in pictures], text=[text], return_tensors="pt")
+    return inputs, _places_from_end(processor.tokenizer, text, question), pictures
+
+
+def _pictures(visuals: Any, video: bool) -> list[tuple[Any, ...]]:
+    """Every visual as the tuple of its pictures."""
+    if isinstance(visuals, (str, Path, Image.Image)) or (hasattr(visuals, "ndim") and visuals.ndim == 3):
+        visuals = [visuals]
+    if hasattr(visuals, "ndim") and visuals.ndim == 4 and not video:
+        raise ValueError(
+            "an array of four dimensions: say video=True if these are the frames of one video, or give a list of images"
+        )
+    found = [] if visuals is None else [_picture(one) for one in visuals]
+    if not found:
+        raise ValueError(
+            "no image to explain: give an image, a list of images, or the frames of a video with video=True"
+        )
+    return [tuple(found)] if video else [(one,) for one in found]
+
+
+def _picture(one: Any) -> Image.Image:
+    if isinstance(one, (str, Path)):
+        one = Image.open(one)
+    if not isinstance(one, Image.Image):
+        values = one.detach().cpu().numpy() if isinstance(one, Tensor) else np.asarray(one)
+        if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3):
+            values = values.transpose(1, 2, 0)
+        if values.ndim != 3 or values.shape[2] != 3 or values.dtype != np.uint8:
+            raise ValueError(
+                f"an image of shape {values.shape} and type {values.dtype}: give PIL images, paths, or uint8 [height, width, 3]"
+            )
+        one = Image.fromarray(values)
+    return one.convert("RGB")
+
+
+def _places_from_end(tokenizer: Any, text: str, question: str) -> list[int]:
+    """Which tokens of `text` carry `question`, counted from the end (1 is the last token); empty if that cannot be told."""
+    first = text.rfind(question)
+    if first < 0 or not getattr(tokenizer, "is_fast", False):
+        return []
+    spans = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    last = first + len(question)
+    return [len(spans) - i for i, (start, end) in enumerate(spans) if start < last and end > first]
+
+
+def ready(
+    adapter: Adapter,
+    tokenizer: Any,
+    inputs: Mapping[str, Any],
+    from_end: Sequence[int],
+    pictures: list[tuple[Any, ...]],
+) -> Prompt:
+    """Inputs on the model's device, checked. Where the question is not known, it is the text behind the last visual without
+    special tokens. Raises ValueError for anything but one unpadded row with visuals that fits into the context."""
+    device, dtype = adapter.model.device, adapter.model.dtype
+    given = {
+        name: x.to(device, dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
+        for name, x in dict(inputs).items()
+    }
+    ids = given.get("input_ids")
+    if ids is None or ids.shape[0] != 1:
+        raise ValueError("one prompt at a time: inputs need input_ids of shape [1, N]")
+    mask = given.get("attention_mask")
+    if mask is not None and not bool(mask.bool().all()):
+        raise ValueError("the prompt is padded: explain one prompt at a time, without padding")
+    placeholders = torch.tensor(list(adapter.placeholders.values()), device=device)
+    at = torch.isin(ids[0], placeholders).nonzero()[:, 0]
+    if not len(at):
+        raise ValueError("no image in the prompt: explanations show where in pictures an answer comes from")
+    context = getattr(adapter.language_model.config, "max_position_embeddings", None)
+    if context is not None and ids.shape[1] >= context:
+        raise ValueError(
+            f"the prompt has {ids.shape[1]} tokens, and the context of the model {context}: nothing could follow; ask a shorter "
+            f"question, or give a smaller picture"
+        )
+    length = ids.shape[1]
+    question = [length - back for back in from_end]
+    if not question:
+        special = {*getattr(tokenizer, "all_special_ids", ()), *placeholders.tolist()}
+        behind = range(int(at[-1]) + 1 + adapter.delimited, length)
+        question = [i for i in behind if int(ids[0, i]) not in special]
+    return Prompt(given, question, pictures)
+
+
+def of_the_whole_picture(layout: Layout, processor: Any, pictures: tuple[Any, ...]) -> Layout:
+    """The layout of a picture of which the processor cut out the middle square (LLaVA-1.5), with the place of that square."""
+    images = getattr(processor, "image_processor", None)
+    crop, size = getattr(images, "crop_size", None), getattr(images, "size", None)
+    if (
+        len(pictures) != 1
+        or len(layout.views) != 1
+        or not getattr(images, "do_center_crop", False)
+        or not crop
+        or not size
+    ):
+        return layout
+    shortest = size.get("shortest_edge") if hasattr(size, "get") else None
+    if shortest is None:
+        return layout
+    width, height = pictures[0].size
+    shown = [crop[name] * min(width, height) / shortest / side for name, side in (("width", width), ("height", height))]
+    x, y = ((1 - part) / 2 for part in shown)
+    return replace(layout, views=(replace(layout.views[0], box=(x, y, 1 - x, 1 - y)),))
