@@ -28,10 +28,15 @@ L = TypeVar("L", bound="Learned")
 def fingerprint(model: nn.Module) -> str:
     """The same for the same weights only, wherever they lie, in float32, and in half precision if they were saved so.
 
-    Of every parameter its name, its shape, and evenly spaced values rounded to bfloat16. Quantised weights are others.
+    Of every parameter its name, its shape, and evenly spaced values rounded to bfloat16. Quantised weights are others. Raises
+    NotImplementedError where weights are not in memory.
     """
     digest, values = hashlib.sha256(), []
     for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise NotImplementedError(
+                f"{name} is not in memory (offloaded by a device map): load the whole model first"
+            )
         flat = weight.detach().flatten()
         step = max(1, len(flat) // SAMPLES)
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())

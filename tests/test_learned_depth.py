@@ -20,9 +20,10 @@ from mmcompress.learn import GammaMoD, PMoD, attention_rank
 from mmcompress.learn.depth import Routed, Seen, gathered, put_back
 from mmcompress.runtime.cache import PrunedLayer
 
-from .families import FAMILIES, IMAGE, QWEN, VIDEO, build, prompts
+from .families import FAMILIES, IMAGE, QWEN, VIDEO, VIDEO_FAMILIES, build, prompts
+from .flash import FlashStandIn
 from .test_engine import follow_up
-from .test_families import alone, samples
+from .test_families import MIXED, alone, samples
 from .tiny import GREEDY
 from .watch import NoWaiting
 
@@ -430,6 +431,33 @@ def test_eager_attention_is_the_same(method: str) -> None:
     model.set_attn_implementation("eager")
     assert (model(**inputs).logits[valid] - sdpa).abs().max() < 1e-4 * sdpa.abs().max()
     assert torch.equal(model.generate(**inputs, **GREEDY), out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", OPTIONS)
+def test_static_caches_and_flash_attention(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted(build("llava"), method)
+    inputs = prompts(model, "llava", samples("llava"))
+    valid = inputs["attention_mask"].bool()
+    logits, out = model(**inputs).logits[valid], model.generate(**inputs, **GREEDY)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(**inputs, **GREEDY, **static), out)
+    flash = FlashStandIn(monkeypatch)
+    flash.enable(model)
+    assert (model(**inputs).logits[valid] - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert torch.equal(model.generate(**inputs, **GREEDY), out)
+    assert flash.calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("family", VIDEO_FAMILIES)
+def test_videos_and_pictures_together(family: str, method: str) -> None:
+    model = converted(build(family), method)
+    inputs = prompts(model, family, samples(family, MIXED))
+    assert model(**inputs).logits.isfinite().all()
+    assert mm.conversion(model).tokens_per_layer()[2] < mm.conversion(model).tokens_per_layer()[0]
+    assert model.generate(**inputs, **GREEDY).shape[0] == 2
 
 
 @torch.no_grad()

@@ -64,6 +64,8 @@ def test_a_fingerprint_is_of_the_weights_alone(tmp_path: Path) -> None:
         model.lm_head.weight += 0.1
     assert fingerprint(model) != mine
     assert fingerprint(torch.nn.Module()) != mine
+    with pytest.raises(NotImplementedError, match="not in memory"):
+        fingerprint(torch.nn.Linear(2, 2, device="meta"))
 
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
@@ -414,8 +416,8 @@ def test_training_of_a_projector(family: str) -> None:
         optimizer.zero_grad()
         (loss + error).backward()
         optimizer.step()
-        losses.append(float(loss + error))
-        errors.append(float(error))
+        losses.append((loss + error).item())
+        errors.append(error.item())
     assert losses[-1] < 0.9 * losses[0] and errors[0] > 0
     assert float(flexible_loss(model, projector, inputs, 0.3, align=0.0)[1]) == 0
     assert "_notes" not in projector.__dict__

@@ -27,7 +27,7 @@ from .benchmark import evaluate, items, prepare, takes_any_shape
 from .data import HARD, conversation
 from .loop import Loop
 from .questions import Question
-from .scenes import draw, scenes
+from .scenes import Scene, draw, scenes
 
 VALIDATION = 9_000_000
 """First seed of the held-out scenes that scores during training are measured on; the benchmark has others."""
@@ -53,13 +53,15 @@ RECIPES = {
     "gamma_mod": LearnRecipe(steps=700, batch=12, rate=6e-4, turns=12),
 }
 """How the embedded models are trained. The papers train models a thousand times larger on real data, at lower rates."""
-STD = 0.02
-"""Routers of p_mod begin with this instead of the paper's zero: so that not the first tokens alone run at first."""
+OPTIONS: dict[str, dict[str, Any]] = {"p_mod": {"std": 0.02}, "gamma_mod": {"loss_weight": 0.1, "std": 0.05}}
+"""Where conversions depart from their papers. Routers of p_mod do not begin at zero, so that not the first tokens alone run at
+first; that of gamma_mod has a larger loss, since it has to be almost binary after a short training."""
 WIDTH = 128
 """Hidden width of the exit routers; 2,048 in the paper."""
 
 
-def asked(scene: Any, turns: int, rng: np.random.Generator) -> list[Question]:
+def asked(scene: Scene, turns: int, rng: np.random.Generator) -> list[Question]:
+    """Questions about one scene: all types alike if it is only one, else more of those that are learned last."""
     return conversation(scene, turns, rng, (*HARD, "relation") if turns > 1 else ())
 
 
@@ -199,7 +201,7 @@ class Learning(Loop):
     # ------------------------------------------------------------------ mixture of depths
     def _depth(self) -> Path:
         self.model.requires_grad_(False)
-        mm.convert(self.model, self.method, **({"std": STD} if self.method == "p_mod" else {}))
+        mm.convert(self.model, self.method, **OPTIONS[self.method])
         made = mm.conversion(self.model)
         base = self.model.model
         trained: list[nn.Module] = [base.language_model]

@@ -58,8 +58,8 @@ class Seen:
         """From two masks [B, S] on the host."""
         last = torch.where(visual, torch.arange(visual.shape[1]), -1).amax(1, keepdim=True)
         prefix = valid & (torch.arange(visual.shape[1]) <= last)
-        counts = [mask.sum(1).tolist() for mask in (visual, valid, prefix)]
-        return Seen(visual, valid, *counts, training, decoding)
+        visuals, counts, prefixes = (mask.sum(1).tolist() for mask in (visual, valid, prefix))
+        return Seen(visual, valid, visuals, counts, prefixes, training, decoding)
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,14 @@ class DepthEngine:
 
     # ------------------------------------------------------------------ install, remove
     def install(self) -> None:
+        """Put routers and hooks in. If anything fails half-way, everything is taken out again."""
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install(self) -> None:
         add = self.handles.append
         self.routers = self.config.attach(self.language_model)
         add(self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True))
@@ -203,6 +211,7 @@ class DepthEngine:
             add(layer.register_forward_hook(functools.partial(self._layer_post, i), prepend=True))
 
     def remove(self) -> None:
+        """Take everything out again."""
         for handle in self.handles:
             handle.remove()
         self.handles = []

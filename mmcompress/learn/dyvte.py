@@ -53,8 +53,8 @@ def prompt_text(model: Any, inputs: Mapping[str, Any]) -> Tensor:
         raise NotImplementedError(f"{type(model).__name__} has no language model, which visual tokens could leave")
     ids, labels = inputs["input_ids"].cpu(), inputs["labels"].cpu()
     kinds = torch.zeros(ids.shape, dtype=torch.int8)
-    for mask in placeholder_masks(Call(ids, None, []), adapter).values():
-        kinds[mask] = 1
+    for places in placeholder_masks(Call(ids, None, []), adapter).values():
+        kinds[places] = 1
     mask = inputs.get("attention_mask")
     behind = (labels >= 0).long().cumsum(1) > 0  # the answer, and what comes after it
     kinds[behind if mask is None else behind | ~mask.cpu().bool()] = -1
