@@ -18,6 +18,7 @@ from .plan import as_pipeline, methods, register
 from .selection import Selection
 from .stage import AttentionStage, EncoderStage, ExitStage, InputStage, LayerStage, Pipeline, PixelStage, Recipe, Stage
 from .trace import EncoderReport, Report, Trace
+from .visualize import show
 from .visuals import AttentionRows, Layout, View, Visuals
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ __all__ = [
     "modality_dominance",
     "register",
     "report",
+    "show",
     "token_activation_map",
     "trace",
     "uncompress",

@@ -224,7 +224,14 @@ class Recipe(Stage):
 
 
 POSITIONS = ("keep", "reindex")
-_ORDER: dict[type[Stage], int] = {PixelStage: 0, EncoderStage: 0, InputStage: 1, LayerStage: 2, ExitStage: 2, AttentionStage: 2}
+_ORDER: dict[type[Stage], int] = {
+    PixelStage: 0,
+    EncoderStage: 0,
+    InputStage: 1,
+    LayerStage: 2,
+    ExitStage: 2,
+    AttentionStage: 2,
+}
 
 
 @dataclass(frozen=True, repr=False)

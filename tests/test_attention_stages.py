@@ -600,7 +600,8 @@ def test_redistribution_keeps_sums_and_other_rows(
         row, seen = weights[b, h, q], visual[b]
         assert bool((seen & sinks[b]).any())
         assert float(row[seen].sum()) >= mass - 1e-6
-        assert float(row[seen & ~sinks[b]].sum()) >= (rho - 1e-4) * float(row[seen].sum())
+        if row[seen].sum() > 1e-4:  # the reference adds a small number to the sum, which decides where there is nothing
+            assert float(row[seen & ~sinks[b]].sum()) >= (rho - 1e-4) * float(row[seen].sum())
         close(made[b, h, q, sinks[b]], (1 - p) * row[sinks[b]], 1e-6)
         assert torch.equal(made[b, h, q, ~sinks[b] & ~seen], row[~sinks[b] & ~seen])
 

@@ -77,6 +77,18 @@ def test_gradient_relevance_goes_back_through_cuts() -> None:
     assert found.coverage == 0.5
 
 
+def test_a_question_token_behind_a_dropped_token_is_not_explained() -> None:
+    model = build("llava")
+    inputs = prompt(model, "llava")
+    with mm.compressed(model, "uniform(keep=3)"):
+        for explain in (mm.gradient_relevance, mm.grad_cam):
+            found = explain(model, None, inputs=inputs, answer=ANSWER, explain_question=True)
+            (visual,) = found.trace.visuals
+            last = 15 in visual.kept_cells().tolist()  # the question begins behind cell 15
+            assert [found.explained(t) for t in range(len(found.tokens))] == [last] + [True] * (len(found.tokens) - 1)
+            assert not last
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plan", ["", "by_feature(keep=0.5)"])
 def test_grad_cam_of_every_family(family: str, plan: str) -> None:

@@ -412,7 +412,7 @@ def test_a_prompt_as_long_as_the_context_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_one_token_that_is_left_and_none() -> None:
+def test_one_token_that_is_left_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llava")
     inputs = prompt(model, "llava")
     mm.compress(model, "by_feature(keep=1)")
@@ -420,3 +420,8 @@ def test_one_token_that_is_left_and_none() -> None:
     assert one.coverage == 1 / 16 and int(one.maps[-1].isnan().sum()) == 15
     whole = mm.attention_rollout(model, None, inputs=inputs, answer=ANSWER)
     assert torch.equal(whole.visuals[0].valid, one.visuals[0].valid)
+    monkeypatch.setattr(
+        "mmcompress.explain.session.rows_in_layer", lambda visual, layer: torch.full((visual.tokens,), -1)
+    )
+    with pytest.raises(ValueError, match="leaves no visual token in the layer that is read"):
+        mm.token_activation_map(model, None, inputs=inputs, answer=ANSWER)

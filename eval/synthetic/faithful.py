@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ...api import compressed
+from ...assets import MODELS, model_path
 from ...explain import EXPLANATIONS, Explanation
 from ...explain.faithfulness import Scores, explanation_scores
 from ...explain.labels import FUNCTION, FUNCTION_WORDS, NOUN, OTHER
-from .benchmark import Item, same
+from .benchmark import Item, items, same
 from .scenes import COLORS, SCALE, SHAPES, Scene, _draw_thing
 
 NOUNS = frozenset({"color", "shape", "shapes", "sign", "picture"})
@@ -77,11 +84,11 @@ class Faithfulness:
 
 
 def faithfulness(
-    model: Any, processor: Any, items: Sequence[Item], explain: Callable[..., Explanation], **options: Any
+    model: Any, processor: Any, questions: Sequence[Item], explain: Callable[..., Explanation], **options: Any
 ) -> Faithfulness:
     """Scores of an explanation of `model` (stock or compressed) on the questions that it answers rightly."""
     found, wrong, name, plan = [], 0, "", ""
-    for item in items:
+    for item in questions:
         made = explain(model, processor, item.picture, item.question.text, max_new_tokens=8, **options)
         name, plan = made.method, made.plan
         if not same(made.answer, item.question.answer):
@@ -100,11 +107,11 @@ WITH_QUESTION: dict[str, dict[str, Any]] = {
 
 
 def compare(
-    model: Any, processor: Any, items: Sequence[Item], names: Sequence[str] = tuple(EXPLANATIONS)
+    model: Any, processor: Any, questions: Sequence[Item], names: Sequence[str] = tuple(EXPLANATIONS)
 ) -> Iterator[Faithfulness]:
     """Every explanation on the same questions."""
     for name in names:
-        yield faithfulness(model, processor, items, EXPLANATIONS[name], **WITH_QUESTION.get(name, {}))
+        yield faithfulness(model, processor, questions, EXPLANATIONS[name], **WITH_QUESTION.get(name, {}))
 
 
 def rank_agreement(first: Explanation, second: Explanation) -> float:
@@ -124,3 +131,38 @@ def _ranks(values: Tensor) -> Tensor:
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
     return (last.double() - (counts.double() - 1) / 2)[group]
+
+
+def row(model: str, found: Faithfulness) -> dict[str, Any]:
+    """One line of a table: scores as they were measured."""
+    s = found.scores
+    return {
+        "model": model, "plan": found.plan, "explanation": found.explanation, "samples": found.samples, "wrong": found.wrong,
+        "obj_iou": s.obj_iou, "func_iou": s.func_iou, "f1_iou": s.f1_iou, "precision": s.mean("precision"),
+        "recall": s.mean("recall"), "pointing": s.mean("pointing"), "coverage": s.mean("coverage"), "gone": s.gone,
+        "object_words": len(s.obj), "function_words": len(s.func),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """`python -m mmcompress.eval.synthetic.faithful`: every explanation on every embedded model, stock and compressed."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--questions", type=int, default=70)
+    parser.add_argument("--plan", action="append", help="also under this compression (may be given several times)")
+    parser.add_argument("--out", type=Path, default=Path("results/explain.json"))
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in MODELS:
+        model = AutoModelForImageTextToText.from_pretrained(model_path(name), dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(model_path(name))
+        questions = items(arguments.questions)
+        for plan in ("", *(arguments.plan or ())):
+            with compressed(model, plan) if plan else nullcontext():
+                for found in compare(model, processor, questions):
+                    rows.append(row(name, found))
+                    print(json.dumps(rows[-1]), flush=True)
+                    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

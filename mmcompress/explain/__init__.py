@@ -7,6 +7,7 @@ from .activation import token_activation_map
 from .attention import attention_rollout, last_attention
 from .gradients import grad_cam, gradient_relevance
 from .panes import Pane, panes
+from .relevance import answer_relevances
 from .result import Explanation, Seen, Token, Word
 
 EXPLANATIONS: dict[str, Callable[..., Explanation]] = {
@@ -25,6 +26,7 @@ __all__ = [
     "Seen",
     "Token",
     "Word",
+    "answer_relevances",
     "attention_rollout",
     "grad_cam",
     "gradient_relevance",

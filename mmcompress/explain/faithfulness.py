@@ -26,7 +26,8 @@ OUTSIDE = -1
 @dataclass(frozen=True)
 class Scores:
     """Scores of words, of one sample or many. obj, precision, recall: of each object word; func: of each function word; pointing:
-    whether the largest value of an object word lies on its object. coverage: part of the cells that are there, of each sample.
+    whether the largest value of an object word lies on its object. coverage: part of the cells of the grid
+    that are there, of each sample (tiles and thumbnail on one grid).
     gone: object words whose object lies in missing cells only."""
 
     obj: list[float] = field(default_factory=list)

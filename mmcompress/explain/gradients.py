@@ -44,7 +44,7 @@ def gradient_relevance(
 
     Chefer et al., "Generic Attention-model Explainability", ICCV 2021, arXiv 2103.15679, as Lei et al., arXiv 2506.01097, use it on
     visual tokens (no normalisation of C). Arguments as in `token_activation_map` and `last_attention`. explain_question: question
-    tokens too, at the place before each one. Compressed models as in `attention_rollout`.
+    tokens too, at the place before each one (where that is still there). Compressed models as in `attention_rollout`.
 
     The gradient of an attention weight is that of the heads' output times the value, so any attention implementation will do, and
     no map is stored. Cost: one answer, one more prefill with its activations kept, and for each token a backward pass and all
@@ -183,13 +183,15 @@ class GraphTap:
 
 
 def wanted(s: Session, states: Tensor, explain_question: bool) -> Iterator[tuple[int, int, Tensor]]:
-    """(number of the token, place where it is predicted, its logit there) of every token to explain."""
-    head = VocabularyHead(s.adapter.model)
+    """(number of the token, place where it is predicted, its logit there) of every token to explain; a question token behind a
+    visual token that was dropped is predicted nowhere."""
+    assert s.trace is not None
+    head, last = VocabularyHead(s.adapter.model), s.trace.call.groups[-1]
     for token, (place, number) in enumerate(zip(s.text_places, s.text_ids, strict=True)):
         if token < s.questions:
-            if not explain_question or place == 0:
-                continue
             place -= 1
+            if not explain_question or place < 0 or int(s.slots([place], last)) < 0:
+                continue
         yield token, place, head.logits(states[place : place + 1], [number])[0, 0]
 
 

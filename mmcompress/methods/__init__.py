@@ -10,6 +10,7 @@ from .dart import DART
 from .divprune import DivPrune
 from .downsample import Downsample
 from .dyvte import DyVTE
+from .explain_compress import ExplainCompress
 from .fastervlm import FasterVLM
 from .fastv import FastV
 from .flash_compression import FlashCompression
@@ -51,6 +52,7 @@ __all__ = [
     "DivPrune",
     "Downsample",
     "DyVTE",
+    "ExplainCompress",
     "FastV",
     "FasterVLM",
     "FlashCompression",

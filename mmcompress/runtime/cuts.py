@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops.relevance import text_relevance
 from ..selection import Selection, gather
-from ..stage import LayerStage, Pipeline, Selecting
+from ..stage import LayerStage, Pipeline, Selecting, Stage
 from ..visuals import Layout, Visuals
 from .cache import ledger_of
 from .call import Call, rows_alike
@@ -60,7 +60,7 @@ class Cutter:
         self.at = plan.cuts(self.depth)
         self.exit_stage = next(iter(plan.exit_stages), None)
         self.exits = set(self.exit_stage.layers(self.depth)) - set(self.at) if self.exit_stage is not None else set()
-        asking = [(i, stage) for i, (stage, _) in self.at.items()]
+        asking: list[tuple[int, Stage]] = [(i, stage) for i, (stage, _) in self.at.items()]
         asking += [(i, self.exit_stage) for i in self.exits if self.exit_stage is not None]
         listened = {i - 1 for i, stage in asking if any(map(_needs_before, names_of(stage.needs)))}
         self.layer_taps = {i: LayerTap(layers[i].self_attn) for i in listened}
@@ -125,7 +125,7 @@ class Cutter:
         if before.valid is not None:
             places = places.masked_fill(~before.valid, -1)
         around = self._around(call, index, hidden, given)
-        merges = []
+        merges, scores = [], []
         for (tokens, k, _), (rows, at, text) in rows_alike(call, lambda row: budgets.get(row, 0)).items():
             if k >= tokens:
                 continue
@@ -140,11 +140,14 @@ class Cutter:
                 places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
                 if chosen.merges:
                     merges.append((rows, at, chosen))
+                if chosen.scores is not None:
+                    scores.append((rows, at, chosen.scores.detach()))
         for row, k in budgets.items():
             if k < patch_counts[row]:
                 counts[row] += k - patch_counts[row]
                 patch_counts[row] = k
         self._append(call, index, places, counts, patch_counts, self.plan.positions or stage.positions, merges)
+        call.groups[-1].stage, call.groups[-1].scores = repr(stage), scores
 
     @torch.no_grad()
     def leave(self, call: Call, index: int, hidden: Tensor, given: Tables) -> None:
@@ -176,6 +179,7 @@ class Cutter:
             counts[row] -= patch_counts[row]
             patch_counts[row] = 0
         self._append(call, index, places, counts, patch_counts, self.plan.positions or "keep", [])
+        call.groups[-1].stage = repr(stage)
 
     def _append(
         self,

@@ -47,7 +47,8 @@ from .needs import (
 )
 from .packing import Group, pack, renumbered, take
 from .pixels import PixelFacade
-from .record import CallRecord, Span
+from .prompt import PROMPT_SIGNALS, PromptTap
+from .record import CallRecord, Decision, Span
 from .rotary import layer_tables, shifted
 from .signals import VisionTap, kind_of
 
@@ -72,7 +73,8 @@ class Engine:
         inside = (*plan.layer_stages, *plan.exit_stages)
         self.layer_kinds = {kind_of(name) for stage in inside for name in names_of(stage.needs)}
         texts = {*TEXT_SIGNALS, *CLIP_TEXT} & set(self.substitutes.values())
-        self.reads_text = bool(self.layer_kinds & OF_TEXT or texts)
+        self.prompt_signals = [n for n in self.substitutes.values() if kind_of(n) in PROMPT_SIGNALS]
+        self.reads_text = bool(self.layer_kinds & OF_TEXT or texts or self.prompt_signals)
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
         self.vision_tap = VisionTap(adapter, names, self.facade, self.clip) if names else None
         self.rewriters = rewriters(plan, self.language_model)
@@ -269,8 +271,15 @@ class Engine:
         places, patches = places.to(device), patches.to(device)
         levels = self._deepstack_levels(kwargs, embeds)
         scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
-        for batch in alike(spans):
-            places, embeds, levels, scores = self._select(call, batch, places, embeds, levels, scores)
+        tap = None
+        if self.prompt_signals:
+            tap = PromptTap(self.adapter, call, kwargs, self._given_positions(call, kwargs, embeds), valid)
+            self.call = None  # what it asks of the language model runs as if there were no engine
+        try:
+            for batch in alike(spans):
+                places, embeds, levels, scores = self._select(call, batch, places, embeds, levels, scores, tap)
+        finally:
+            self.call = call
         packed = pack(places, counts)
         call.record.seconds["select"] = self._since(start)
 
@@ -353,7 +362,14 @@ class Engine:
         return any(map(self.cutter.drops, left.values()))
 
     def _select(
-        self, call: Call, spans: list[Span], places: Tensor, embeds: Tensor, levels: list[Tensor], scores: Tensor | None
+        self,
+        call: Call,
+        spans: list[Span],
+        places: Tensor,
+        embeds: Tensor,
+        levels: list[Tensor],
+        scores: Tensor | None,
+        tap: PromptTap | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
         """Run encoder clusters and input stages on visuals of one layout; returns the new `places`, `embeds`, DeepStack levels
         (merged like the embeddings; where a method makes its tokens anew, the levels of the slots they stand for), and the
@@ -368,16 +384,22 @@ class Engine:
         }
         if self.reads_text:
             signals["text_embeddings"] = embeds[rows, torch.stack([span.text for span in spans]).to(device)]
+        if tap is not None:
+            text = torch.stack([span.text for span in spans]).to(device)
+            signals |= {name: tap.signal(name, rows, at, text).to(device) for name in self.prompt_signals}
         if self.clip is not None:
             signals |= self.clip.text(set(CLIP_TEXT) & set(self.substitutes.values()), call, spans, device)
         visuals = Visuals(embeds[rows, at], spans[0].layout, spans[0].kept, signals, road=self.adapter.project)
         stacked = [level[rows, at] for level in levels]
         tokens = visuals.n
         total = Selection(torch.arange(tokens, device=device).expand(len(spans), -1))
+        decisions: list[Decision] = []
         remade = False
         if first.clusters is not None:
             clusters = torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]).to(device)
             chosen = Selection.of_clusters(clusters, first.left[number])
+            early = (*self.plan.pixel_stages, *self.plan.encoder_stages)
+            decisions.append(Decision(" >> ".join(map(repr, early)), total, chosen))
             visuals, total = visuals.take(chosen), chosen
             stacked = [chosen.apply(level) for level in stacked]
         for stage in self.plan.input_stages:
@@ -390,11 +412,14 @@ class Engine:
                 if chosen.scores is None:
                     raise NotImplementedError(f"{stage!r} gives no scores, which a later stage of the plan reads")
                 given = gather(chosen.scores.float(), chosen.keep)
-            visuals, total = visuals.take(chosen), total.then(chosen, tokens)
+            before, total = total, total.then(chosen, tokens)
+            by = None if chosen.scores is None else chosen.scores.detach()
+            decisions.append(Decision(repr(stage), before, total, by))
+            visuals = visuals.take(chosen)
             stacked = [chosen.apply(level) for level in stacked]
             remade = remade or chosen.merges
         for i, span in enumerate(spans):
-            span.selection, span.selection_row = total, i
+            span.selection, span.selection_row, span.decisions = total, i, decisions
         slots = gather(at, total.keep)
         at_slots = (rows.expand_as(slots), slots)
         places = places.index_put(at_slots, slots.sort(dim=1).values)

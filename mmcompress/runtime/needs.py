@@ -10,6 +10,7 @@ from ..stage import ExitStage, LayerStage, Need, Pipeline
 from .adapter import PER_TOKEN, Adapter
 from .clip import CLIP_PATCHES, CLIP_SIGNALS
 from .layers import SIGNALS
+from .prompt import prompt_signals
 from .signals import kind_of
 
 VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature", *CLIP_PATCHES})
@@ -55,7 +56,7 @@ def resolve_needs(adapter: Adapter, plan: Pipeline, clip: bool) -> dict[str, str
     found: dict[str, str] = {}
     for stage in plan.parts:
         inside = isinstance(stage, LayerStage | ExitStage)
-        there = set(SIGNALS) if inside else {*adapter.signals, *TEXT_SIGNALS}
+        there = set(SIGNALS) if inside else {*adapter.signals, *TEXT_SIGNALS, *prompt_signals(adapter.language_model)}
         if clip and not inside:
             there |= CLIP_SIGNALS
         if not plan.input_stages:

@@ -79,6 +79,7 @@ class Group:
     positions          [..., B or 1, physical] position ids, before what earlier calls have shifted; gone [B]: by how much this
                        call has shifted them in each row so far; None: not at all.
     merges             what a cut merges: rows [U, 1] of the batch, slots [U, N] in the group before, and the selection.
+    stage              plan string of the stage that cut; scores: rows [U, 1], slots [U, N] as above, and by which scores [U, N].
     """
 
     start: int
@@ -93,6 +94,8 @@ class Group:
     positions: Tensor | None = None
     gone: Tensor | None = None
     merges: list[tuple[Tensor, Tensor, Selection]] = field(default_factory=list)
+    stage: str = ""
+    scores: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def enter(self, hidden: Tensor) -> Tensor:
         """Hidden states of the group before, [B, S, H], as those of this one: merged and gathered, [B, physical, H]."""

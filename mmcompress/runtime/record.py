@@ -13,6 +13,17 @@ from ..visuals import Layout
 from .packing import Group
 
 
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What one stage before the LLM decided for a batch of U visuals of N cells: its plan string; what stood for the cells before
+    and after it; and by which scores of the tokens it saw, [U, n], if it says so."""
+
+    stage: str
+    before: Selection
+    after: Selection
+    scores: Tensor | None = None
+
+
 @dataclass
 class Span:
     """One visual in one row of the batch.
@@ -25,6 +36,7 @@ class Span:
     text       places of the instruction: the text after the last visual of the row (all text if there is none); empty if no
                stage reads it.
     selection  the decision before the LLM for the batch of visuals that this one was in, and its row there.
+    decisions  those of the stages that made it, in order.
     """
 
     row: int
@@ -37,6 +49,7 @@ class Span:
     text: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     selection: Selection | None = None
     selection_row: int = 0
+    decisions: list[Decision] = field(default_factory=list, repr=False)
 
     def entering(self, group: Group) -> Tensor:
         """Which patches of this visual the layers of `group` see: their numbers, ascending, [k] on the host."""

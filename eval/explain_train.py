@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mmcompress explain-train`: relevance labels of a checkpoint's own right answers, and the compressor that learns them.
+
+Labels are kept on disk batch by batch, so that a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from ..assets import MODELS, model_path
+from ..explain.compressor import KEEPS, Fitting, Pair, agreement, fit
+from ..explain.relevance import owed
+from ..weights import TENSORS, base_of
+from .data import Question, digest, read_questions
+from .data.question import PictureError, open_picture
+from .evaluator import Setup, _padded_left, evaluate, shapes_questions
+from .prompts import conversation, new_tokens, question_text
+from .synthetic.benchmark import takes_any_shape
+from .synthetic.questions import KINDS, ask
+from .synthetic.scenes import Scene, draw, scenes
+from .tasks import task_of
+
+FORMAT = 1
+RIGHT = 0.5
+"""What an answer must be worth to give a label."""
+HELD_OUT = 0.1
+"""Part of the labels that early stopping is decided by."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What labels are made of. samples: how many questions are asked; new_tokens: of an answer at most, None: as the task has it;
+    batch: questions at a time; mode: of the relevance."""
+
+    task: str = "shapes"
+    protocol: str = "official"
+    samples: int = 10_000
+    batch: int = 16
+    new_tokens: int | None = None
+    mode: str = "exact"
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 20), ("batch", 1), ("new_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: at least {least}")
+
+
+def training_questions(count: int, model: Any) -> list[Question]:
+    """Questions on the scenes that train the embedded models, the types in turn, one per scene."""
+    kinds, found, start = list(KINDS), [], 0
+    while len(found) < count:
+        (scene,) = scenes("train", 1, start, takes_any_shape(model))
+        start = scene.seed + 1
+        kind = kinds[len(found) % len(kinds)]
+        question = ask(scene, kind, np.random.default_rng((7019, scene.seed)))
+        if question is not None:
+            found.append(
+                Question(str(scene.seed), question.text, (_Drawn(scene),), (question.answer,), kind=question.kind)
+            )
+    return found
+
+
+class _Drawn:
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+
+    def __call__(self) -> Any:
+        return draw(self.scene)
+
+
+class Labels:
+    """Labels of the right answers to `questions`, one file per batch in `folder`."""
+
+    def __init__(self, folder: Path, model: Any, processor: Any, questions: Sequence[Question], recipe: Recipe) -> None:
+        self.folder, self.model, self.processor = folder, model, processor
+        self.questions, self.recipe, self.task = questions, recipe, task_of(recipe.task)
+        self.setup = Setup(recipe.task, recipe.protocol)  # type: ignore[arg-type]
+        folder.mkdir(parents=True, exist_ok=True)
+        # more samples only add files; everything else would change those that are there
+        fixed = {name: value for name, value in asdict(recipe).items() if name != "samples"}
+        about = {"format": FORMAT, "base": base_of(model), **fixed}
+        path = folder / "labels.json"
+        if path.exists() and (known := json.loads(path.read_text())) != about:
+            other = [name for name in about if known.get(name) != about[name]]
+            raise ValueError(
+                f"{folder} holds labels with another {', '.join(other)}: give another --out, or delete the folder"
+            )
+        path.write_text(json.dumps(about, indent=1) + "\n")
+
+    @property
+    def batches(self) -> list[list[Question]]:
+        size = self.recipe.batch
+        return [list(self.questions[first : first + size]) for first in range(0, len(self.questions), size)]
+
+    def path(self, number: int, batch: Sequence[Question]) -> Path:
+        return self.folder / f"{number:06d}-{digest(batch)}.safetensors"
+
+    def make(self, show: Callable[[int, int, int], None] | None = None) -> tuple[list[Pair], int]:
+        """All labels, and how many questions were answered right; show(batches done, of all, right answers so far)."""
+        pairs: list[Pair] = []
+        right, batches = 0, self.batches
+        for number, batch in enumerate(batches):
+            path = self.path(number, batch)
+            if not path.exists():
+                tensors = self._batch(batch)
+                save_file(tensors, path.with_suffix(".tmp"))
+                os.replace(path.with_suffix(".tmp"), path)
+            found = load_file(path)
+            counts = found["counts"].tolist()
+            right += int(found["right"].sum())
+            split = (found[name].split(counts) for name in ("attention", "relevance"))
+            pairs += [Pair(a, r) for a, r in zip(*split, strict=True)] if counts else []
+            if show is not None:
+                show(number + 1, len(batches), right)
+        if not right:
+            raise ValueError(
+                f"none of {len(self.questions)} answers is right, and wrong ones make misleading labels: look at the model, the "
+                f"prompts and --task"
+            )
+        return pairs, right
+
+    def _batch(self, batch: Sequence[Question]) -> dict[str, torch.Tensor]:
+        pictures = []
+        for question in batch:
+            try:
+                pictures.append([open_picture(image) for image in question.images])
+            except PictureError:
+                pictures.append([])
+        asked = [(q, p) for q, p in zip(batch, pictures, strict=True) if p]
+        right, attention, relevance = [], [], []
+        if asked:
+            texts = [
+                conversation(self.processor, question_text(self.task, q, self.setup.protocol), len(p)) for q, p in asked
+            ]
+            shown = [picture for _, p in asked for picture in p]
+            with _padded_left(self.processor):
+                inputs = self.processor(images=shown, text=texts, padding=True, return_tensors="pt")
+            most = self.recipe.new_tokens or new_tokens(self.task, self.setup.protocol)
+            answers = self._answers(inputs, most)
+            replies = self.processor.batch_decode(answers, skip_special_tokens=True)
+            rows = [self.task.row(q, text, self.setup.protocol) for (q, _), text in zip(asked, replies, strict=True)]
+            right = [(row.value or 0.0) >= RIGHT for row in rows]
+            if any(right):  # what is wrong gets no backward pass
+                given = [answer if good else [] for answer, good in zip(answers, right, strict=True)]
+                samples, _ = owed(self.model, inputs, given, mode=self.recipe.mode)
+                for sample in samples:
+                    for i in range(len(sample.spans) if sample is not None else 0):
+                        attention.append(sample.attention[i])  # type: ignore[union-attr]
+                        relevance.append(sample.of_visual(i))  # type: ignore[union-attr]
+        none = torch.zeros(0)
+        return {
+            "right": torch.tensor(right, dtype=torch.uint8),
+            "counts": torch.tensor([len(a) for a in attention], dtype=torch.int64),
+            "attention": torch.cat([none, *attention]),
+            "relevance": torch.cat([none, *relevance]),
+        }
+
+    @torch.no_grad()
+    def _answers(self, inputs: Any, most: int) -> list[list[int]]:
+        given = inputs.to(self.model.device, self.model.dtype)
+        out = self.model.generate(**given, do_sample=False, num_beams=1, max_new_tokens=most)
+        return [row.tolist() for row in out[:, given["input_ids"].shape[1] :]]
+
+
+def train(
+    model: Any,
+    processor: Any,
+    out: Path,
+    recipe: Recipe | None = None,
+    fitting: Fitting | None = None,
+    data: Path | None = None,
+    images: Path | None = None,
+    split: str | None = None,
+    score: int = 350,
+    compare: Sequence[str] = ("random", "proxy", "oracle"),
+    console: Console | None = None,
+) -> Path:
+    """Make labels in OUT/labels, train a compressor into OUT/weights, and write what it is worth to OUT/report.json; returns the
+    folder of the weights.
+
+    data: a dataset that the evaluator reads (None: the synthetic benchmark); its last tenth, at most `score` questions, is held
+    back for the accuracy at 50, 25 and 10 %. compare: what is measured beside it. Raises ValueError without right answers.
+    """
+    recipe, fitting, console = recipe or Recipe(), fitting or Fitting(), console or Console()
+    if data is None and recipe.task != "shapes":
+        raise ValueError(f"--task {recipe.task} needs --data")
+    if data is None:
+        asked, tested = training_questions(recipe.samples, model), shapes_questions(score, model) if score else []
+    else:
+        every = list(read_questions(recipe.task, data, images, split))
+        last = min(score, len(every) // 10)
+        asked, tested = every[: len(every) - last][: recipe.samples], every[len(every) - last :] if last else []
+    model.eval().requires_grad_(False)
+    labels = Labels(out / "labels", model, processor, asked, recipe)
+    start = time.perf_counter()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("labels", total=len(labels.batches))
+
+        def made(done: int, total: int, right: int) -> None:
+            progress.update(bar, completed=done, description=f"labels, {right} right answers")
+
+        pairs, right = labels.make(made)
+    seconds = {"labels": time.perf_counter() - start}
+    console.print(f"{right} of {len(asked)} answers are right; {len(pairs)} labels", highlight=False)
+    back = max(1, round(HELD_OUT * len(pairs)))
+    start = time.perf_counter()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("compressor", total=fitting.epochs)
+
+        def trained(epoch: int, loss: float, now: float) -> None:
+            progress.update(bar, completed=epoch, description=f"compressor {loss:.3f}, held out {now:.3f}")
+
+        net = fit(pairs[:-back], pairs[-back:], fitting, str(model.device), trained)
+    seconds["training"] = time.perf_counter() - start
+    report: dict[str, Any] = {
+        "recipe": asdict(recipe), "fitting": asdict(fitting), "right": right, "asked": len(asked), "labels": len(pairs),
+        "agreement": agreement(net, pairs[-back:]), "seconds": seconds, "accuracy": {},
+    }  # fmt: skip
+    weights = net.saved(model, report).save(out / "weights")
+    if tested:
+        start = time.perf_counter()
+        report["accuracy"] = accuracies(model, processor, tested, recipe, weights, out / "eval", compare, console)
+        seconds["accuracy"] = time.perf_counter() - start
+        net.saved(model, report).save(weights)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    console.print(table(report))
+    return weights
+
+
+def accuracies(
+    model: Any, processor: Any, questions: Sequence[Question], recipe: Recipe, weights: Path, folder: Path,
+    compare: Sequence[str], console: Console,
+) -> dict[str, float]:  # fmt: skip
+    """The task's score of the model as it is, with the compressor, and with what it is compared with, at every keep ratio."""
+    setup = Setup(recipe.task, recipe.protocol, new_tokens=recipe.new_tokens, batch_size=recipe.batch)  # type: ignore[arg-type]
+    task = task_of(recipe.task)
+    most = setup.new_tokens or new_tokens(task, setup.protocol)
+    kinds = {
+        "learned": f"explain_compress(weights={str(weights)!r}, keep={{}})",
+        "proxy": "explain_compress(keep={})",
+        "oracle": f"explain_compress(mode='oracle', answer_tokens={most}, keep={{}})",
+        **{name: f"{name}(keep={{}})" for name in compare if name not in ("learned", "proxy", "oracle")},
+    }
+    # answers are kept by plan: those with other weights of the same name must not be taken for ours
+    made = hashlib.sha256((weights / TENSORS).read_bytes()).hexdigest()[:12]
+    plans = {"full": "stock"}
+    plans |= {f"{name} {100 * k:.0f} %": kinds[name].format(k) for k in KEEPS for name in ("learned", *compare)}
+    found = {}
+    for name, plan in plans.items():
+        mine = folder / made if name.startswith("learned") else folder
+        record = evaluate(model, processor, questions, setup, plan, mine)
+        found[name] = record["scores"][task.headline(setup.protocol)]
+        console.print(f"{name}: {100 * found[name]:.1f}", highlight=False)
+    return found
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The report for people."""
+    shown = Table("", *(f"{100 * k:.0f} %" for k in KEEPS), title="explain_compress")
+    agreed, scores = report["agreement"], report["accuracy"]
+    for name in ("learned", "proxy", "chance"):
+        shown.add_row(
+            f"oracle's tokens kept: {name}", *(f"{100 * agreed[f'overlap {name} {100 * k:.0f} %']:.1f}" for k in KEEPS)
+        )
+    names = dict.fromkeys(name.split(" ")[0] for name in scores if name != "full")
+    for name in names:
+        shown.add_row(f"score: {name}", *(f"{100 * scores[f'{name} {100 * k:.0f} %']:.1f}" for k in KEEPS))
+    if scores:
+        shown.add_row("score: all tokens", *[f"{100 * scores['full']:.1f}"] * len(KEEPS))
+    divergence = agreed["divergence"], agreed["divergence of a flat guess"]
+    shown.caption = f"divergence from the labels {divergence[0]:.3f} (flat guess {divergence[1]:.3f})"
+    return shown
+
+
+def add(command: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
+    """Put the subcommand among the others."""
+    made = command("explain-train", run, "train the compressor of explain_compress for a checkpoint (restartable)")
+    made.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")
+    made.add_argument(
+        "--data", type=Path, help="folder or file of questions, as `mmcompress eval` reads it; default: synthetic"
+    )
+    made.add_argument("--images", type=Path, help="folder of the pictures, if they do not lie where the data has them")
+    made.add_argument("--split", help="of Parquet shards and tables")
+    made.add_argument(
+        "--task", default="shapes", help="by whose rules answers are judged (default shapes, the synthetic one)"
+    )
+    made.add_argument(
+        "--out", type=Path, help="default: runs/explain_compress-MODEL; the weights go into its folder weights"
+    )
+    made.add_argument("--samples", type=int, default=10_000, help="questions to ask (default 10000)")
+    made.add_argument("--batch", type=int, default=16, help="questions at a time (default 16)")
+    made.add_argument("--max-new-tokens", type=int, default=None, help="of an answer (default: as the task has it)")
+    made.add_argument(
+        "--mode", choices=("exact", "fast"), default="exact", help="fast: approximate labels, one backward pass"
+    )
+    made.add_argument("--epochs", type=int, default=100)
+    made.add_argument(
+        "--patience", type=int, default=12, help="epochs without improvement before it stops (default 12)"
+    )
+    made.add_argument("--rate", type=float, default=1e-3)
+    made.add_argument("--kernel", type=int, default=3)
+    made.add_argument("--scaling", choices=("zscore", "count"), default="zscore")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument(
+        "--score", type=int, default=350, help="held-out questions for accuracy, 0 for none (default 350)"
+    )
+    made.add_argument(
+        "--compare", nargs="*", default=["random", "proxy", "oracle"], help="methods to measure beside it"
+    )
+    made.add_argument("--device", default=None, help="default: cuda where there is one")
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Train, and say how to use what was learned."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    recipe = Recipe(
+        options.task, samples=options.samples, batch=options.batch, new_tokens=options.max_new_tokens, mode=options.mode
+    )
+    if recipe.task == "shapes" and recipe.new_tokens is None:
+        recipe = replace(recipe, new_tokens=8)
+    fitting = Fitting(
+        options.epochs, rate=options.rate, patience=options.patience, kernel=options.kernel, scaling=options.scaling,
+        seed=options.seed,
+    )  # fmt: skip
+    path = str(model_path(options.model)) if options.model in MODELS else options.model
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"cannot load {path!r} as an image-text model: {str(error).splitlines()[0]}") from error
+    model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out = options.out or Path("runs") / f"explain_compress-{Path(path).name}"
+    weights = train(
+        model, processor, out, recipe, fitting, options.data, options.images, options.split, options.score,
+        options.compare, console,
+    )  # fmt: skip
+    console.print(
+        f"mmcompress.compress(model, 'explain_compress', weights={str(weights)!r})", markup=False, highlight=False
+    )
