@@ -123,17 +123,17 @@ def methods(record: dict[str, Any], speed: dict[str, Any]) -> str:
         took = f"{row['milliseconds']:.1f}" + ("" if twin is None else f" ({twin:.1f})")
         milliseconds.setdefault(row["method"], []).append(took)
 
-    def at(name: str, keep: float) -> list[Standing]:
-        return [found[m, name, keep] for m in models]
+    def at(name: str, keep: float) -> dict[str, Standing]:
+        return {m: found[m, name, keep] for m in models if (m, name, keep) in found}
 
     def mean(name: str) -> float:
-        rows = [row.accuracy for row in at(name, 0.25 if (models[0], name, 0.25) in found else 1.0)]
+        rows = [row.accuracy for row in at(name, 0.25 if (models[0], name, 0.25) in found else 1.0).values()]
         known = [value for value in rows if value == value]
         return sum(known) / len(known) if known else 0.0
 
     def cell(model: str, name: str) -> str:
         rows = [found[key] for keep in (0.5, 0.25, 0.1, 1.0) if (key := (model, name, keep)) in found]
-        return " / ".join("-" if row.refused else f"{100 * row.accuracy:.0f}" for row in rows)
+        return " / ".join("-" if row.refused else f"{100 * row.accuracy:.0f}" for row in rows) or "-"
 
     def worse(name: str) -> str:
         """Question types on which a method is beaten at 25 % by more than two standard errors."""
@@ -141,7 +141,8 @@ def methods(record: dict[str, Any], speed: dict[str, Any]) -> str:
             return ""
         lost = []
         for baseline in ("random", "downsample"):
-            pairs = [(a, b) for a, b in zip(at(baseline, 0.25), at(name, 0.25), strict=True) if not b.refused]
+            other = at(baseline, 0.25)
+            pairs = [(other[m], row) for m, row in at(name, 0.25).items() if not row.refused]
             if not pairs:
                 continue
             kinds = []
@@ -287,6 +288,25 @@ def _kernel_line(
     return [*cells, over(bound, lambda x: f"{100 * x:.0f}%")]
 
 
+def explain(record: list[dict[str, Any]]) -> str:
+    """How faithful each explanation is, on every embedded model, stock and compressed."""
+    models = list(dict.fromkeys(row["model"] for row in record))
+    plans = list(dict.fromkeys(row["plan"] for row in record))
+    found = {(row["explanation"], row["model"], row["plan"]): row["f1_iou"] for row in record}
+    body = [
+        [name, *(" / ".join(f"{100 * found[name, m, plan]:.0f}" for plan in plans) for m in models)]
+        for name in dict.fromkeys(row["explanation"] for row in record)
+    ]
+    asked = max(row["samples"] + row["wrong"] for row in record)
+    which = ", ".join(f"`{plan}`" if plan else "stock model" for plan in plans)
+    return (
+        f"F1-IoU (%) of explanations ({which}) on {asked} questions, those answered right (at least "
+        f"{min(row['samples'] for row in record)}); objects are the true boxes of the scenes, cells whose tokens are gone "
+        f"do not count.\n\n{table(['explanation', *models], body)}\n\nShown by `python -m mmcompress.eval.synthetic.faithful "
+        f"--questions {asked} {' '.join(f'--plan {chr(39)}{plan}{chr(39)}' for plan in plans if plan)}`."
+    )
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
@@ -302,7 +322,9 @@ def main() -> None:
     demo = json.loads((ROOT / "results" / "demo.json").read_text())
     speed = json.loads((ROOT / "results" / "bench.json").read_text())
     standing = json.loads((ROOT / "results" / "methods.json").read_text())
+    faithful = json.loads((ROOT / "results" / "explain.json").read_text())
     for name, content in (
+        ("explain", explain(faithful)),
         ("kernels", kernels(read(ROOT / "results" / "kernels.json"))),
         ("methods", methods(standing, speed)),
         ("accuracy", accuracy(demo)),
