@@ -22,7 +22,7 @@ from .eval.latency import machine, synchronize
 from .eval.synthetic import CHANCE, KINDS, Item, Score, evaluate, items, prepare
 from .eval.synthetic.benchmark import encode, same, takes_any_shape
 from .trace import Shape, kv_bytes, prefill_flops
-from .visualize import Panel, kept_figure, kept_overlay
+from .visualize import Panel, kept_figure, kept_overlay, page
 
 PLANS = {
     "random": "random(keep={keep})",
@@ -199,6 +199,15 @@ def draw_method(
     return kept_figure(rows, f"{name}: kept tokens bright, merged dimmed, dropped dark", path)
 
 
+def draw_page(model: Any, processor: Any, item: Item, out: Path) -> Path:
+    """The HTML page about one question, stock and compressed side by side."""
+    from .cli_explain import explained
+
+    plan = "visionzip(keep=0.5) >> fastv(layer=2, keep=0.5)"
+    found = explained(model, processor, [item.picture], item.question.text, plan, max_new_tokens=8)
+    return page(found).save(out / "explain.html")
+
+
 def run(
     out: Path,
     count: int = 105,
@@ -249,6 +258,9 @@ def run(
         f"[dim]accuracy: mean over question types, standard error about {100 * errors[0]:.1f} (stock) to {100 * max(errors):.1f} "
         f"points; tokens kept: after the last stage, of one picture; FLOPs and KV: visual tokens in the LLM, computed; prefill: "
         f"measured, batch 1, median, vision tower included (so small a model is all overhead: see mmcompress bench)[/dim]"
+    )
+    console.print(
+        f"what {name} looked at, and what was kept, as a page: {draw_page(model, processor, questions[0], out)}"
     )
     console.print(f"record: {record}")
     return record

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of explanations: stages, scores, words and layers; stock and compressed side by side. They need matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ..explain import Explanation
+from .colours import heat, unit
+from .fates import Step, steps
+from .figure import new_figure, show_picture, written
+from .overlay import fate_overlay, heat_overlay, laid_out
+
+_WIDE, _MOST = 2.6, 12
+"""Inches of a picture; most words in one figure."""
+
+
+def fate_picture(found: Explanation, step: Step, visual: int = 0, side: int = 480, frame: int = 0) -> Image.Image:
+    """What became of the tokens of a visual behind a stage."""
+    seen, first = found.visuals[visual], first_cell(found, visual)
+    return laid_out(seen.pictures, seen.panes, lambda p, pane: fate_overlay(p, pane, step, first), side, frame)
+
+
+def heat_picture(found: Explanation, values: Tensor, visual: int = 0, side: int = 480, frame: int = 0) -> Image.Image:
+    """Values [N] from 0 to 1 (a map, or scores through `unit`) on the picture of a visual."""
+    seen = found.visuals[visual]
+    return laid_out(seen.pictures, seen.panes, lambda p, pane: heat_overlay(p, pane, values), side, frame)
+
+
+def first_cell(found: Explanation, visual: int) -> int:
+    """Number of a visual's first cell among those of all visuals."""
+    return sum(len(seen.valid) for seen in found.visuals[:visual])
+
+
+def named(found: Explanation) -> str:
+    return found.plan or "stock model"
+
+
+def place_name(step: Step) -> str:
+    """Where in the model a stage acts."""
+    if not step.stage:
+        return "all tokens"
+    return "before the LLM" if step.layer is None else f"before layer {step.layer}"
+
+
+def stages_figure(found: Explanation, path: Path) -> Path:
+    """What was kept, merged and dropped: a row per visual, a column per stage."""
+    found_steps = steps(found.trace)
+    rows, columns = len(found.visuals), len(found_steps)
+    title = f"{named(found)}\nkept: framed   merged: coloured by cluster   dropped: dark"
+    figure = new_figure(max(_WIDE * columns, 5.0), (_WIDE + 0.7) * rows + 0.8, title)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for i in range(rows):
+        first = first_cell(found, i)
+        for axis, step in zip(axes[i], found_steps, strict=True):
+            mine = step.stands[first : first + len(found.visuals[i].valid)]
+            left = len(mine[mine >= 0].unique())
+            above = f"{place_name(step)}\n{step.stage}"
+            show_picture(axis, fate_picture(found, step, i), above, f"{left} of {len(mine)} tokens")
+    return written(figure, path)
+
+
+def scores_figure(found: Explanation, path: Path) -> Path | None:
+    """By which scores the stages chose, a column per stage that says so; None where none does."""
+    scored = [step for step in steps(found.trace) if step.scores is not None]
+    if not scored:
+        return None
+    rows = len(found.visuals)
+    figure = new_figure(
+        max(_WIDE * len(scored), 5.0), (_WIDE + 0.7) * rows + 0.8, f"{named(found)}\nscores that decided, dark to light"
+    )
+    axes = figure.subplots(rows, len(scored), squeeze=False)
+    for i in range(rows):
+        first = first_cell(found, i)
+        for axis, step in zip(axes[i], scored, strict=True):
+            assert step.scores is not None
+            mine = step.scores[first : first + len(found.visuals[i].valid)]
+            finite = mine[mine.isfinite()]
+            below = f"{finite.min():.3g} to {finite.max():.3g}" if len(finite) else "none here"
+            show_picture(axis, heat_picture(found, unit(mine), i), f"{place_name(step)}\n{step.stage}", below)
+    return written(figure, path)
+
+
+def words_figure(rows: Sequence[Explanation], path: Path, visual: int = 0, words: Sequence[int] = ()) -> Path:
+    """A grid of maps: a column per word (default: the answer's), a row per explanation, above it its text coloured by how strong
+    the map of each word is."""
+    chosen = [list(words or found.answer_words)[:_MOST] for found in rows]
+    columns = max(1, *map(len, chosen))
+    question = rows[0].question
+    figure = new_figure(max(_WIDE * columns, 6.0), (_WIDE + 1.2) * len(rows) + 0.6, _short(question, 20 * columns + 30))
+    for part, found, numbers in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, chosen, strict=True):
+        above, below_it = part.subfigures(2, 1, height_ratios=(0.6, _WIDE + 0.6))
+        _text(above, found, columns)
+        axes = below_it.subplots(1, columns, squeeze=False)[0]
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, word in zip(axes, numbers, strict=False):
+            values = found.word_map(word, visual)
+            most = strength(found, word)
+            below = "not explained" if most is None else f"strongest {most:.2f}"
+            show_picture(axis, heat_picture(found, values, visual), _short(found.words[word].text, 24), below)
+    return written(figure, path)
+
+
+def strength(found: Explanation, word: int) -> float | None:
+    """The largest value of a word's maps in all visuals; None where it was not explained."""
+    values = found.maps[list(found.words[word].tokens)]
+    known = values[~values.isnan()]
+    return known.max().item() if len(known) else None
+
+
+def layers_figure(rows: Sequence[Explanation], path: Path) -> Path:
+    """How many tokens entered each layer of the language model."""
+    figure = new_figure(6.5, 3.2, "tokens that enter each layer of the language model, text included")
+    axis = figure.subplots()
+    wide = 0.8 / len(rows)
+    for i, found in enumerate(rows):
+        at = [layer + (i - (len(rows) - 1) / 2) * wide for layer in range(len(found.layers))]
+        axis.bar(at, found.layers, wide, label=_short(named(found), 60), color=("#7a869a", "#ed6925", "#781c6d")[i % 3])
+    axis.set(xlabel="layer", ylabel="tokens")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(rows))
+    return written(figure, path)
+
+
+def _text(part: Any, found: Explanation, columns: int) -> None:
+    """The name of an explanation, and under it its words on a coloured ground."""
+    from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
+
+    part.suptitle(f"{named(found)}: {found.method}", fontsize=9, x=0.01, ha="left", parse_math=False)
+    boxes, room = [], 26 * columns + 20
+    for i, word in enumerate(found.words):
+        room -= len(word.text) + 2
+        if room < 0:
+            break
+        value = strength(found, i) or 0.0
+        colour = heat(_array(value)) / 255
+        light = float(colour @ _array([0.3, 0.6, 0.1])) > 0.5
+        style = {"fontsize": 9, "color": "black" if light else "white", "parse_math": False}
+        area = TextArea(
+            word.text or " ", textprops=style | {"bbox": {"facecolor": colour, "edgecolor": "none", "pad": 2}}
+        )
+        boxes.append(area)
+        if word.part == "question" and i + 1 < len(found.words) and found.words[i + 1].part == "answer":
+            boxes.append(TextArea("  answer: ", textprops={"fontsize": 9}))
+    packed = HPacker(children=boxes, pad=0, sep=6)
+    held = AnchoredOffsetbox(
+        "lower left", child=packed, frameon=False, bbox_to_anchor=(0.0, 0.0), bbox_transform=part.transSubfigure
+    )
+    part.add_artist(held)
+
+
+def _array(value: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(value, dtype=np.float32)
+
+
+def _short(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,366 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const by = (id) => document.getElementById(id);
+  const make = (tag, name, text) => Object.assign(document.createElement(tag), { className: name || "", textContent: text || "" });
+  const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  const ramp = data.style.heat.map(rgb);
+  const [KEPT, MERGED, DROPPED] = [0, 1, 2];
+  const MISSING = 255;
+  const WIDTH = 720;
+  const state = { method: data.runs[0].method, mode: "map", word: 0, stop: data.stops.length - 1, frame: 0 };
+  const pictures = data.pictures.map((source) => Object.assign(new Image(), { src: source }));
+  let drawn = [];
+  let pointed = null;
+
+  for (const run of data.runs) {
+    const bytes = atob(run.maps);
+    run.map = Uint8Array.from(bytes, (c) => c.charCodeAt(0));
+    run.cells = run.visuals.reduce((sum, visual) => sum + visual.cells, 0);
+    run.place = new Array(run.cells);
+    run.visuals.forEach((visual) => visual.panes.forEach((pane) => pane.cells.forEach((cell, i) => {
+      run.place[cell] = { visual, pane, row: Math.floor(i / pane.grid[1]), column: i % pane.grid[1] };
+    })));
+    for (const step of run.steps) {
+      step.share = new Map();
+      step.stands.forEach((to) => to >= 0 && step.share.set(to, (step.share.get(to) || 0) + 1));
+      const known = (step.scores || []).filter((v) => v !== null);
+      step.range = [known.reduce((a, b) => Math.min(a, b), Infinity), known.reduce((a, b) => Math.max(a, b), -Infinity)];
+    }
+  }
+
+  const shown = () => data.runs.filter((run) => run.method === state.method);
+  const stepOf = (run) => run.steps[run.at_stop[Math.min(state.stop, run.at_stop.length - 1)]];
+  const fateOf = (step, cell) => (step.stands[cell] < 0 ? DROPPED : step.stands[cell] === cell ? KEPT : MERGED);
+  const heat = (value) => {
+    const at = Math.min(Math.max(value, 0), 1) * (ramp.length - 1);
+    const low = Math.min(Math.floor(at), ramp.length - 2);
+    return ramp[low].map((c, i) => Math.round(c + (ramp[low + 1][i] - c) * (at - low)));
+  };
+  const matching = (run) => {
+    const word = run.words[state.word];
+    const first = shown()[0].words[state.word];
+    return word && first && word.text === first.text && word.part === first.part;
+  };
+  const number = (value) => (value === null || value === undefined ? "none" : String(Number(value.toPrecision(3))));
+  const valueOf = (run, cell) => {
+    if (state.mode === "score") {
+      const step = stepOf(run);
+      if (!step.scores || step.scores[cell] === null) return null;
+      const [low, high] = step.range;
+      return high > low ? (step.scores[cell] - low) / (high - low) : 0.5;
+    }
+    if (!run.words[state.word]) return null;
+    const value = run.map[state.word * run.cells + cell];
+    return value === MISSING ? null : value / (MISSING - 1);
+  };
+
+  function boxOf(view, index) {
+    const { pane, canvas } = view;
+    const [rows, columns] = pane.grid;
+    const [left, top, right, bottom] = pane.box;
+    const row = Math.floor(index / columns);
+    const column = index % columns;
+    const x = (i) => Math.round((left + ((right - left) * i) / columns) * canvas.width);
+    const y = (i) => Math.round((top + ((bottom - top) * i) / rows) * canvas.height);
+    return [x(column), y(row), x(column + 1) - x(column), y(row + 1) - y(row)];
+  }
+
+  function hatch(pen, [x, y, w, h]) {
+    pen.fillStyle = "rgba(0,0,0,.8)";
+    pen.fillRect(x, y, w, h);
+    pen.save();
+    pen.beginPath();
+    pen.rect(x, y, w, h);
+    pen.clip();
+    pen.strokeStyle = "rgba(255,255,255,.25)";
+    pen.lineWidth = 1;
+    pen.beginPath();
+    for (let d = Math.ceil((x + y) / 10) * 10; d < x + y + w + h; d += 10) {
+      pen.moveTo(d - y - h, y + h);
+      pen.lineTo(d - y, y);
+    }
+    pen.stroke();
+    pen.restore();
+  }
+
+  function draw(view) {
+    const { run, pane, canvas } = view;
+    const pen = canvas.getContext("2d");
+    const step = stepOf(run);
+    const fate = state.mode === "fate";
+    const picture = pictures[pane.picture];
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    pen.filter = fate ? "none" : "grayscale(1)";
+    if (picture.complete && picture.naturalWidth) pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+    pen.filter = "none";
+    pane.cells.forEach((cell, i) => {
+      const box = boxOf(view, i);
+      const now = fateOf(step, cell);
+      if (fate) {
+        const hue = step.hues[step.stands[cell]];
+        if (now === DROPPED) pen.fillStyle = `rgba(0,0,0,${1 - data.style.dim})`;
+        else pen.fillStyle = hue === undefined ? "transparent" : `hsl(${hue} 85% 55% / ${data.style.tint})`;
+        pen.fillRect(...box);
+        if (now === KEPT) {
+          pen.strokeStyle = "#fff";
+          pen.lineWidth = 1.5;
+          pen.strokeRect(box[0] + 1, box[1] + 1, box[2] - 2, box[3] - 2);
+        }
+        return;
+      }
+      const value = valueOf(run, cell);
+      if (value === null || (state.mode === "map" && now === DROPPED)) return hatch(pen, box);
+      pen.fillStyle = `rgba(${heat(value).join(",")},${0.15 + 0.65 * value})`;
+      pen.fillRect(...box);
+    });
+    const [rows, columns] = pane.grid;
+    const [left, top, right, bottom] = pane.box;
+    pen.strokeStyle = `rgb(${data.style.seam.join(",")})`;
+    pen.lineWidth = 3;
+    pen.beginPath();
+    for (const seam of pane.seams[0]) {
+      const y = (top + ((bottom - top) * seam) / rows) * canvas.height;
+      pen.moveTo(left * canvas.width, y);
+      pen.lineTo(right * canvas.width, y);
+    }
+    for (const seam of pane.seams[1]) {
+      const x = (left + ((right - left) * seam) / columns) * canvas.width;
+      pen.moveTo(x, top * canvas.height);
+      pen.lineTo(x, bottom * canvas.height);
+    }
+    pen.stroke();
+    if (pointed && pointed.run.visuals.length === run.visuals.length) {
+      const at = pane.cells.indexOf(pointed.cell);
+      const to = step.stands[pointed.cell];
+      if (to >= 0 && (step.share.get(to) || 0) > 1) pane.cells.forEach((cell, i) => step.stands[cell] === to && ring(pen, boxOf(view, i), "#fff", 1.5));
+      if (at >= 0) ring(pen, boxOf(view, at), "#22d3ee", 4);
+    }
+  }
+
+  function ring(pen, [x, y, w, h], colour, wide) {
+    pen.lineWidth = wide + 2;
+    pen.strokeStyle = "#000";
+    pen.strokeRect(x, y, w, h);
+    pen.lineWidth = wide;
+    pen.strokeStyle = colour;
+    pen.strokeRect(x, y, w, h);
+  }
+
+  function describe(run, cell) {
+    const { visual, pane, row, column } = run.place[cell];
+    const step = stepOf(run);
+    const [rows, columns] = pane.grid;
+    const [left, top, right, bottom] = pane.box;
+    const per = (from, to, i, n) => Math.round(100 * (from + ((to - from) * i) / n));
+    const where = pane.role === "frame" ? `${visual.name}, frame ${pane.frame}` : pane.role === "thumbnail" ? `${visual.name}, thumbnail` : visual.name;
+    const parts = [
+      `${where}: row ${row + 1}, column ${column + 1} (x ${per(left, right, column, columns)}–${per(left, right, column + 1, columns)} %, y ${per(top, bottom, row, rows)}–${per(top, bottom, row + 1, rows)} %)`,
+    ];
+    const word = run.words[state.word];
+    if (word) {
+      const value = run.map[state.word * run.cells + cell];
+      parts.push(`map of “${word.text}” ${value === MISSING ? "missing" : (value / (MISSING - 1)).toFixed(2)}`);
+    }
+    const scored = step.scores ? step : null;
+    if (scored) parts.push(`score of ${scored.stage.split("(")[0]} ${number(scored.scores[cell])}`);
+    const to = step.stands[cell];
+    if (to < 0) {
+      const gone = run.steps.find((one) => one.stands[cell] < 0);
+      parts.push(`dropped ${gone.place}${gone.stage ? ` by ${gone.stage}` : ""}`);
+    } else {
+      const share = step.share.get(to);
+      const other = run.place[to];
+      const together = share > 1 ? `, ${share} tokens together` : "";
+      parts.push(to === cell ? `kept${together}` : `merged into row ${other.row + 1}, column ${other.column + 1}${other.pane !== pane ? ` of another view` : ""}${together}`);
+    }
+    return `${run.name} — ${parts.join(" · ")}`;
+  }
+
+  function point(run, cell) {
+    pointed = { run, cell };
+    by("detail").textContent = describe(run, cell);
+    drawn.forEach(draw);
+  }
+
+  function view(run, visual, pane) {
+    const figure = make("figure", pane.role);
+    const canvas = make("canvas");
+    const [rows, columns] = pane.grid;
+    canvas.width = pane.role === "thumbnail" ? WIDTH / 2 : WIDTH;
+    canvas.height = Math.max(1, Math.round((canvas.width * pane.size[1]) / pane.size[0]));
+    canvas.tabIndex = 0;
+    canvas.setAttribute("role", "application");
+    canvas.setAttribute("aria-roledescription", "grid of tokens");
+    canvas.setAttribute("aria-label", `${run.name}: ${visual.name}${pane.role === "image" ? "" : `, ${pane.role}`}, ${rows} rows of ${columns} tokens; the arrow keys go from token to token`);
+    canvas.setAttribute("aria-describedby", "detail");
+    const one = { run, visual, pane, canvas, cursor: 0 };
+    const go = (index) => {
+      one.cursor = index;
+      point(run, pane.cells[index]);
+    };
+    canvas.addEventListener("pointermove", (event) => find(event));
+    canvas.addEventListener("pointerdown", (event) => find(event));
+    canvas.addEventListener("focus", () => go(one.cursor));
+    canvas.addEventListener("keydown", (event) => {
+      const [row, column] = [Math.floor(one.cursor / columns), one.cursor % columns];
+      const to = {
+        ArrowLeft: [row, column - 1], ArrowRight: [row, column + 1], ArrowUp: [row - 1, column], ArrowDown: [row + 1, column],
+        Home: [row, 0], End: [row, columns - 1], PageUp: [0, column], PageDown: [rows - 1, column],
+      }[event.key];
+      if (!to) return;
+      event.preventDefault();
+      go(Math.min(Math.max(to[0], 0), rows - 1) * columns + Math.min(Math.max(to[1], 0), columns - 1));
+    });
+    function find(event) {
+      const area = canvas.getBoundingClientRect();
+      const [left, top, right, bottom] = pane.box;
+      const column = Math.floor((((event.clientX - area.left) / area.width - left) / (right - left)) * columns);
+      const row = Math.floor((((event.clientY - area.top) / area.height - top) / (bottom - top)) * rows);
+      const index = row * columns + column;
+      if (row < 0 || row >= rows || column < 0 || column >= columns || (pointed && pointed.run === run && pointed.cell === pane.cells[index])) return;
+      go(index);
+    }
+    figure.append(canvas, make("figcaption", "", pane.role === "image" ? "" : pane.role === "frame" ? `frame ${pane.frame}` : pane.role));
+    drawn.push(one);
+    return figure;
+  }
+
+  function build() {
+    drawn = [];
+    pointed = null;
+    const parts = shown().map((run) => {
+      const article = make("article");
+      article.append(make("h3", "", run.name), make("p", "note step"));
+      for (const part of ["question", "answer"]) {
+        const line = make("p", "words");
+        line.append(make("span", "part", `${part}:`));
+        run.words.forEach((word, i) => {
+          if (word.part !== part) return;
+          const button = make("button", "word", word.text);
+          button.type = "button";
+          const strength = word.strength === null ? 0 : word.strength;
+          const colour = heat(strength);
+          button.style.background = `rgb(${colour.join(",")})`;
+          button.style.color = colour[0] * 0.3 + colour[1] * 0.6 + colour[2] * 0.1 > 127 ? "#000" : "#fff";
+          button.title = word.strength === null ? "not explained" : `strongest ${number(word.strength)}${word.probability === null ? "" : `, probability ${number(word.probability)}`}`;
+          button.dataset.word = i;
+          button.addEventListener("click", () => set({ word: i }));
+          line.append(button, " ");
+        });
+        if (line.childElementCount > 1) article.append(line);
+      }
+      for (const visual of run.visuals) {
+        const views = make("div", "views");
+        visual.panes.filter((pane) => pane.role !== "frame" || pane.frame === state.frame).sort((a, b) => (a.role === "thumbnail") - (b.role === "thumbnail")).forEach((pane) => views.append(view(run, visual, pane)));
+        if (views.childElementCount) article.append(views);
+      }
+      run.article = article;
+      return article;
+    });
+    by("runs").replaceChildren(...parts);
+    const frames = Math.max(0, ...shown().flatMap((run) => run.visuals.flatMap((visual) => visual.panes.map((pane) => (pane.role === "frame" ? pane.frame + 1 : 0)))));
+    by("frames").hidden = frames < 2;
+    by("frame").max = Math.max(frames - 1, 0);
+    by("word").max = Math.max(0, ...shown().map((run) => run.words.length - 1));
+    by("word").disabled = !Number(by("word").max) && !shown()[0].words.length;
+    charts();
+  }
+
+  function charts() {
+    by("counts").replaceChildren(...shown().map((run) => {
+      const most = Math.max(...shown().flatMap((one) => one.layers));
+      const chart = make("div", "chart");
+      chart.setAttribute("role", "img");
+      chart.setAttribute("aria-label", `${run.name}: ${run.layers.join(", ")}`);
+      run.layers.forEach((count, layer) => {
+        const bar = make("div", "bar");
+        bar.style.height = `${(80 * count) / most}%`;
+        if (run.layers.length <= 12 || layer === 0 || run.layers[layer - 1] !== count) bar.append(make("span", "", String(count)));
+        bar.title = `layer ${layer}: ${count}`;
+        bar.dataset.layer = layer;
+        chart.append(bar);
+      });
+      const box = make("div");
+      box.append(make("div", "note", run.name), chart);
+      return box;
+    }));
+  }
+
+  function update() {
+    const runs = shown();
+    const word = runs.map((run) => run.words[state.word]).find(Boolean);
+    by("word").value = state.word;
+    by("word-is").textContent = word ? `“${word.text}” (${word.part})` : "none";
+    by("word").setAttribute("aria-valuetext", by("word-is").textContent);
+    by("layer").value = state.stop;
+    by("layer-is").textContent = data.stops[state.stop];
+    by("layer").setAttribute("aria-valuetext", data.stops[state.stop]);
+    by("frame").value = state.frame;
+    by("frame-is").textContent = state.frame;
+    const layer = state.stop - data.early;
+    document.querySelectorAll(".bar").forEach((bar) => bar.classList.toggle("now", Number(bar.dataset.layer) === layer));
+    for (const run of runs) {
+      const step = stepOf(run);
+      const what = step.stage ? `${step.place}: ${step.stage}` : "nothing dropped yet";
+      let note = `${what}; ${step.tokens} of ${run.cells} visual tokens`;
+      if (state.mode === "score" && !step.scores) note += "; no scores here";
+      if (state.mode === "map" && !matching(run)) note += "; another word stands here in this answer";
+      run.article.querySelector(".step").textContent = note;
+      run.article.querySelectorAll(".word").forEach((button) => button.setAttribute("aria-pressed", String(Number(button.dataset.word) === state.word)));
+    }
+    const gradient = `linear-gradient(90deg, ${data.style.heat.join(",")})`;
+    const box = make("span", "ramp");
+    box.style.background = gradient;
+    const text = { map: ["0", "1, how much this place has to do with the word; hatched: no token"], score: ["lowest", "highest, by which the stage chose; hatched: not seen"] }[state.mode];
+    by("legend").replaceChildren(...(text ? [text[0], box, text[1]] : ["bright with a white frame: kept; coloured: merged, one colour per merged token; dark: dropped"]));
+    drawn.forEach(draw);
+    if (pointed) by("detail").textContent = describe(pointed.run, pointed.cell);
+  }
+
+  function set(change) {
+    const again = "method" in change || "frame" in change;
+    Object.assign(state, change);
+    if (again) build();
+    update();
+  }
+
+  const methods = [...new Set(data.runs.map((run) => run.method))];
+  by("methods").hidden = methods.length < 2;
+  methods.forEach((name) => by("method").append(new Option(name, name)));
+  by("method").addEventListener("change", (event) => set({ method: event.target.value }));
+  by("word").addEventListener("input", (event) => set({ word: Number(event.target.value) }));
+  by("layer").max = data.stops.length - 1;
+  by("layer").addEventListener("input", (event) => set({ stop: Number(event.target.value) }));
+  by("frame").addEventListener("input", (event) => set({ frame: Number(event.target.value) }));
+  document.querySelectorAll("[name=mode]").forEach((radio) => radio.addEventListener("change", () => set({ mode: radio.value })));
+  let timer = 0;
+  by("play").addEventListener("click", () => {
+    const playing = by("play").getAttribute("aria-pressed") === "true";
+    clearInterval(timer);
+    if (!playing) timer = setInterval(() => set({ frame: (state.frame + 1) % (Number(by("frame").max) + 1) }), 500);
+    by("play").setAttribute("aria-pressed", String(!playing));
+    by("play").textContent = playing ? "play" : "pause";
+  });
+  const dark = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  const label = () => (by("theme").textContent = dark() ? "light theme" : "dark theme");
+  by("theme").addEventListener("click", () => {
+    document.documentElement.dataset.theme = dark() ? "light" : "dark";
+    label();
+  });
+  label();
+
+  const first = data.runs[0].words.findIndex((word) => word.part === "answer" && !word.special);
+  state.word = Math.max(first, 0);
+  const radio = document.querySelector(data.runs[0].words.length ? "[value=map]" : "[value=fate]");
+  radio.checked = true;
+  state.mode = radio.value;
+  if (!data.runs[0].words.length) {
+    by("word").closest("label").hidden = true;
+    document.querySelector("[value=map]").closest("label").hidden = true;
+    state.stop = 0;
+  }
+  build();
+  update();
+  pictures.forEach((picture) => picture.decode().catch(() => {}).then(() => drawn.forEach(draw)));
+})();

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mm.show`: what happened, as a page that a notebook shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..explain import Explanation, Seen
+from ..trace import Trace
+from .fates import KEPT, steps
+from .page import Page, page
+
+
+def show(what: Trace | Explanation | Sequence[Explanation], pictures: Any = (), *, row: int = 0) -> Page:
+    """A page about a trace (`mm.trace(model)`), an explanation, or several of the same prompt side by side.
+
+    The result shows itself at the end of a notebook cell (an HTML frame that needs no network), and `save(path)` writes it.
+
+    pictures  for a trace: of each visual the picture (PIL or path) or a list of frames; grey without. row: which row of the batch.
+    """
+    if isinstance(what, Trace):
+        return page([of_trace(what, pictures, row)], title=repr(what.plan))
+    found = [what] if isinstance(what, Explanation) else list(what)
+    for one in found:
+        if not isinstance(one, Explanation):
+            raise TypeError(f"cannot show {type(one).__name__}: give mm.trace(model), or one or several explanations")
+    return page(found)
+
+
+def of_trace(trace: Trace, pictures: Any = (), row: int = 0) -> Explanation:
+    """A trace as an explanation of no words."""
+    visuals = [v for v in trace.visuals if v.row == row]
+    if not visuals:
+        raise ValueError(
+            f"row={row}: this batch row has no visuals; rows with visuals: {sorted({v.row for v in trace.visuals})}"
+        )
+    given = [pictures] if isinstance(pictures, (str, Path, Image.Image)) else list(pictures)
+    if given and len(given) != len(visuals):
+        raise ValueError(f"{len(given)} pictures for {len(visuals)} visuals: give one (or a list of frames) for each")
+    last = steps(trace, row)[-1]
+    seen, first = [], 0
+    for i, visual in enumerate(visuals):
+        mine = slice(first, first + visual.tokens)
+        shown = _frames(given[i]) if given else ()
+        seen.append(Seen(visual.modality, visual.layout, last.stands[mine] >= 0, last.fate[mine] == KEPT, shown))
+        first += visual.tokens
+    return Explanation(
+        "trace", {"row": row}, repr(trace.plan), (), (), torch.zeros(0, first), torch.zeros(0, 0), tuple(seen), trace
+    )
+
+
+def _frames(given: Any) -> tuple[Image.Image, ...]:
+    frames = [given] if isinstance(given, (str, Path, Image.Image)) else list(given)
+    return tuple((Image.open(one) if isinstance(one, (str, Path)) else one).convert("RGB") for one in frames)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTML page: self-contained, safe, and working in a real browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmcompress.assets import model_path
+from mmcompress.eval.synthetic import items
+from PIL import Image
+
+import mmcompress as mm
+from mmcompress.cli import main
+from mmcompress.cli_explain import NAMES, explained
+from mmcompress.demo import load
+from mmcompress.explain import EXPLANATIONS, Token, Word
+from mmcompress.visualize import page, write_all
+
+from .families import build, image, prompts, video
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \u2028 $x^2$ {{ 7 * 7 }}"
+PLAN = "prumerge(keep=0.4) >> fastv(layer=2, keep=0.5)"
+VOID = {"meta", "link", "input", "img", "br"}
+
+
+class Parsed(HTMLParser):
+    """Tags, attributes and the content of scripts; complains about tags that are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+
+@torch.no_grad()
+def maps_of(family: str, plan: str = "", visual: Any = None, answer: tuple[int, ...] = (31, 77)) -> mm.Explanation:
+    model = build(family)
+    inputs = prompts(model, family, [[3, visual or image(family), 5]])
+    if plan:
+        mm.compress(model, plan)
+    return mm.token_activation_map(model, None, inputs=inputs, answer=list(answer))
+
+
+@pytest.fixture(scope="module")
+def tiled() -> list[mm.Explanation]:
+    """The embedded model with tiles and thumbnail, stock and compressed, by two methods."""
+    model, processor = load(model_path("llava-next-shapes"))
+    item = items(3, stretched=True)[1]
+    return explained(model, processor, [item.picture], item.question.text, PLAN, NAMES[:2])
+
+
+def data_of(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Parsed(text).scripts[0])
+    return found
+
+
+# ---------------------------------------------------------------------- the file
+def test_valid_and_self_contained(tiled: list[mm.Explanation], tmp_path: Path) -> None:
+    text = page(tiled).save(tmp_path / "x" / "index.html").read_text(encoding="utf-8")
+    parsed = Parsed(text)
+    assert not re.search(r"https?:|//[a-z]+\.[a-z]", text, re.IGNORECASE)
+    for tag, attributes in parsed.tags:
+        for name in ("src", "href", "srcset", "action"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
+    numbers = [a["id"] for _, a in parsed.tags if "id" in a]
+    assert len(numbers) == len(set(numbers))
+    labelled = {a.get("for") for tag, a in parsed.tags if tag == "label"}
+    inside = "<label" in text  # radios and the select lie in their labels
+    for tag, attributes in parsed.tags:
+        if tag == "input" and attributes.get("type") == "range":
+            assert attributes["id"] in labelled or inside
+    assert ("html", {"lang": "en"}) in parsed.tags
+    assert any(a.get("aria-live") == "polite" for _, a in parsed.tags)
+    data = data_of(text)
+    assert [run["method"] for run in data["runs"]] == ["token activation map", "attention rollout"] * 2
+    assert {p["role"] for p in data["runs"][0]["visuals"][0]["panes"]} == {"tiles", "thumbnail"}
+    assert len(data["pictures"]) == 1, "once, not once for each run"
+    assert data["stops"][:3] == ["all tokens", "before the LLM, stage 1", "layer 0"]
+
+
+def test_the_page_says_what_the_explanation_says(tiled: list[mm.Explanation]) -> None:
+    import base64
+
+    run, found = data_of(page(tiled).html)["runs"][2], tiled[2]
+    assert found.plan and run["name"] == found.plan and run["answer"] == found.answer
+    maps = torch.frombuffer(bytearray(base64.b64decode(run["maps"])), dtype=torch.uint8).view(len(found.words), -1)
+    for word in range(len(found.words)):
+        expected = found.word_map(word)
+        assert ((maps[word] == 255) == expected.isnan()).all()
+        there = ~expected.isnan()
+        torch.testing.assert_close(maps[word][there] / 254, expected[there], atol=3e-3, rtol=0)
+    last = run["steps"][run["at_stop"][-1]]
+    assert [to >= 0 for to in last["stands"]] == found.visuals[0].valid.tolist()
+    assert last["tokens"] == len(found.trace.visuals[0].kept_cells(99))
+
+
+def test_hostile_text_stays_text() -> None:
+    found = maps_of("llava")
+    tokens = (Token(5, HOSTILE, "question"), *found.tokens[1:])
+    words = (Word(HOSTILE, (0,), "question"), *found.words[1:])
+    text = page([dataclasses.replace(found, tokens=tokens, words=words)]).html
+    parsed = Parsed(text)
+    assert [tag for tag, _ in parsed.tags].count("script") == 2
+    assert not any(tag == "img" or any(n.startswith("onerror") for n in a) for tag, a in parsed.tags)
+    assert "alert(1)" in parsed.text, "the title shows it"
+    assert "{{ 7 * 7 }}" in re.findall(r"<title>(.*?)</title>", text, re.DOTALL)[0]
+    assert data_of(text)["runs"][0]["words"][0]["text"] == HOSTILE
+    assert HOSTILE.split("<script>")[0] not in text.replace("</script>\n", "")
+
+
+def test_show_takes_traces_and_explanations(tmp_path: Path) -> None:
+    model = build("llava")
+    inputs = prompts(model, "llava", [[3, image("llava"), 5], [3, 5, 2]])
+    with mm.compressed(model, "divprune(keep=0.5)"), torch.no_grad():
+        model(**inputs)
+        trace = mm.trace(model)
+    shown = mm.show(trace, Image.new("RGB", (40, 40), "red"))
+    frame = Parsed(shown._repr_html_())
+    assert [tag for tag, _ in frame.tags] == ["iframe"]
+    assert frame.tags[0][1]["srcdoc"] == shown.html
+    assert data_of(shown.html)["runs"][0]["words"] == []
+    assert len(repr(shown)) < 200
+    mm.show(trace)  # grey
+    mm.show(maps_of("llava"))
+    for wrong, message in (
+        (lambda: mm.show(trace, row=1), "row=1"),
+        (lambda: mm.show(trace, [Image.new("RGB", (4, 4))] * 2), "2 pictures for 1"),
+        (lambda: mm.show([3]), "int"),
+        (lambda: mm.show([]), "at least one"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            wrong()
+
+
+def test_every_family_and_videos_are_written(tmp_path: Path) -> None:
+    for family, visual in (("qwen3_vl", None), ("internvl", None), ("qwen3_vl", video("qwen3_vl"))):
+        found = [maps_of(family, plan, visual) for plan in ("", "divprune(keep=0.5) >> fastv(layer=2, keep=0.5)")]
+        paths = write_all(found, tmp_path / family)
+        assert all(path.stat().st_size > 100 for path in paths)
+        names = [path.name for path in paths]
+        assert names[:3] == ["index.html", "stages.png", "scores.png"]
+        assert ("token-activation-map_stock_frames_1.gif" in names) == (visual is not None)
+
+
+# ---------------------------------------------------------------------- the command
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(NAMES) == len(EXPLANATIONS)
+    picture = tmp_path / "a.png"
+    items(1)[0].picture.save(picture)
+    out = tmp_path / "out"
+    given = ["explain", "llava-shapes", "--image", str(picture), "--question", "what shape is red ?", "--out", str(out)]
+    assert main([*given, "--plan", "divprune(keep=0.5)", "--max-new-tokens", "4"]) == 0
+    assert "index.html" in capsys.readouterr().out
+    assert {"index.html", "stages.png", "layers.png", "token-activation-map.png"} <= {p.name for p in out.iterdir()}
+    assert main([*given[:3], str(tmp_path / "none.png"), *given[4:]]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert main([*given, "--plan", "divprun(keep=0.5)"]) == 2
+    assert "divprune" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["explain", "llava-shapes", "--image", "a.png", "--question", "x", "--out", str(tmp_path)]) == 2
+    assert "mmcompress[viz]" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- a real browser
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not binary or not driver or importlib.util.find_spec("selenium") is None:
+        pytest.skip("no browser: apt-get install chromium chromium-driver, pip install selenium")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"):
+        options.add_argument(argument)
+    options.add_argument("--disable-background-networking")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+def test_the_page_in_a_browser(browser: Any, tiled: list[mm.Explanation], tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    path = page(tiled).save(tmp_path / "index.html")
+    browser.set_window_size(1280, 1000)
+    browser.get(path.as_uri())
+    ready = "return [...document.images].every(i => i.complete) && !!document.querySelector('canvas')"
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script(ready))
+
+    def by(name: str) -> Any:
+        return browser.find_element(By.ID, name)
+
+    def drawn(i: int = 0) -> str:
+        script = "return document.querySelectorAll('canvas')[arguments[0]].toDataURL()"
+        WebDriverWait(browser, 5).until(lambda b: b.execute_script(script, i) == b.execute_script(script, i))
+        return str(browser.execute_script(script, i))
+
+    assert len(browser.find_elements(By.TAG_NAME, "canvas")) == 4, "tiles and thumbnail, stock and compressed"
+    # the slider over words, by keyboard
+    before, word = drawn(2), by("word-is").text
+    by("word").send_keys(Keys.ARROW_LEFT)
+    assert by("word-is").text != word
+    assert drawn(2) != before
+    pressed = browser.find_elements(By.CSS_SELECTOR, ".word[aria-pressed=true]")
+    assert len(pressed) == 2 and pressed[0].text in by("word-is").text
+    # the slider over layers
+    browser.find_element(By.CSS_SELECTOR, "[value=fate]").send_keys(Keys.SPACE)
+    last = drawn(2)
+    by("layer").send_keys(Keys.HOME)
+    assert by("layer-is").text == "all tokens"
+    assert drawn(2) != last
+    by("layer").send_keys(Keys.ARROW_RIGHT)
+    assert "prumerge" in browser.find_elements(By.CSS_SELECTOR, ".step")[1].text
+    # tokens by keyboard, with a focus that is seen
+    browser.find_elements(By.CSS_SELECTOR, ".word")[-1].send_keys(Keys.TAB)
+    canvas = browser.switch_to.active_element
+    assert canvas.tag_name == "canvas"
+    assert browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", canvas) != "none"
+    assert "row 1, column 1" in by("detail").text
+    canvas.send_keys(Keys.ARROW_DOWN, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert "row 2, column 3" in by("detail").text
+    assert re.search(r"map of “.+” (missing|\d\.\d\d) .* (kept|merged into row|dropped)", by("detail").text)
+    # ... and by pointer
+    from selenium.webdriver import ActionChains
+
+    ActionChains(browser).move_to_element(browser.find_elements(By.TAG_NAME, "canvas")[0]).perform()
+    assert by("detail").text.startswith("stock model") and "kept" in by("detail").text
+    # themes, and the other explanation
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    light = browser.execute_script(ground)
+    by("theme").click()
+    assert browser.execute_script(ground) != light
+    other = drawn(0)
+    browser.find_element(By.CSS_SELECTOR, "[value=map]").send_keys(Keys.SPACE)
+    Select(by("method")).select_by_visible_text("attention rollout")
+    assert drawn(0) != other
+    # a phone: nothing is wider than the screen
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
