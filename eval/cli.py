@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from . import cli_lmms, cli_sweep
+
 Command = Callable[[str, Any, str], argparse.ArgumentParser]
 Load = Callable[[argparse.Namespace], "tuple[Any, Any, str]"]
 
@@ -19,7 +21,7 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     """Add both commands; `load` makes model, processor and device of the options."""
     measure = command(
         "eval",
-        lambda options, console: _eval(options, console, load),
+        lambda options, console: _eval(options, console, load, measure),
         "answer a benchmark, stock and with plans (restartable)",
     )
     measure.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(models)}")
@@ -28,10 +30,18 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
         "--no-stock", action="store_true", help="leave the uncompressed model out (then nothing to retain)"
     )
     measure.add_argument(
+        "--harness",
+        choices=("own", "lmms"),
+        default="own",
+        help="who has data, prompts and metrics: this package (default) or lmms-eval",
+    )
+    measure.add_argument(
         "--task",
+        "--tasks",
         default="shapes",
         help="vqav2, gqa, textvqa, pope, mme, mmbench, scienceqa, chartqa, docvqa, ...; for a table of your own exact, soft, "
-        "anls, relaxed, letter, yesno or contains; shapes is the embedded benchmark (default)",
+        "anls, relaxed, letter, yesno or contains; shapes is the embedded benchmark (default). With --harness lmms names of "
+        "its tasks between commas, NAME=FOLDER for one whose data lie in a folder, or task files",
     )
     measure.add_argument(
         "--data", type=Path, help="folder of the benchmark, or file of questions (.jsonl, .csv, .tsv, .parquet)"
@@ -49,11 +59,14 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     )
     measure.add_argument("--suffix", help="instruction behind each question instead of the protocol's; '' for none")
     measure.add_argument("--max-new-tokens", type=int, help="default: the protocol's")
-    measure.add_argument("--batch-size", type=int, default=8, help="default 8; 1 for numbers to publish (no padding)")
+    measure.add_argument("--batch-size", type=int, help="default 8 (lmms: 1); 1 for numbers to publish (no padding)")
     measure.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
     measure.add_argument("--out", type=Path, default=Path("eval_output"), help="folder of predictions and records")
     measure.add_argument("--device", default=None, help="default: cuda where there is one")
     measure.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+
+    cli_lmms.add_options(measure)
+    cli_sweep.add_command(command, load, models)
 
     against = command(
         "compare", _compare, "records of `mmcompress eval` side by side: retention, agreement, flips, ties called ties"
@@ -68,7 +81,12 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     against.add_argument("--out", type=Path, help="also write the comparisons as JSON")
 
 
-def _eval(options: argparse.Namespace, console: Console, load: Load) -> None:
+def _eval(options: argparse.Namespace, console: Console, load: Load, parser: argparse.ArgumentParser) -> None:
+    if options.harness == "lmms":
+        cli_lmms.run(options, console, parser)
+        return
+    if "," in options.task:
+        raise ValueError(f"--task {options.task}: one at a time, several with --harness lmms or `mmcompress sweep`")
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -92,7 +110,7 @@ def _eval(options: argparse.Namespace, console: Console, load: Load) -> None:
         options.template,
         options.suffix,
         options.max_new_tokens,
-        options.batch_size,
+        8 if options.batch_size is None else options.batch_size,
         options.strict,
     )
     plans = [*([] if options.no_stock else [runs.STOCK]), *options.plan]

@@ -65,15 +65,15 @@ class Progress:
     tokens_per_second: float
 
 
-def shapes_questions(count: int, model: Any) -> list[Question]:
-    """The embedded benchmark as questions; pictures are drawn when their turn comes."""
+def shapes_questions(count: int, model: Any, start: int = 1_000_000) -> list[Question]:
+    """The embedded benchmark as questions; pictures are drawn when their turn comes. start: as of `items`."""
     if count < 7:
         raise ValueError(f"{count} questions: at least 7, one of each type")
     return [
         Question(
             str(item.scene.seed), item.question.text, (_Drawn(item),), (item.question.answer,), kind=item.question.kind
         )
-        for item in items(count, stretched=takes_any_shape(model))
+        for item in items(count, start, stretched=takes_any_shape(model))
     ]
 
 

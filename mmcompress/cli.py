@@ -14,9 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_learn
+from . import cli_explain, cli_learn
 from .assets import CLIP, MODELS, model_path
 from .eval import cli as evaluation
+from .eval import cli_cost, explain_train
 
 
 class UserError(Exception):
@@ -83,9 +84,16 @@ def _parser() -> argparse.ArgumentParser:
         "tune", _tune, "search the options of a plan for a checkpoint, and write the best plan (restartable)"
     )
     tune.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")
-    tune.add_argument("--plan", default="vflowopt", help="method or plan whose options are searched (default vflowopt)")
     tune.add_argument(
-        "--budget", type=float, help="largest part of the visual tokens that may be left, mean over the LLM layers"
+        "--plan",
+        action="append",
+        help="method or plan whose options are searched (default vflowopt); with several each is searched, and one without "
+        "anything to search is judged as it is",
+    )
+    tune.add_argument(
+        "--budget",
+        help="largest part of the visual tokens that may be left, mean over the LLM layers (0.3), or of the FLOPs of the LLM "
+        "prefill (flops=0.3)",
     )
     tune.add_argument(
         "--search",
@@ -97,10 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--data",
         type=Path,
-        help="folder of pictures, each with its question in a .txt of the same name; default: synthetic",
+        help="folder of pictures, each with its question in a .txt of the same name, or with --task data of that benchmark; "
+        "default: synthetic",
     )
     tune.add_argument("--question", default="Describe the picture.", help="for pictures in --data without a .txt")
     tune.add_argument("--samples", type=int, default=30, help="how many pictures (default 30)")
+    tune.add_argument("--task", help="benchmark as of `mmcompress eval`, with its data in --data (shapes: none)")
+    tune.add_argument(
+        "--metric",
+        default="state",
+        choices=("state", "agreement", "score"),
+        help="what plans keep: the final state (default), with --task the same answers as the stock model, or right ones",
+    )
     tune.add_argument("--trials", type=int, default=50)
     tune.add_argument("--seed", type=int, default=0)
     tune.add_argument(
@@ -110,19 +126,22 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
     bench = command(
-        "bench", _bench, "prefill, decode and KV cache of mid-size random models, stock and compressed in one run"
+        "bench",
+        _bench,
+        "prefill, decode and KV cache of a checkpoint or of random models, stock and compressed in one run",
     )
     bench.add_argument(
         "what",
         nargs="*",
         default=["llava"],
         help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), or 'all' of "
-        "these; or 'kernels' (see below)",
+        "these; or 'kernels', or one checkpoint (see below)",
     )
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
     bench.add_argument("--repeats", type=int, default=12, help="rounds (default 12)")
     bench.add_argument("--list", action="store_true", help="say what there is")
     bench.add_argument("--out", type=Path, help="JSON record; what is in it already and not measured now stays")
+    cli_cost.add_options(bench)
     kernels = bench.add_argument_group(
         "bench kernels", "every kernel in its implementations, interleaved, on random tokens"
     )
@@ -152,6 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, help="default: runs/MODEL")
     train.add_argument("--device", default=None)
     cli_learn.add(command)
+    cli_explain.add(command, _load, _open_image)
+    explain_train.add(command)
     return parser
 
 
@@ -292,39 +313,9 @@ def _methods(options: argparse.Namespace, console: Console) -> None:
 
 
 def _tune(options: argparse.Namespace, console: Console) -> None:
-    from rich.progress import Progress
+    from .eval import cli_tune
 
-    from .plan import as_pipeline
-    from .tune import Trial, parse_space, tune
-
-    if options.trials < 1 or options.samples < 1:
-        raise UserError("--trials and --samples: at least 1")
-    as_pipeline(options.plan)
-    space = parse_space(options.search)
-    pictures = _pictures(options.data, options.question)[: options.samples] if options.data else None
-    model, processor, _ = _load(options)
-    inputs = _samples(model, processor, pictures, options.samples)
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("trials", total=options.trials + 1)
-
-        def show(trial: Trial) -> None:
-            progress.update(bar, advance=1, description=f"trial {trial.number}: {trial.value:.4f}")
-
-        found = tune(
-            model,
-            inputs,
-            options.plan,
-            space,
-            budget=options.budget,
-            trials=options.trials,
-            seed=options.seed,
-            journal=options.out.with_suffix(".trials.jsonl"),
-            show=show,
-        )
-    console.print(found.table())
-    if failed := sum(bool(trial.note) for trial in found.trials):
-        console.print(f"{failed} plans count 0: the journal says why", highlight=False)
-    console.print(f"best plan: {found.save(options.out)}", markup=False)
+    cli_tune.run(options, console, _load, _pictures, _samples)
 
 
 def _pictures(folder: Path, question: str) -> list[tuple[Any, str]]:
@@ -382,9 +373,19 @@ def _bench(options: argparse.Namespace, console: Console) -> None:
     if "kernels" in options.what:
         _bench_kernels(options, console)
         return
+    alien = [name for name in KERNEL_OPTIONS if getattr(options, name)]
+    if cli_cost.is_checkpoint(options.what, MODELS):
+        if alien := [name for name in alien if name not in ("device", "dtype")]:
+            raise UserError(f"--{alien[0]} belongs to `mmcompress bench kernels`")
+        cli_cost.run(options, console, _load, _open_image)
+        return
+    if given := [name for name in cli_cost.ONLY if getattr(options, name) is not None]:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} belongs to `mmcompress bench MODEL`, a folder or embedded model"
+        )
     others = ("memory", "selection")
-    if given := [f"--{name}" for name in KERNEL_OPTIONS if getattr(options, name)]:
-        raise UserError(f"{given[0]} belongs to `mmcompress bench kernels`")
+    if alien:
+        raise UserError(f"--{alien[0]} belongs to `mmcompress bench kernels`")
     wanted = [*FAMILIES, *others] if "all" in options.what else options.what
     unknown = [name for name in wanted if name not in (*FAMILIES, *others)]
     if unknown:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .api import _stock, compressed, trace
 from .plan import as_pipeline
-from .stage import LayerStage, Pipeline, Stage
-from .trace import Trace
+from .spending import at_budget, check, spent
+from .stage import Pipeline, Stage
 
 Space: TypeAlias = "Mapping[str, Sequence[Any]]"
 """What is searched: "method.option" (or "method#2.option" for the second stage of that method) with (low, high), both of them
@@ -131,6 +131,7 @@ def tune(
     objective: Objective = FINAL_STATE,
     *,
     budget: float | None = None,
+    unit: str = "tokens",
     trials: int = 50,
     seed: int = 0,
     journal: Path | str | None = None,
@@ -140,11 +141,12 @@ def tune(
 
     space    what is searched, besides what the methods of the plan declare themselves (`search_space`, as vflowopt does); it
              goes before that where both name an option.
-    budget   the largest part of the visual tokens that may be left on average over the layers of the LLM; plans with more than that
-             (by a token per visual, for rounding) count 0. In a plan of one stage before the LLM, or of one recipe, it is also
-             the `keep`, unless that is searched.
-    trials   how many plans are tried besides the given one, by a Gaussian process with expected improvement (optuna), the first
-             ten at random. Values that are not numbers count 0, and so do options that do not go together.
+    budget   the largest part of the visual tokens that may be left on average over the layers of the LLM (a token per visual
+             more, for rounding), or with unit="flops" of the FLOPs of its prefill, text included; plans with more than that
+             count 0. In a plan of one stage before the LLM, or of one recipe, it is also the `keep`, unless that is searched;
+             with FLOPs the largest `keep` within them is found first, also of a stage in the LLM.
+    trials   how many plans are tried besides the given one (0: none), by a Gaussian process with expected improvement
+             (optuna), the first ten at random. Values that are not numbers count 0, and so do options that do not go together.
     seed     the same seed gives the same search on the same machine, also if it was interrupted.
     journal  file of all trials; a search that finds its own there goes on from it, also with more trials than before.
     show     called with every trial when it is there.
@@ -154,21 +156,26 @@ def tune(
     """
     written = as_pipeline(plan)
     stages, positions = written.stages, written.positions
-    stages = _at_budget(stages, budget, space or {})
-    bounds = _bounds(stages, space or {})
+    check(budget, unit)
+    bounds = _bounds(stages, space or {}) if trials else {}
     if not samples:
         raise ValueError("no samples to tune on")
-    suggest = _Suggest(bounds, seed)
-    about = {"plan": " >> ".join(map(repr, stages)), "objective": objective.name, "budget": budget, "seed": seed}
+    stages = at_budget(
+        stages, budget, unit, space or {}, lambda tried: _share(model, samples[:8], tried, positions, unit)
+    )
+    bounds = _bounds(stages, space or {}) if trials else {}
+    suggest = _Suggest(bounds, seed) if trials else None
+    about = {"plan": " >> ".join(map(repr, stages)), "objective": objective.name, "seed": seed}
+    about["budget"] = budget if unit == "tokens" else f"{unit}={budget}"
     search = {**about, "positions": positions, "space": {k: list(v) for k, v in bounds.items()}}
     log = _Journal(journal, {**search, "samples": _fingerprint(samples), "model": _name(model)})
-    judge = _Judge(model, samples, objective, budget, positions)
+    judge = _Judge(model, samples, objective, budget, positions, unit)
     done = log.trials
     for trial in done:
         if show is not None:
             show(trial)
     for number in range(len(done), trials + 1):
-        params = suggest(done[1:]) if number else {}
+        params = suggest(done[1:]) if number and suggest else {}
         trial = judge(number, stages, params)
         log.add(trial)
         if show is not None:
@@ -223,15 +230,15 @@ def _with(stages: Sequence[Stage], params: Mapping[str, Any]) -> tuple[Stage, ..
     return tuple(found)
 
 
-def _at_budget(stages: tuple[Stage, ...], budget: float | None, space: Space) -> tuple[Stage, ...]:
-    if budget is None:
-        return stages
-    if not isinstance(budget, float) or not 0.0 < budget <= 1.0:
-        raise ValueError(f"budget={budget!r}: give the part of the visual tokens that may be left, a float in (0, 1]")
-    alone = stages[0]
-    if len(stages) > 1 or isinstance(alone, LayerStage) or not hasattr(alone, "keep") or f"{alone.name}.keep" in space:
-        return stages
-    return (dataclasses.replace(alone, keep=budget),)  # type: ignore[call-arg]
+def own_space(plan: Any, space: Space, declared: bool = False) -> dict[str, Sequence[Any]]:
+    """The part of `space` that names options of the plan; declared: also what its methods declare themselves."""
+    found: dict[str, Sequence[Any]] = {}
+    for name, stage in _names(as_pipeline(plan).stages):
+        if declared:
+            own: Mapping[str, Sequence[Any]] = getattr(stage, "search_space", dict)()
+            found |= {f"{name}.{option}": values for option, values in own.items()}
+        found |= {key: values for key, values in space.items() if key.rpartition(".")[0] == name}
+    return found
 
 
 def _bounds(stages: Sequence[Stage], space: Space) -> dict[str, Sequence[Any]]:
@@ -271,9 +278,10 @@ class _Judge:
         objective: Objective,
         budget: float | None,
         positions: str | None,
+        unit: str = "tokens",
     ) -> None:
         self.model, self.samples, self.objective = model, samples, objective
-        self.budget, self.positions = budget, positions
+        self.budget, self.positions, self.unit = budget, positions, unit
         with torch.no_grad(), compressed(model, "uniform(keep=1.0)"):  # drops nothing
             self.wanted = [objective.observe(model, inputs) for inputs in samples]
         self.count = sum(len(inputs["input_ids"]) for inputs in samples)
@@ -286,27 +294,30 @@ class _Judge:
                 for inputs, wanted in zip(self.samples, self.wanted, strict=True):
                     found = self.objective.observe(self.model, inputs)
                     values += self.objective.compare(wanted, found).nan_to_num(0.0, 0.0, 0.0).tolist()
-                    mine = visual_tokens(trace(self.model))
+                    mine = spent(trace(self.model), self.unit)
                     left, full, visuals = left + mine[0], full + mine[1], visuals + mine[2]
         except ValueError as error:
             if number == 0:
                 raise
             return Trial(number, params, 0.0, math.nan, str(error))
         if self.budget is not None and left > self.budget * full + visuals:
-            note = f"{left / full:.3f} of the visual tokens are left, more than the budget"
+            what = "visual tokens" if self.unit == "tokens" else "FLOPs"
+            note = f"{left / full:.3f} of the {what} are left, more than the budget"
             return Trial(number, params, 0.0, left / full, note)
         return Trial(number, params, sum(values) / len(values), left / full)
 
 
-def visual_tokens(call: Trace) -> tuple[float, int, int]:
-    """Of one call: visual tokens in an LLM layer, mean over the layers; all of them without compression; how many visuals."""
-    visuals = call.visuals
-    full = sum(visual.tokens for visual in visuals)
-    gone = [
-        sum(call.call.counts) - sum(row)
-        for row in zip(*map(call.tokens_per_layer, range(call.call.batch)), strict=True)
-    ]
-    return full - sum(gone) / len(gone), full, len(visuals)
+def _share(
+    model: Any, samples: Sequence[Mapping[str, Any]], stages: tuple[Stage, ...], positions: str | None, unit: str
+) -> float:
+    """What stages leave on samples."""
+    left, full = 0.0, 0
+    with torch.no_grad(), compressed(model, Pipeline(stages, positions)):
+        for inputs in samples:
+            final_state(model, inputs)
+            mine = spent(trace(model), unit)
+            left, full = left + mine[0], full + mine[1]
+    return left / full
 
 
 class _Suggest:

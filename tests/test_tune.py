@@ -17,6 +17,7 @@ from torch import Tensor
 
 import mmcompress as mm
 from mmcompress.cli import main
+from mmcompress.spending import visual_tokens
 from mmcompress.tune import (
     FINAL_STATE,
     Objective,
@@ -25,7 +26,6 @@ from mmcompress.tune import (
     final_state,
     parse_space,
     tune,
-    visual_tokens,
 )
 
 from .families import anyres, build, image, prompts

@@ -80,9 +80,9 @@ def steps_of(visuals: Sequence[VisualTrace]) -> list[Step]:
     place = torch.full((call.length,), GONE)
     for visual, begin in zip(visuals, first, strict=False):
         place[visual.span.patches] = begin + torch.arange(visual.tokens)
-    for before, group in itertools.pairwise(call.groups):
+    for earlier, group in itertools.pairwise(call.groups):
         stands = torch.cat([_cells(visual, group.start, place) for visual in visuals])
-        found.append(Step(group.stage, group.start, stands, _scores(before, group, row, place, found[-1].stands)))
+        found.append(Step(group.stage, group.start, stands, _scores(earlier, group, row, place, found[-1].stands)))
     return found
 
 

@@ -148,7 +148,7 @@ def _text(part: Any, found: Explanation, columns: int) -> None:
         boxes.append(area)
         if word.part == "question" and i + 1 < len(found.words) and found.words[i + 1].part == "answer":
             boxes.append(TextArea("  answer: ", textprops={"fontsize": 9}))
-    packed = HPacker(children=boxes, pad=0, sep=6)
+    packed = HPacker(children=list(boxes), pad=0, sep=6)
     held = AnchoredOffsetbox(
         "lower left", child=packed, frameon=False, bbox_to_anchor=(0.0, 0.0), bbox_transform=part.transSubfigure
     )

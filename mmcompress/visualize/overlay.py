@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +124,7 @@ def _cell_at(pane: Pane, size: tuple[int, int]) -> tuple[NDArray[np.int64], NDAr
     return found[0], found[1]
 
 
-def _spread(grid: Tensor, at: tuple[NDArray[np.int64], NDArray[np.int64]], outside: float) -> NDArray[np.generic]:
+def _spread(grid: Tensor, at: tuple[NDArray[np.int64], NDArray[np.int64]], outside: float) -> NDArray[Any]:
     """Values [rows, columns] at every pixel, [height, width]."""
     x, y = at
     values = grid.numpy()[y.clip(0)][:, x.clip(0)]

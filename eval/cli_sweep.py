@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `mmcompress sweep`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+KEEPS = (0.5, 0.25, 0.1)
+
+
+def add_command(
+    command: Callable[[str, Any, str], argparse.ArgumentParser],
+    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
+    models: tuple[str, ...],
+) -> None:
+    """Add the command; `load` makes model, processor and device of the options."""
+    sweep = command(
+        "sweep",
+        lambda options, console: run(options, console, load),
+        "plans x keep ratios x tasks: answers, costs, plots and a report in one folder (restartable)",
+    )
+    sweep.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(models)}")
+    sweep.add_argument(
+        "--plan",
+        action="append",
+        required=True,
+        help="method that takes a budget, plan with {keep} in it, other plan (once, as it is), or all; may be given several times",
+    )
+    sweep.add_argument("--keep", type=float, nargs="+", default=list(KEEPS), help="keep ratios (default 0.5 0.25 0.1)")
+    sweep.add_argument(
+        "--task",
+        action="append",
+        help="shapes (default), or NAME=FOLDER or NAME=FILE as of `mmcompress eval`; several allowed",
+    )
+    sweep.add_argument("--questions", type=int, metavar="N", help="only the first N of each task (shapes: default 210)")
+    sweep.add_argument(
+        "--protocol", default="official", help="whose prompts and metric: official (default), llava or lmms"
+    )
+    sweep.add_argument("--batch-size", type=int, default=8, help="default 8; 1 for numbers to publish (no padding)")
+    sweep.add_argument("--repeats", type=int, default=5, help="rounds of the costs (default 5; 0: no costs)")
+    sweep.add_argument("--examples", type=int, default=3, help="worst examples of each plan and task (default 3)")
+    sweep.add_argument("--out", type=Path, default=Path("sweep_output"), help="folder of everything")
+    sweep.add_argument("--device", default=None, help="default: cuda where there is one")
+    sweep.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+
+
+def run(
+    options: argparse.Namespace, console: Console, load: Callable[[argparse.Namespace], tuple[Any, Any, str]]
+) -> None:
+    """Sweep, then table, plot and report."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    from ..budget import check_keep
+    from .evaluator import Progress, Setup
+    from .examples import examples
+    from .metrics import check_protocol
+    from .pareto import plot
+    from .report import write_report
+    from .retained import standings, table
+    from .sweep import FILE, points, read_tasks, sweep
+
+    if options.questions is not None and options.questions < 1:
+        raise ValueError(f"--questions {options.questions}: at least 1")
+    if options.repeats < 0 or options.examples < 0:
+        raise ValueError("--repeats and --examples: at least 0")
+    for keep in options.keep:
+        check_keep(keep)
+    wanted = points(options.plan, options.keep)
+    tasks = options.task or ["shapes"]
+    setup = Setup(tasks[0].partition("=")[0], check_protocol(options.protocol), batch_size=options.batch_size)
+    model, processor, _ = load(options)
+    works = read_tasks(tasks, options.questions, model)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console, transient=True) as bars:
+        bar, total = bars.add_task("", total=None), sum(len(work.questions) for work in works) * len(wanted)
+        done: dict[tuple[str, str], int] = {}
+
+        def show(task: str, plan: str, now: Progress) -> None:
+            done[task, plan] = now.done
+            bars.update(bar, description=f"{task}, {plan}", completed=sum(done.values()), total=total)
+
+        content = sweep(
+            model, processor, works, wanted, setup, options.out, options.model, options.repeats, show=show
+        )  # fmt: skip
+    rows = standings(content, options.out)
+    console.print(table(content, rows))
+    picture = None
+    if content["cost"]:
+        picture = plot(rows, f"{options.model} on {', '.join(content['tasks'])}", options.out / "pareto.png")
+    found = examples(model, processor, content, works, options.out, options.examples)
+    report = write_report(content, rows, found, picture, options.out / "report.html")
+    for point in content["points"]:
+        if point["refused"]:
+            console.print(f"{point['plan']}: {point['refused']}", markup=False, highlight=False)
+    console.print(f"record: {options.out / FILE}; report: {report}", markup=False, highlight=False)

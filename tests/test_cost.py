@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Costs: counts equal torch's counter, conventions equal published totals, clocks and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmcompress.eval.clock import Spread, Subject, clock
+from mmcompress.eval.cost import Counts, count
+from mmcompress.eval.cost_record import costs
+
+import mmcompress as mm
+from mmcompress.cli import main
+from mmcompress.trace import Shape, prefill_flops
+
+from .families import FAMILIES, build, image, prompts
+
+LLAVA = Shape(4096, 11008, 32, 32, 32, 128)
+PLANS = ("uniform(keep=0.5)", "visionzip(keep=0.5)", "divprune(keep=0.25)", "fastv(layer=1, keep=0.5)")
+
+
+def one(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    model = build(family)
+    return model, prompts(model, family, [[5, image(family), 4]], mask=False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "published"),
+    [
+        ([576] * 32, 3.82),
+        ([2880] * 32, 20.8),
+        ([576] * 8 + [288] * 8 + [144] * 8 + [72] * 8, 1.78),
+        ([576] * 10 + [288] * 10 + [144] * 12, 2.13),
+        ([2880] * 8 + [1440] * 8 + [720] * 8 + [360] * 8, 9.46),
+    ],
+)
+def test_published_totals(layers: list[int], published: float) -> None:
+    """LLaVA-1.5-7B, LLaVA-NeXT-7B and PyramidDrop, in 10^12 multiply-adds of visual tokens."""
+    assert prefill_flops(LLAVA, layers, "swiglu_mac") / 1e12 == pytest.approx(
+        published, abs=0.06 if published > 20 else 0.006
+    )
+
+
+@pytest.mark.parametrize(("k", "part", "ratio"), [(2, 0.5, 0.552), (3, 0.5, 0.567), (2, 0.75, 0.332), (2, 0.9, 0.203)])
+def test_published_ratios_of_fastv(k: int, part: float, ratio: float) -> None:
+    left = 612 - round(576 * part)
+    found = prefill_flops(LLAVA, [612] * k + [left] * (32 - k), "fastv") / prefill_flops(LLAVA, [612] * 32, "fastv")
+    assert found == pytest.approx(ratio, abs=0.001)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_those_of_torch(family: str) -> None:
+    """What is not vision, layers, rotary tables or logits is compression: nothing in the stock model, and where tokens are
+    dropped by their place."""
+    model, inputs = one(family)
+    stock = count(model, inputs)
+    assert stock.overhead == 0 and stock.flops["exact"]["full"] == prefill_flops(
+        Shape.of(model.config.get_text_config()), stock.layers
+    )
+    assert len(set(stock.layers)) == 1 and stock.layers[0] == stock.text + stock.visual == inputs["input_ids"].shape[1]
+    found = {plan: count(model, inputs, plan, stock) for plan in PLANS}
+    assert "_mmcompress_engine" not in model.__dict__
+    assert found[PLANS[0]].overhead == 0
+    for plan in PLANS[1:]:
+        assert found[plan].overhead > 0, plan
+    half, cut = found[PLANS[0]], found[PLANS[3]]
+    kept = half.layers[0]
+    assert cut.layers == [stock.layers[0]] + [kept] * 3
+    for counts in (stock, half, cut):
+        per_token = 2 * 2 * 16 * 4  # keys and values, two heads of 16, float32
+        assert counts.kv_bytes == sum(counts.layers) * per_token
+        assert counts.flops["swiglu_mac"]["visual_only"] < counts.flops["swiglu_mac"]["full"]
+    assert 0 < half.total < cut.total < stock.total and half.vision == stock.vision
+    assert stock.vision_share < half.vision_share < 1
+
+
+def test_overhead_of_a_selection_is_that_of_its_definition() -> None:
+    model, inputs = one("llava")
+    found = count(model, inputs, "divprune(keep=0.25)")
+    assert found.overhead == 2 * 16**2 * 64  # all cosines of 16 tokens of 64 features
+
+
+def test_a_stage_in_the_tower_or_before_it_makes_vision_cheaper() -> None:
+    model, inputs = one("qwen2_5_vl")
+    stock = count(model, inputs)
+    for plan in ("tome(keep=0.5)", "downsample(keep=0.25)"):
+        found = count(model, inputs, plan, stock)
+        assert found.vision < stock.vision and found.visual == stock.visual and found.overhead == 0
+
+
+def test_batches_and_refusals() -> None:
+    model = build("llava")
+    pair = prompts(model, "llava", [[5, image("llava"), 4]] * 2)
+    with pytest.raises(ValueError, match="one prompt, not of 2"):
+        count(model, pair)
+    with pytest.raises(ValueError, match="new_tokens=1"):
+        clock(model, {}, [Subject("stock")], 1, 0, 1)
+    inputs = prompts(model, "llava", [[5, image("llava"), 4]])
+    with pytest.raises((NotImplementedError, ValueError)):
+        costs(model, inputs, ["fastv(layer=9)"], 1, 0, 2)
+    assert "_mmcompress_engine" not in model.__dict__
+
+
+def test_rounds_are_interleaved_and_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = one("llava")
+    seen: list[str] = []
+    compress = mm.compress
+    monkeypatch.setattr(mm, "compress", lambda m, plan, **more: (seen.append(plan), compress(m, plan, **more))[1])
+    subjects = [Subject("stock"), Subject(PLANS[0]), Subject(PLANS[3])]
+    rounds: list[int] = []
+    found = clock(model, inputs, subjects, repeats=4, warmup=2, new_tokens=3, show=rounds.append)
+    assert rounds == [1, 2, 3, 4, 5, 6] and len(seen) == 12
+    assert all(set(seen[i : i + 2]) == {PLANS[0], PLANS[3]} for i in range(0, 12, 2))
+    for times in found:
+        assert len(times.ttft) == len(times.decode) == 4 and min(times.decode) > 0
+        for whole, *parts in zip(times.ttft, times.vision, times.compress, times.prefill, strict=True):
+            assert sum(parts) == pytest.approx(whole) and min(parts[0], parts[2]) > 0
+    assert found[0].compress == [0.0] * 4 and min(found[1].compress) > 0
+    assert Spread.of([1.0, 2.0, 3.0, 4.0]) == Spread(2.5, 2.5) and Spread.of([7.0]) == Spread(7.0, 0.0)
+
+
+def test_a_second_baseline_with_the_fastest_attention() -> None:
+    model, inputs = one("llava")
+    model.set_attn_implementation("eager")
+    rows = costs(model, inputs, [PLANS[0], PLANS[0], "stock"], 2, 0, 2)
+    assert [row.label for row in rows] == ["stock", "stock (sdpa)", PLANS[0]]
+    assert model.config._attn_implementation == "eager"
+    assert rows[0].speedup == rows[0].flops_ratio == 1.0 and rows[2].flops_ratio < 1
+    assert rows[2].flops_ratio == rows[2].counts.total / rows[0].counts.total
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cost.json"
+    line = ["bench", "llava-shapes", "--plan", "fastv(layer=1, keep=0.25)", "--repeats", "2", "--warmup", "0"]
+    assert main([*line, "--new-tokens", "2", "--device", "cpu", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    stock, fastv = record["rows"]
+    assert record["attention"] == "sdpa" and record["machine"]["torch"] and record["repeats"] == 2 and record["weights"]
+    assert (stock["plan"], stock["flops_ratio"], stock["speedup"]) == ("stock", 1.0, 1.0)
+    assert fastv["layers"][0] == stock["layers"][0] > fastv["layers"][1] and fastv["kv_bytes"] < stock["kv_bytes"]
+    total = fastv["vision"] + fastv["overhead"] + fastv["flops"]["exact"]["full"] + fastv["rotary"] + fastv["head"]
+    assert fastv["total_flops"] == total and set(fastv["milliseconds"]) == {
+        "ttft",
+        "vision",
+        "compress",
+        "prefill",
+        "decode",
+    }
+    assert fastv["peak_bytes"] is None and len(fastv["milliseconds"]["ttft"]["all"]) == 2
+    assert main(["bench", "llava-shapes", "--op", "match"]) == 2 and "bench kernels" in capsys.readouterr().err
+    assert main(["bench", "llava", "--new-tokens", "2"]) == 2 and "--new-tokens" in capsys.readouterr().err
+    assert main([*line, "--image", str(tmp_path / "none.png")]) == 2 and "no such file" in capsys.readouterr().err
+
+
+def test_counts_are_plain_values() -> None:
+    made = Counts("stock", [4, 4], 1, 3, {"exact": {"full": 10, "visual_only": 5}}, 5, 0, 0, 5, 64)
+    assert made.total == 20 and made.vision_share == 0.25 and made.visual_mean == 3

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps and what is made of them; plans tuned on answers and on FLOPs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmcompress.assets import model_path
+from mmcompress.eval import sweep as sweeping
+from mmcompress.eval.examples import worst
+from mmcompress.eval.retained import Standing, front, standings
+from mmcompress.eval.sweep import points, read_tasks
+from mmcompress.eval.synthetic import items
+from mmcompress.eval.tasks import Row
+from mmcompress.eval.tuning import answers, batches
+
+import mmcompress as mm
+from mmcompress.cli import main
+from mmcompress.demo import load
+from mmcompress.spending import read_budget, spent
+from mmcompress.tune import tune
+
+COUNT = 14
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return load(model_path("llava-shapes"))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("table")
+    rows = []
+    for i, item in enumerate(items(COUNT)):
+        item.picture.save(folder / f"{i}.png")
+        rows.append({"id": f"q{i}", "question": item.question.text, "answer": item.question.answer, "image": f"{i}.png", "kind": item.question.kind})  # fmt: skip  # noqa: E501
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "questions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def swept(table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A sweep by the command: two tasks, a method at two ratios, a plan, and one that the model refuses."""
+    out = tmp_path_factory.mktemp("sweep")
+    line = [
+        "sweep",
+        "llava-shapes",
+        "--plan",
+        "divprune",
+        "--plan",
+        "fastv(layer=1, keep=0.5)",
+        "--plan",
+        "fastv(layer=99)",
+    ]
+    line += ["--keep", "0.5", "0.02", "--task", "shapes", "--task", f"exact={table}", "--questions", str(COUNT)]
+    line += ["--repeats", "1", "--examples", "1", "--out", str(out), "--device", "cpu"]
+    assert main(line) == 0
+    return out, line
+
+
+def test_points() -> None:
+    found = points(["divprune", "divprune", "random(keep={keep})", "visionzip(keep=0.3)"], [0.5, 0.1])
+    assert [(point.method, point.keep) for point in found] == [
+        ("stock", None), ("divprune", 0.5), ("divprune", 0.1), ("random(keep={keep})", 0.5), ("random(keep={keep})", 0.1),
+        ("visionzip(keep=0.3)", None),
+    ]  # fmt: skip
+    assert found[1].plan == repr(mm.as_pipeline("divprune(keep=0.5)"))
+    every = {point.method for point in points(["all"], [0.5])}
+    assert {"divprune", "fastv", "visionzip", "random", "uniform"} <= every and not {"dyvte", "tokenflex"} & every
+    with pytest.raises(ValueError, match="did you mean"):
+        points(["divprun"], [0.5])
+
+
+def test_tasks(table: Path, loaded: tuple[Any, Any]) -> None:
+    (work,) = read_tasks([f"exact={table}"], 3, loaded[0])
+    assert (work.name, len(work.questions)) == ("exact", 3)
+    for texts, message in (
+        (["pope"], "write pope="), (["shapes=x"], "its own data"), (["shapes", "shapes"], "each task once"), (["x"], "choose one"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            read_tasks(texts, 7, loaded[0])
+
+
+def test_what_a_sweep_holds(swept: tuple[Path, list[str]]) -> None:
+    out, _ = swept
+    content = json.loads((out / "sweep.json").read_text())
+    assert content["tasks"] == ["shapes", "exact"]
+    refused = [point for point in content["points"] if point["refused"]]
+    assert [point["plan"] for point in refused] == ["fastv(layer=99, keep=0.5)"] or "99" in refused[0]["plan"]
+    rows = standings(content, out)
+    assert [row.plan for row in rows][:3] == ["stock", "divprune(keep=0.5)", "divprune(keep=0.02)"]
+    stock, half, few, cut = rows
+    assert stock.relative == 100 and stock.cost["flops"] == 100 and few.cost["flops"] < half.cost["flops"] < 100
+    assert few.cost["kv"] < half.cost["kv"] < cut.cost["kv"] < stock.cost["kv"]
+    for row in rows[1:]:
+        ratios = [one.retention for one in row.comparisons.values()]
+        assert row.relative == pytest.approx(100 * sum(ratios) / 2)
+        assert row.op == pytest.approx(100 * math.sqrt(sum(r * r for r in ratios) / 2))
+        lost = sum(one.flips.right_to_wrong for one in row.comparisons.values())
+        assert row.flips[0] == lost and set(row.comparisons) == {"shapes", "exact"}
+    assert few.relative < half.relative and few.agreement < half.agreement <= 100 and few.flips[0] > 0
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report(swept: tuple[Path, list[str]]) -> None:
+    out, _ = swept
+    page = (out / "report.html").read_text()
+    assert "divprune(keep=0.02)" in page and "became" in page and "of 144 tokens" in page and "layer=99" in page
+    assert page.count("data:image/png;base64,") >= 3 and "http" not in page and "<script" not in page
+
+
+def test_a_sweep_goes_on(swept: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked or timed a second time; a further plan is, and brings all costs anew."""
+    out, line = swept
+    before = (out / "sweep.json").read_text()
+    monkeypatch.setattr("mmcompress.eval.evaluator._generate", lambda *_: pytest.fail("the answers are there"))
+    timed: list[list[str]] = []
+    costs = sweeping.costs
+    monkeypatch.setattr(sweeping, "costs", lambda *a: (timed.append(a[3]) if len(a) > 3 else None, costs(*a))[1])
+    monkeypatch.setattr("mmcompress.eval.cost_record.clock", lambda *_, **__: pytest.fail("the costs are there"))
+    assert main(line) == 0
+    assert (out / "sweep.json").read_text() == before and not timed
+
+
+def test_the_front() -> None:
+    def row(plan: str, relative: float, cost: float) -> Standing:
+        return Standing(plan, plan, None, relative, 0.0, 0.0, 0.0, 0.0, {}, {"flops": cost})
+
+    rows = [
+        row("stock", 100, 100),
+        row("a", 90, 50),
+        row("b", 95, 50),
+        row("c", 80, 60),
+        row("d", 70, 10),
+        row("e", math.nan, 1),
+    ]
+    assert [one.plan for one in front(rows, "flops")] == ["d", "b", "stock"] and front(rows, "ttft") == []
+
+
+def test_the_worst_examples_come_from_different_types() -> None:
+    def rows(values: list[float]) -> list[Row]:
+        return [Row(str(i), "ab"[i // 3], str(i), ("x",), "y", "y", value) for i, value in enumerate(values)]
+
+    pairs = worst(rows([1, 1, 1, 1, 0.6, 0]), rows([0, 0, 1, 0, 0, 1]), 3)
+    assert [a.id for a, _ in pairs] == ["0", "3", "1"]
+
+
+# ---------------------------------------------------------------------- tuning on answers
+def test_budgets_as_text() -> None:
+    assert read_budget("0.3") == (0.3, "tokens") and read_budget("flops=0.25") == (0.25, "flops")
+    for text in ("flops", "time=0.3", "flops=x"):
+        with pytest.raises(ValueError, match=r"write 0\.3, tokens=0\.3 or flops=0\.3"):
+            read_budget(text)
+
+
+@pytest.mark.parametrize("plan", ["divprune", "fastv(layer=1)"])
+def test_the_largest_keep_within_the_flops(plan: str, loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    (work,) = read_tasks(["shapes"], 7, model)
+    parts = batches(model, processor, "shapes", work.questions)
+    inputs = [part.inputs for part in parts]
+    found = tune(model, inputs, plan, {}, budget=0.5, unit="flops", trials=0)
+    assert found.trials[0].share <= 0.5 and not found.trials[0].note and found.about["budget"] == "flops=0.5"
+    (stage,) = found.stages
+    more = type(stage)(**{**stage.options(), "keep": min(1.0, stage.keep + 0.02)})  # type: ignore[attr-defined]
+    left = full = 0.0
+    with torch.no_grad(), mm.compressed(model, more):
+        for one in inputs:
+            model(**one, use_cache=False, logits_to_keep=1)
+            now = spent(mm.trace(model), "flops")
+            left, full = left + now[0], full + now[1]
+    assert left / full > 0.5
+    with pytest.raises(ValueError, match="give a larger budget"):
+        tune(model, inputs, plan, budget=0.01, unit="flops", trials=0)
+
+
+def test_agreement_and_score(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    (work,) = read_tasks(["shapes"], COUNT, model)
+    parts = batches(model, processor, "shapes", work.questions)
+    agreement, score = (answers(processor, "shapes", parts, metric) for metric in ("agreement", "score"))
+    with torch.no_grad():
+        stock = agreement.observe(model, parts[0].inputs)
+        with mm.compressed(model, "divprune(keep=0.02)"):
+            few = agreement.observe(model, parts[0].inputs)
+    assert agreement.compare(stock, stock).mean() == 1 > agreement.compare(stock, few).mean()
+    assert score.compare(stock, few).tolist() == [value for _, value in few]
+    with pytest.raises(ValueError, match="agreement or score"):
+        answers(processor, "shapes", parts, "speed")
+
+
+def test_tune_by_the_command(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two plans at one budget of FLOPs: the one that agrees more is written, and compress takes it."""
+    out = tmp_path / "plan.json"
+    line = [
+        "tune",
+        "llava-shapes",
+        "--plan",
+        "random",
+        "--plan",
+        "divprune",
+        "--budget",
+        "flops=0.4",
+        "--metric",
+        "agreement",
+    ]
+    line += [
+        "--task",
+        "exact",
+        "--data",
+        str(table),
+        "--samples",
+        "8",
+        "--trials",
+        "1",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
+    assert main(line) == 0
+    made = json.loads(out.read_text())
+    assert made["tuned"]["budget"] == "flops=0.4" and made["tuned"]["share"] <= 0.4
+    values = [json.loads(p.read_text().splitlines()[1])["value"] for p in sorted(tmp_path.glob("*.trials.jsonl"))]
+    assert len(values) == 2 and made["tuned"]["value"] == max(values)
+    assert mm.as_pipeline(str(out)).stages[0].name in ("random", "divprune")
+    for wrong, message in (
+        (["--budget", "flops=2"], "float in"),
+        (["--search", "tome.keep=0.1:0.2"], "none of the plans"),
+    ):
+        assert main([*line, *wrong]) == 2 and message in capsys.readouterr().err
+    assert main(["tune", "llava-shapes", "--metric", "agreement", "--data", str(tmp_path)]) == 2
