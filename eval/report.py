@@ -38,7 +38,8 @@ def write_report(
         _table(HEADINGS, [cells(row) for row in rows]),
         '<p class="note">RelAcc: mean over tasks of score / stock score in %, with one standard error of a paired bootstrap; OP: '
         "root mean square of it; OG: its spread over tasks; agreement: the benchmark's parser reads the same in both replies; "
-        "verdict: ties called ties (95 %); FLOPs: of the whole prefill, % of the stock model, counted; TTFT: measured, interleaved.</p>",
+        "verdict: ties called ties (95 %); FLOPs: of the whole prefill, % of the stock model, counted; TTFT: measured, "
+        "interleaved.</p>",
         "<h2>Tasks and question types</h2>",
         _table(
             ("plan", "task", "stock", "score", "above chance", "verdict", "by type: stock > plan, %"), task_lines(rows)
