@@ -64,6 +64,7 @@ def run(
     from .report import write_report
     from .retained import standings, table
     from .sweep import FILE, points, read_tasks, sweep
+    from .wide import print_wide
 
     if options.questions is not None and options.questions < 1:
         raise ValueError(f"--questions {options.questions}: at least 1")
@@ -89,7 +90,7 @@ def run(
             model, processor, works, wanted, setup, options.out, options.model, options.repeats, show=show
         )  # fmt: skip
     rows = standings(content, options.out)
-    console.print(table(content, rows))
+    print_wide(console, table(content, rows))
     picture = None
     if content["cost"]:
         picture = plot(rows, f"{options.model} on {', '.join(content['tasks'])}", options.out / "pareto.png")
