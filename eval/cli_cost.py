@@ -45,7 +45,6 @@ def run(
     from rich.progress import Progress
 
     from .cost_record import conditions, costs, prompt_inputs
-    from .wide import print_wide
 
     dtype = options.dtype or ["auto"]
     if len(dtype) > 1 or dtype[0] not in ("auto", "float32", "bfloat16", "float16"):
@@ -68,7 +67,7 @@ def run(
         )  # fmt: skip
     about = conditions(model, name, inputs, options.repeats, warmup, new_tokens)
     for made in tables(rows, about):
-        print_wide(console, made)
+        console.print(made)
     for row in rows:
         for note in row.counts.notes:
             console.print(f"{row.label}: {note}", markup=False, highlight=False)

@@ -30,7 +30,6 @@ def run(options: argparse.Namespace, console: Console, defaults: argparse.Argume
     """Run the tasks and show a line per plan."""
     from .evaluator import STOCK
     from .lmms import run_lmms
-    from .wide import print_wide
 
     for name in OWN:
         if getattr(options, name) != defaults.get_default(name):
@@ -48,7 +47,7 @@ def run(options: argparse.Namespace, console: Console, defaults: argparse.Argume
     )  # fmt: skip
     if not records:  # a process of `accelerate launch` beside the first
         return
-    print_wide(console, table(records))
+    console.print(table(records))
     for record in records:
         if empty := sum(record["empty"].values()):
             console.print(f"{record['plan']}: {empty} empty answers", markup=False, highlight=False)

@@ -64,7 +64,6 @@ def run(
     from .report import write_report
     from .retained import standings, table
     from .sweep import FILE, points, read_tasks, sweep
-    from .wide import print_wide
 
     if options.questions is not None and options.questions < 1:
         raise ValueError(f"--questions {options.questions}: at least 1")
@@ -90,7 +89,7 @@ def run(
             model, processor, works, wanted, setup, options.out, options.model, options.repeats, show=show
         )  # fmt: skip
     rows = standings(content, options.out)
-    print_wide(console, table(content, rows))
+    console.print(table(content, rows))
     picture = None
     if content["cost"]:
         picture = plot(rows, f"{options.model} on {', '.join(content['tasks'])}", options.out / "pareto.png")

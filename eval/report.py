@@ -24,12 +24,6 @@ figure { margin: 0; padding: .5rem; border: 1px solid #ddd; font-size: 13px; }
 .right { color: #1a7f37; } .wrong { color: #b42318; } .note { color: #666; font-size: 13px; }
 """
 
-LEGEND = (
-    "RelAcc: mean over tasks of score / stock score in %, with one standard error of a paired bootstrap; OP: root mean square of "
-    "it; OG: its spread over tasks; agreement: the parser of the benchmark reads the same in both replies; verdict: ties called "
-    "ties (95 %); FLOPs: of the whole prefill, % of the stock model, counted; TTFT: measured, interleaved."
-)
-
 
 def write_report(
     content: dict[str, Any], rows: Sequence[Standing], examples: Sequence[Example], plot: Path | None, path: Path
@@ -42,7 +36,10 @@ def write_report(
     parts += [
         "<h2>Retention</h2>",
         _table(HEADINGS, [cells(row) for row in rows]),
-        f'<p class="note">{LEGEND}</p>',
+        '<p class="note">RelAcc: mean over tasks of score / stock score in %, with one standard error of a paired bootstrap; OP: '
+        "root mean square of it; OG: its spread over tasks; agreement: the benchmark's parser reads the same in both replies; "
+        "verdict: ties called ties (95 %); FLOPs: of the whole prefill, % of the stock model, counted; TTFT: measured, "
+        "interleaved.</p>",
         "<h2>Tasks and question types</h2>",
         _table(
             ("plan", "task", "stock", "score", "above chance", "verdict", "by type: stock > plan, %"), task_lines(rows)

@@ -133,8 +133,7 @@ def _text(part: Any, found: Explanation, columns: int) -> None:
     from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
 
     part.suptitle(f"{named(found)}: {found.method}", fontsize=9, x=0.01, ha="left", parse_math=False)
-    boxes: list[Any] = []
-    room = 26 * columns + 20
+    boxes, room = [], 26 * columns + 20
     for i, word in enumerate(found.words):
         room -= len(word.text) + 2
         if room < 0:

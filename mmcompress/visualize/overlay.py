@@ -132,7 +132,7 @@ def _spread(grid: Tensor, at: tuple[NDArray[np.int64], NDArray[np.int64]], outsi
     return np.where(inside, values, np.asarray(outside, dtype=values.dtype))
 
 
-def _changes(owner: NDArray[Any]) -> NDArray[np.bool_]:
+def _changes(owner: NDArray[np.generic]) -> NDArray[np.bool_]:
     """Pixels beside one of another owner."""
     edge = np.zeros(owner.shape, dtype=bool)
     across, down = owner[:, 1:] != owner[:, :-1], owner[1:] != owner[:-1]
