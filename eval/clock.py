@@ -16,6 +16,7 @@ import torch
 import mmcompress as mm
 
 from ..api import is_compressed
+from ..runtime.cache import CACHE, cache_of
 from .cost import language_model
 from .evaluator import STOCK
 from .latency import synchronize
@@ -154,7 +155,7 @@ def _run(model: Any, inputs: Mapping[str, Any], times: Times, new_tokens: int, p
         return
     times.ttft.append(1000 * (first - start))
     for _ in range(new_tokens - 1):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **{CACHE: cache_of(out)})
         token = out.logits[:, -1].argmax(-1, keepdim=True)
     synchronize()
     times.decode.append(1000 * (time.perf_counter() - first) / (new_tokens - 1))

@@ -16,6 +16,7 @@ import mmcompress as mm
 from ..adapters import adapter_for
 from ..kernels import coverage, diverse  # noqa: F401 - they define operators
 from ..kernels.dispatch import preferring
+from ..runtime.cache import cache_of
 from ..trace import CONVENTIONS, Shape, Trace, prefill_flops
 from .evaluator import STOCK
 
@@ -153,7 +154,7 @@ def _counted(model: Any, inputs: Mapping[str, Any]) -> _Counted:
     finally:
         for handle in handles:
             handle.remove()
-    found.total, found.held = now(), cache_bytes(out.past_key_values)
+    found.total, found.held = now(), cache_bytes(cache_of(out))
     return found
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mmcompress as mm
 
+from ..runtime.cache import CACHE, cache_of
 from .midsize import one_image_prompt
 
 
@@ -117,7 +118,7 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 1
                 nonlocal out
                 for _ in range(new_tokens):
                     token = out.logits[:, -1].argmax(-1, keepdim=True)
-                    out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                    out = model(input_ids=token, use_cache=True, **{CACHE: cache_of(out)})
 
             first = milliseconds(run_prefill)
             chosen = mm.report(model).milliseconds["select"] if plan != "stock" else 0.0
@@ -131,7 +132,7 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 1
     for plan in ("stock", *plans):
         if plan != "stock":
             mm.compress(model, plan)
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True, logits_to_keep=1))
         held = sum(x.numel() * x.itemsize for layer in cache.layers for x in (layer.keys, layer.values))
         cost[plan] = count_flops(model, inputs), held
         mm.uncompress(model)

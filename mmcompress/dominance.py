@@ -16,7 +16,7 @@ from .api import _ATTRIBUTE, _stock
 from .ops.attention import attention_rows
 from .ops.dominance import depth_stages, dominance, modality_mass
 from .runtime.adapter import Adapter
-from .runtime.cache import PrunedLayer, is_plain
+from .runtime.cache import PrunedLayer, cache_of, is_plain
 from .runtime.call import Call
 from .runtime.engine import Engine
 from .runtime.layers import Heads
@@ -189,7 +189,7 @@ class _Tally:
 
     @staticmethod
     def _cache_layer(index: int, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         layer = None if cache is None else cache.layers[index]
         if layer is None or not is_plain(layer):
             kind = "no cache" if layer is None else f"a {type(layer).__name__}"

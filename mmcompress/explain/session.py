@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters import adapter_for
 from ..api import _ATTRIBUTE, _stock, compressed, trace
 from ..runtime.adapter import Adapter
+from ..runtime.cache import CACHE, cache_of
 from ..runtime.engine import Engine
 from ..runtime.packing import Group
 from ..trace import Trace, VisualTrace
@@ -98,7 +99,7 @@ class Session:
             return
         ids = torch.tensor([self.answer[:-1]], device=self.prompt.ids.device)
         # no mask: there is no padding, and Qwen models count positions of the whole mask
-        self.adapter.base(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        self.adapter.base(input_ids=ids, use_cache=True, **{CACHE: cache_of(out)})
 
     # ------------------------------------------------------------------ what is where
     @property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..runtime.adapter import Adapter
-from ..runtime.cache import book, is_pruned, ledger_of
+from ..runtime.cache import book, cache_of, is_pruned, ledger_of
 from ..runtime.call import Call, placeholder_masks
 from ..runtime.masks import layer_mask, layers_differ, validity
 from ..runtime.needs import check_language_model
@@ -246,7 +246,7 @@ class DepthEngine:
         if kwargs.get("inputs_embeds") is None:
             return None
         call = depth.call
-        call.cache = kwargs.get("past_key_values")
+        call.cache = cache_of(kwargs)
         pruned = is_pruned(call.cache)
         if not depth.pixels and not self.config.of_text and not pruned:
             return None
@@ -296,7 +296,7 @@ class DepthEngine:
         groups = [depth.group_of(i) for i in range(self.depth)]
         if not depth.seen.decoding:
             self.tokens = [group.counts for group in groups]
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         if cache is not None and any(group.source is not None or group.valid is not None for group in groups):
             book(cache, depth.group_of, depth.call.past_valid, depth.call.batch)
 

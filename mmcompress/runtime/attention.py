@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from ..ops import attention_rows
 from ..stage import AttentionStage, Pipeline
 from ..visuals import AttentionRows, widened
-from .cache import PrunedLayer, is_plain
+from .cache import PrunedLayer, cache_of, is_plain
 from .call import Call
 from .layers import Heads
 from .packing import Group
@@ -73,9 +73,7 @@ class Rewriter:
             return None
         (call, group, stream), self.given = self.given, None
         hidden = args[0] if args else kwargs["hidden_states"]
-        columns = Columns(
-            module, hidden, kwargs["position_embeddings"], group, call, self.index, kwargs.get("past_key_values")
-        )
+        columns = Columns(module, hidden, kwargs["position_embeddings"], group, call, self.index, cache_of(kwargs))
         with torch.autocast(hidden.device.type, enabled=False):
             todo = self._read(columns, stream)
         if not todo:

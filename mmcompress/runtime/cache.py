@@ -10,6 +10,7 @@ user's cache object keeps its identity, and all state lives in the cache: severa
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.masking_utils import create_causal_mask
 
 if TYPE_CHECKING:
     from .packing import Group
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls a cache in keywords and on outputs: "cache" from 5.24 on."""
 
 
 @dataclass(eq=False)
@@ -109,6 +114,11 @@ class PrunedLayer:
 @functools.cache
 def _pruned_class(cls: type) -> type:
     return type(f"Pruned{cls.__name__}", (PrunedLayer, cls), {})
+
+
+def cache_of(given: Any) -> Any:
+    """The cache among the keywords of a call, or on an output; None if there is none."""
+    return given.get(CACHE) if type(given) is dict else getattr(given, CACHE, None)
 
 
 def is_pruned(cache: Cache | None) -> bool:

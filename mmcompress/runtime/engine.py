@@ -30,7 +30,7 @@ from ..stage import Pipeline
 from ..visuals import Visuals
 from .adapter import Adapter, Encoded
 from .attention import GIVEN, keep_notes, rewriters
-from .cache import book, is_pruned, ledger_of
+from .cache import book, cache_of, is_pruned, ledger_of
 from .call import Call, Sight, alike, locate, placeholder_masks
 from .clip import CLIP_TEXT, Clip
 from .cuts import Cutter, choose, words_meant
@@ -200,7 +200,7 @@ class Engine:
         call = self.call
         if call is None or kwargs.get("inputs_embeds") is None:
             return None
-        call.cache = kwargs.get("past_key_values")
+        call.cache = cache_of(kwargs)
         if not call.encoded and not is_pruned(call.cache):
             self._check_text(call)
             return None  # no visuals in call or cache: the stock path, untouched
@@ -464,7 +464,7 @@ class Engine:
         if not call.groups:
             return None
         last = call.groups[-1]
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         compressed = last.source is not None
         held = compressed or call.sight is not None or any(group.valid is not None for group in call.groups)
         if cache is not None and held:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from .cache import PrunedLayer, is_pruned, ledger_of
+from .cache import CACHE, PrunedLayer, is_pruned, ledger_of
 from .call import Call
 from .packing import Group
 
@@ -87,8 +87,8 @@ def layer_mask(config: Any, call: Call, group: Group, index: int, hidden: Tensor
             config=config,
             inputs_embeds=hidden,
             attention_mask=logical_mask(call, group, index, hidden.device),
-            past_key_values=call.cache,
             position_ids=None,
             layer_idx=index,
+            **{CACHE: call.cache},
         )
     return call.masks[key]

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from .attention import PLAIN
+from .cache import CACHE
 from .call import Call
 from .layers import Heads, _states
 
@@ -94,7 +95,7 @@ class Prompt:
 def greedy_answers(language_model: Any, head: Any, prompt: Prompt, most: int, ends: Sequence[int]) -> list[list[int]]:
     """What the model answers greedily to each prompt, at most so many tokens, without those that end it."""
     cache, mask = DynamicCache(), prompt.mask
-    out = language_model(**prompt.arguments(), past_key_values=cache, use_cache=True)
+    out = language_model(**prompt.arguments(), use_cache=True, **{CACHE: cache})
     made: list[Tensor] = []
     ended = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     ending = torch.tensor(list(ends), dtype=torch.int64, device=mask.device)
@@ -107,7 +108,7 @@ def greedy_answers(language_model: Any, head: Any, prompt: Prompt, most: int, en
         embeds = language_model.get_input_embeddings()(token[:, None]).to(prompt.embeds)
         mask = F.pad(mask, (0, 1), value=True)
         more = prompt.behind(1, step)
-        out = language_model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
+        out = language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **{CACHE: cache}, **more)
     return [[i for i in row if i >= 0] for row in torch.stack(made, 1).tolist()]
 
 
