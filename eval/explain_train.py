@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from ..assets import MODELS, model_path
 from ..explain.compressor import KEEPS, Fitting, Pair, agreement, fit
 from ..explain.relevance import owed
+from ..runtime.relevance import MODES
 from ..weights import TENSORS, base_of
 from .data import Question, digest, read_questions
 from .data.question import PictureError, open_picture
@@ -315,7 +316,11 @@ def add(command: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
     made.add_argument("--batch", type=int, default=16, help="questions at a time (default 16)")
     made.add_argument("--max-new-tokens", type=int, default=None, help="of an answer (default: as the task has it)")
     made.add_argument(
-        "--mode", choices=("exact", "fast"), default="exact", help="fast: approximate labels, one backward pass"
+        "--mode",
+        choices=MODES,
+        default="exact",
+        help="of the relevance that makes the labels (default exact, as published; summed counts every hop once; fast: one "
+        "backward pass, approximate)",
     )
     made.add_argument("--epochs", type=int, default=100)
     made.add_argument(

@@ -103,15 +103,30 @@ def test_relevance_of_a_ragged_batch_is_that_of_each_sample_alone(family: str) -
             for i in range(len(together.spans)):
                 assert near(together.of_visual(i), by_itself.of_visual(i), 3e-5)
                 assert near(together.attention[i], by_itself.attention[i])
-            assert together.relevance.shape[0] == (len(ANSWERS[row]) if mode == "exact" else 1)
+            assert together.relevance.shape[0] == (1 if mode == "fast" else len(ANSWERS[row]))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_summed_relevance_adds_up_every_gradient_weighted_map(family: str) -> None:
+    model = model_of(family, attention="eager")
+    inputs = prompt(model, family)
+    (sample,), _ = owed(model, inputs, [ANSWERS[0]], mode="summed")
+    assert sample is not None
+    length = inputs["input_ids"].shape[1]
+    for t, token in enumerate(ANSWERS[0]):
+        out = model.model(**longer(inputs, ANSWERS[0][:t]), output_attentions=True)
+        gradients = torch.autograd.grad(model.lm_head(out.last_hidden_state[0, -1])[token], out.attentions)
+        expected = sum(
+            (a * g)[0].relu().mean(0).sum(0).detach() for a, g in zip(out.attentions, gradients, strict=True)
+        )
+        assert near(sample.relevance[t, : length + t], expected)
 
 
 def test_fast_relevance_is_one_backward_pass_and_another_thing() -> None:
-    model = model_of("llava")
+    model = model_of("llava", attention="eager")
     inputs, answer = prompt(model, "llava"), ANSWERS[0]
     (fast,), _ = owed(model, inputs, [answer], mode="fast")
     (exact,), _ = owed(model, inputs, [answer])
-    model.set_attn_implementation("eager")
     out = model.model(**longer(inputs, answer[:-1]), output_attentions=True)
     length = inputs["input_ids"].shape[1]
     places = range(length - 1, length - 1 + len(answer))
@@ -251,9 +266,9 @@ def test_the_net_is_the_one_of_the_card() -> None:
         for token in range(7):
             for tap in range(5):
                 if 0 <= token + tap - 2 < 7:
-                    made[token] += depthwise.weight[:, 0, tap] * rows[token + tap - 2]
-        rows = torch.nn.functional.gelu((made + depthwise.bias) @ pointwise.weight[:, :, 0].T + pointwise.bias)
-    expected = (rows @ net.head.weight[0, :, 0] + net.head.bias).log_softmax(0)
+                    made[token] += depthwise.weight[tap] * rows[token + tap - 2]
+        rows = torch.nn.functional.gelu((made + depthwise.bias) @ pointwise.weight.T + pointwise.bias)
+    expected = (rows @ net.head.weight[0] + net.head.bias).log_softmax(0)
     torch.testing.assert_close(net(x)[0], expected, atol=1e-5, rtol=1e-5)
 
 

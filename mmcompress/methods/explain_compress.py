@@ -21,6 +21,20 @@ MODES = ("proxy", "learned", "oracle")
 SCALINGS = ("zscore", "count")
 
 
+class Depthwise(nn.Module):
+    """A convolution of each channel by itself over the tokens of [U, N, C], an odd number of them, zeros beyond both ends."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        bound = kernel**-0.5
+        self.weight = nn.Parameter(torch.empty(kernel, channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = F.pad(x, (0, 0, len(self.weight) // 2, len(self.weight) // 2))
+        return sum((around[:, i : i + x.shape[1]] * w for i, w in enumerate(self.weight)), self.bias.expand_as(x))
+
+
 class Compressor(nn.Module):
     """Predicts from the attention on the N tokens of a visual how much an answer will owe to each.
 
@@ -39,17 +53,17 @@ class Compressor(nn.Module):
             )
         self.channels, self.kernel, self.scaling = tuple(channels), kernel, scaling
         widths = [(a, b) for a, b in zip((1, *channels), channels, strict=False)]
-        self.depthwise = nn.ModuleList(nn.Conv1d(a, a, kernel, padding=kernel // 2, groups=a) for a, _ in widths)
-        self.pointwise = nn.ModuleList(nn.Conv1d(a, b, 1) for a, b in widths)
-        self.head = nn.Conv1d(channels[-1], 1, 1)
+        self.depthwise = nn.ModuleList(Depthwise(a, kernel) for a, _ in widths)
+        self.pointwise = nn.ModuleList(nn.Linear(a, b) for a, b in widths)
+        self.head = nn.Linear(channels[-1], 1)
 
     def forward(self, attention: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attention [U, N] as log-probabilities [U, N]; valid [U, N] bool: tokens that are there, others get -inf."""
         here = torch.ones_like(attention, dtype=torch.bool) if valid is None else valid
-        x = self._scaled(attention.to(self.head.weight), here)[:, None]
+        x = self._scaled(attention.to(self.head.weight), here)[..., None]  # channels last: two thirds of the time
         for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
-            x = F.gelu(pointwise(depthwise(x))) * here[:, None]  # biases make padding non-zero
-        return self.head(x)[:, 0].masked_fill(~here, float("-inf")).log_softmax(-1)
+            x = F.gelu(pointwise(depthwise(x))) * here[..., None]  # biases make padding non-zero
+        return self.head(x)[..., 0].masked_fill(~here, float("-inf")).log_softmax(-1)
 
     def _scaled(self, x: Tensor, here: Tensor) -> Tensor:
         count = here.sum(1, keepdim=True).clamp_min(1)

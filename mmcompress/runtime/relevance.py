@@ -19,7 +19,7 @@ from .cache import CACHE
 from .call import Call
 from .layers import Heads, _states
 
-MODES = ("exact", "fast")
+MODES = ("exact", "summed", "fast")
 BLOCK = 128
 """Rows of attention that are made at a time."""
 HALF_SCALE = 1024.0
@@ -142,8 +142,10 @@ def answer_relevance(
 
     Teacher-forced: one forward pass on prompt and answer. "exact": for each token a backward pass from its logit, and a row that
     goes from the last layer to the first, r <- r + r C with C = mean over heads of relu(attention * gradient): attention and
-    its gradient are made again in blocks of rows, in float32, so no map is stored. "fast" is an approximation, not the same
-    relevance: one backward pass from the summed log-probabilities, and the mean of the answer's rows; [B, 1, S + T - 1].
+    its gradient are made again in blocks of rows, in float32, so no map is stored. "summed" counts every hop once: the sum of C
+    over all rows and layers, for a gradient holds already what later layers do, and the products of small C above all but hide
+    what reaches the answer over a word of the question. "fast" is an approximation of "exact", not the same relevance: one
+    backward pass from the summed log-probabilities, and the mean of the answer's rows; [B, 1, S + T - 1].
 
     Cost per token 4 S^2 D per layer beside the backward pass. Memory: activations of a training step, and five hidden states
     per layer. Raises NotImplementedError where attention has no gradient or is not plain.
@@ -179,17 +181,27 @@ def answer_relevance(
             chances = (chosen - logits.logsumexp(-1)) * here.to(chosen)
             rows = (here @ places) / here.sum(1, keepdim=True).clamp_min(1)
             return _followed(taps, chances.sum(), rows, whole.valid, first, length)[:, None]
+        if mode == "summed":
+            before = torch.arange(length, device=device) <= torch.arange(first, first + most, device=device)[:, None]
+            places = (
+                (before if whole.valid is None else before & whole.valid[:, None]).float().expand(len(here), -1, -1)
+            )
         found = []
         for t in range(most):
             target = (chosen[:, t] * here[:, t].to(chosen)).sum()
-            rows = here[:, t, None] * places[t]
-            found.append(_followed(taps, target, rows, whole.valid, first + t, first + t + 1))
+            rows = here[:, t, None] * places[..., t, :]
+            if mode == "summed":
+                found.append(_followed(taps, target, rows, whole.valid, 0, first + t + 1, carry=False))
+            else:
+                found.append(_followed(taps, target, rows, whole.valid, first + t, first + t + 1))
         return torch.stack(found, 1)
 
 
-def _followed(taps: Sequence[_Tap], target: Tensor, row: Tensor, valid: Tensor | None, first: int, end: int) -> Tensor:
+def _followed(
+    taps: Sequence[_Tap], target: Tensor, row: Tensor, valid: Tensor | None, first: int, end: int, carry: bool = True
+) -> Tensor:
     """Rows [B, S] from the last layer to the first; in the last one only those from `first` on are not zero, and none behind
-    `end`."""
+    `end`. Without `carry` every layer is given the same row, and what they make of it is added up."""
     scale = HALF_SCALE if taps[0].output is not None and taps[0].output.dtype == torch.float16 else 1.0
     try:
         outputs = [tap.output for tap in taps if tap.output is not None]
@@ -201,10 +213,14 @@ def _followed(taps: Sequence[_Tap], target: Tensor, row: Tensor, valid: Tensor |
             f"the attention of this model cannot be differentiated ({error}): load it unquantised with attn_implementation='sdpa'"
         ) from error
     with torch.no_grad():
+        total = row if carry else torch.zeros_like(row)
         for i in reversed(range(len(taps))):
-            row = row.to(gradients[i].device)
-            row = row + taps[i].weighted(row, gradients[i], scale, valid, first if i == len(taps) - 1 else 0, end)
-    return row.cpu()
+            device = gradients[i].device
+            given = (total if carry else row).to(device)
+            total = total.to(device) + taps[i].weighted(
+                given, gradients[i], scale, valid, first if i == len(taps) - 1 else 0, end
+            )
+    return total.cpu()
 
 
 class _Tap:
