@@ -260,10 +260,11 @@ def accuracies(
     setup = Setup(recipe.task, recipe.protocol, new_tokens=recipe.new_tokens, batch_size=recipe.batch)  # type: ignore[arg-type]
     task = task_of(recipe.task)
     most = setup.new_tokens or new_tokens(task, setup.protocol)
+    rule = "exact" if recipe.mode == "fast" else recipe.mode
     kinds = {
         "learned": f"explain_compress(weights={str(weights)!r}, keep={{}})",
         "proxy": "explain_compress(keep={})",
-        "oracle": f"explain_compress(mode='oracle', answer_tokens={most}, keep={{}})",
+        "oracle": f"explain_compress(mode='oracle', answer_tokens={most}, relevance={rule!r}, keep={{}})",
         **{name: f"{name}(keep={{}})" for name in compare if name not in ("learned", "proxy", "oracle")},
     }
     # answers are kept by plan: those with other weights of the same name must not be taken for ours

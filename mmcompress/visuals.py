@@ -171,7 +171,7 @@ class Visuals:
               `rotary_gain` [U, T, N] (what the rotary embedding alone would make the logits). Of the residual stream behind
               the final norm: `final_states` [U, N, D], `text_final_states` [U, T, D]; as it is: `text_states` [U, T, D].
               Of the whole prompt, before the LLM: `first_text_attention` [U, N] (of the instruction in LLM layer 0, mean over heads
-              and text), `answer_relevance:16` [U, N] (gradient-weighted, of the model's own answer of at most 16 tokens).
+              and text), `answer_relevance:16:exact` [U, N] (gradient-weighted, of the model's own answer of at most 16 tokens).
               `transitions@6` [U, N]: how much the layers from 6 on have changed each token (`absolute_transitions@6`: by the
               size of the cosine). From before the LLM: `text_relevance` [U, T] (how much the visual tokens mean each word),
               `input_scores` [U, N] (of the last input stage).

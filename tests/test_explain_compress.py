@@ -122,6 +122,22 @@ def test_summed_relevance_adds_up_every_gradient_weighted_map(family: str) -> No
         assert near(sample.relevance[t, : length + t], expected)
 
 
+def test_the_oracle_ranks_by_the_relevance_that_it_is_told() -> None:
+    model = model_of("llava")
+    inputs = prompt(model, "llava")
+    found = {}
+    for name in ("exact", "summed"):
+        with mm.compressed(model, mm.ExplainCompress(keep=5, mode="oracle", answer_tokens=3, relevance=name)):
+            model(**inputs)
+            found[name] = mm.trace(model).visuals[0].kept_cells().tolist()
+        (sample,), _ = owed(model, inputs, mode=name, max_new_tokens=3)
+        assert sample is not None
+        assert found[name] == sample.of_visual(0).sort(descending=True, stable=True).indices[:5].sort().values.tolist()
+    assert found["exact"] != found["summed"]
+    with pytest.raises(ValueError, match="relevance='fast'"):
+        mm.ExplainCompress(relevance="fast")
+
+
 def test_fast_relevance_is_one_backward_pass_and_another_thing() -> None:
     model = model_of("llava", attention="eager")
     inputs, answer = prompt(model, "llava"), ANSWERS[0]

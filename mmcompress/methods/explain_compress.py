@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.explained import Depthwise
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage, Need
@@ -18,21 +19,8 @@ from ..visuals import Visuals
 from ..weights import Learned, Saved, base_of, load_into
 
 MODES = ("proxy", "learned", "oracle")
+RELEVANCES = ("exact", "summed")
 SCALINGS = ("zscore", "count")
-
-
-class Depthwise(nn.Module):
-    """A convolution of each channel by itself over the tokens of [U, N, C], an odd number of them, zeros beyond both ends."""
-
-    def __init__(self, channels: int, kernel: int) -> None:
-        super().__init__()
-        bound = kernel**-0.5
-        self.weight = nn.Parameter(torch.empty(kernel, channels).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        around = F.pad(x, (0, 0, len(self.weight) // 2, len(self.weight) // 2))
-        return sum((around[:, i : i + x.shape[1]] * w for i, w in enumerate(self.weight)), self.bias.expand_as(x))
 
 
 class Compressor(nn.Module):
@@ -110,8 +98,8 @@ class ExplainCompress(Learned, InputStage):
 
     weights: the folder that `mmcompress explain-train` wrote for this very model. mode: "learned" (the default with weights),
     "proxy" (the default without: ranks by that attention itself), or "oracle": lets the model answer first, at most
-    `answer_tokens` greedily, and ranks by the gradient-weighted relevance of that answer. Two passes and more: an upper bound,
-    not a speed-up.
+    `answer_tokens` greedily, and ranks by the gradient-weighted relevance of that answer: "exact" as published, or "summed" over
+    hops (`runtime.relevance.answer_relevance`). Two passes and more: an upper bound, not a speed-up.
 
     Open in the paper and chosen here: kernel 3, GELU, no norm, z-scored input. Cost N D^2 for the keys, T S D for the T rows, and
     0.18 M multiplications per token in the net.
@@ -121,6 +109,7 @@ class ExplainCompress(Learned, InputStage):
     mode: str | None = None
     weights: str | None = None
     answer_tokens: int = 16
+    relevance: str = "exact"
     paper: ClassVar[str] = "arXiv 2506.01097"
     positions: ClassVar[str] = "keep"
 
@@ -138,11 +127,17 @@ class ExplainCompress(Learned, InputStage):
             )
         if isinstance(self.answer_tokens, bool) or not isinstance(self.answer_tokens, int) or self.answer_tokens < 1:
             raise ValueError(f"answer_tokens={self.answer_tokens!r}: give how long an answer may be, at least 1")
+        if self.relevance not in RELEVANCES:
+            raise ValueError(f"relevance={self.relevance!r}: choose one of {', '.join(RELEVANCES)}")
 
     @property
     def signal(self) -> str:
         """What the tokens are ranked by, or what the net reads."""
-        return f"answer_relevance:{self.answer_tokens}" if self.mode == "oracle" else "first_text_attention"
+        return (
+            f"answer_relevance:{self.answer_tokens}:{self.relevance}"
+            if self.mode == "oracle"
+            else "first_text_attention"
+        )
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]

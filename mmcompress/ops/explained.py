@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the relevance of visual tokens to what a compressor learns."""
+"""From the relevance of visual tokens to what a compressor learns, and what it is built of."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def relevance_target(relevance: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -27,3 +28,17 @@ def target_divergence(target: Tensor, log_chance: Tensor) -> Tensor:
     there = target > 0
     safe = target.where(there, torch.ones_like(target))
     return (safe * (safe.log() - log_chance)).where(there, torch.zeros_like(target)).sum(-1)
+
+
+class Depthwise(nn.Module):
+    """A convolution of each channel by itself over the tokens of [U, N, C], an odd number of them, zeros beyond both ends."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        bound = kernel**-0.5
+        self.weight = nn.Parameter(torch.empty(kernel, channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = F.pad(x, (0, 0, len(self.weight) // 2, len(self.weight) // 2))
+        return sum((around[:, i : i + x.shape[1]] * w for i, w in enumerate(self.weight)), self.bias.expand_as(x))

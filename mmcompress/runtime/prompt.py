@@ -60,17 +60,15 @@ class PromptTap:
         self.adapter, self.call, self.given, self.valid = adapter, call, given, valid
         self.positions = shifted(positions, ledger_of(call.cache, 0))
         self.model = adapter.language_model
-        self.made: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def signal(self, name: str, rows: Tensor, at: Tensor, text: Tensor) -> Tensor:
         """[U, N] float32 of the tokens `at` [U, N] of the batch rows `rows` [U, 1]."""
-        kind, _, most = name.partition(":")
+        kind, *options = name.split(":")
         if kind == "first_text_attention":
             return mean_text_attention(self.heads, rows, at, text)
-        if int(most) not in self.made:
-            self.made[int(most)] = self._relevance(int(most))
-        values = self.made[int(most)]
+        most, mode = options
+        values = self._relevance(int(most), mode)
         return values[rows.to(values.device), at.to(values.device)]
 
     @functools.cached_property
@@ -78,7 +76,7 @@ class PromptTap:
         return first_heads(self.model, self.given["inputs_embeds"], self.positions, self.valid, self.call)
 
     @functools.cache  # noqa: B019 - lives as long as its call
-    def _relevance(self, most: int) -> Tensor:
+    def _relevance(self, most: int, mode: str) -> Tensor:
         """Mean over the tokens of the greedy answer, [B, S]; zeros where that is empty."""
         if self.call.past:
             raise NotImplementedError(
@@ -90,7 +88,7 @@ class PromptTap:
         length = prompt.embeds.shape[1]
         if not any(answers):
             return torch.zeros(len(answers), length, device=prompt.embeds.device)
-        found = answer_relevance(self.model, head, prompt, answers)[:, :, :length]
+        found = answer_relevance(self.model, head, prompt, answers, mode)[:, :, :length]
         counts = torch.tensor([max(len(answer), 1) for answer in answers])
         return (found.sum(1) / counts[:, None]).to(prompt.embeds.device)
 
