@@ -36,7 +36,6 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks also for the small cases that the interpreter can do."""
-    monkeypatch.setattr(blocked, "FEW", 0)
     if DEVICE == "cpu":
         table = {"rows": 16, "columns": 16, "num_warps": 4, "num_stages": 2}
         monkeypatch.setitem(configs.CONFIGS, "attention", {"default": table})

@@ -5,21 +5,18 @@ next block takes their place."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import naive
 from .naive import HIDDEN
 
 LOG2E = math.log2(math.e)
 GONE = 10 * HIDDEN
 CELLS = 1 << 18
 """Cells of the map in a block, a megabyte."""
-FEW = 1 << 15
-"""Up to so many cells `attention_rows` leaves to the plain code, which is as fast there if heads share no keys."""
 ROWS = 128
 """Rows of a block even where they make it larger: with fewer the matrix product gets slow."""
 
@@ -43,15 +40,14 @@ def blocks(
     q: Tensor,
     k: Tensor,
     scale: float,
-    hidden: Tensor | None = None,
-    bias: Tensor | None = None,
+    masks: Sequence[Tensor] = (),
     counts: Tensor | None = None,
     at: Tensor | None = None,
     offset: int | None = None,
 ) -> Iterator[Block]:
     """The map of q [n, heads, Q, d] and k [n, kv_heads, S, d], block after block in the same memory.
 
-    hidden, bias: broadcastable to [n, heads, Q, S]; counts, broadcastable to [n, heads, Q]: what is False is never read;
+    masks (see `_hide`): broadcastable to [n, heads, Q, S]; counts, broadcastable to [n, heads, Q]: what is False is never read;
     at [n, Q] or offset: the last key that a row sees.
     """
     (n, heads, queries, d), (kv_heads, keys) = q.shape, k.shape[1:3]
@@ -63,10 +59,9 @@ def blocks(
     kv_step = kv_heads if batch_step > 1 else min(kv_heads, max(1, CELLS // each))
     row_step = queries if each <= CELLS else min(queries, max(CELLS // (group * keys), -(-ROWS // group)))
     buffer = q.new_empty(batch_step * kv_step * group * row_step * keys, dtype=torch.float32)
-    hidden = None if hidden is None else hidden.expand(shape)
-    bias = None if bias is None else bias.expand(shape)
+    masks = [mask.expand(shape) for mask in masks]
     counts = None if counts is None else counts.expand(shape[:3])
-    masked = any(x is not None for x in (hidden, bias, at, offset))
+    masked = bool(masks) or at is not None or offset is not None
     place = row = q
     if at is not None or offset is not None:
         place, row = (torch.arange(count, device=q.device) for count in (keys, queries))
@@ -88,11 +83,8 @@ def blocks(
                 exps = buffer[: x.numel() // d * columns].view(pairs, -1, columns)
                 torch.bmm(x.reshape(pairs, -1, d), some[..., :columns], out=exps)
                 exps = exps.view(*x.shape[:3], columns)
-                if bias is not None:
-                    added = bias[batch, of, rows, :columns]
-                    exps.add_(added.float(), alpha=LOG2E).masked_fill_(added <= HIDDEN, GONE)
-                if hidden is not None:
-                    exps.masked_fill_(hidden[batch, of, rows, :columns], GONE)
+                for mask in masks:
+                    _hide(exps, mask[batch, of, rows, :columns])
                 if at is not None:
                     exps.masked_fill_(place[:columns] > at[batch, None, rows, None], GONE)
                 if offset is not None:
@@ -127,9 +119,8 @@ def attention_received(
     counts = None if weight is None else weight != 0
     weight = found.new_ones(1, 1, 1) if weight is None else weight.float()
     weight = weight.expand(n, heads, queries)[..., None]
-    hidden = None if key_mask is None else ~key_mask[:, None, None]
-    bias = None if key_bias is None else key_bias[:, None, None]
-    for block in blocks(q, k, scale, hidden, bias, counts, at, offset):
+    masks = [mask[:, None, None] for mask in (key_bias, key_mask) if mask is not None]
+    for block in blocks(q, k, scale, masks, counts, at, offset):
         mine = weight[block.batch, block.heads, block.rows]
         into = found[block.batch, block.heads, : block.columns]
         if reduce == "max":
@@ -189,13 +180,34 @@ def attention_marginals(q: Tensor, k: Tensor, scale: float, prefix: int) -> tupl
 
 
 def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """[n, heads, Q, S] float32."""
-    n, heads, queries, _ = q.shape
-    if heads == k.shape[1] and n * heads * queries * k.shape[2] <= FEW:
-        return naive.attention_rows(q, k, scale, mask)
-    found = q.new_empty(n, heads, queries, k.shape[2], dtype=torch.float32)
-    is_bool = mask is not None and mask.dtype == torch.bool
-    hidden, bias = (~mask, None) if mask is not None and is_bool else (None, mask)
-    for block in blocks(q, k, scale, hidden, bias):
-        torch.mul(block.exps, block.share, out=found[block.batch, block.heads, block.rows])
+    """[n, heads, Q, S] float32, made where they stay: nothing beside them but the keys of a block in float32."""
+    (n, heads, queries, d), (kv_heads, keys) = q.shape, k.shape[1:3]
+    found = q.new_empty(n, heads, queries, keys, dtype=torch.float32)
+    if not found.numel():
+        return found
+    if mask is not None:
+        mask = mask.expand(found.shape)
+    group = heads // kv_heads
+    together = max(1, CELLS // (group * queries * keys))
+    x = (q.float() * (scale * LOG2E)).reshape(n, kv_heads, -1, d)
+    for i in range(n):
+        for h in range(0, kv_heads, together):
+            part, of = slice(h, h + together), slice(h * group, (h + together) * group)
+            table = found[i, of]
+            some = k[i, part].float().transpose(1, 2)
+            torch.bmm(x[i, part], some, out=table.view(len(some), -1, keys))
+            if mask is not None:
+                _hide(table, mask[i, of])
+            for rows in table.view(-1, keys).split(max(1, CELLS // keys)):
+                top = rows.amax(1, keepdim=True)
+                share = rows.sub_(top).exp2_().sum(1, keepdim=True).reciprocal_()
+                rows.mul_(share if mask is None else share.masked_fill_(top <= HIDDEN, 0))
     return found
+
+
+def _hide(table: Tensor, mask: Tensor) -> None:
+    """Take a mask, True where something is seen, or a bias into the logits."""
+    if mask.dtype == torch.bool:
+        table.masked_fill_(~mask, GONE)
+    else:
+        table.add_(mask.float(), alpha=LOG2E).masked_fill_(mask <= HIDDEN, GONE)

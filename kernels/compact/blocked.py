@@ -13,13 +13,16 @@ def compact(tensors: Sequence[Tensor], index: Tensor, valid: Tensor | None) -> l
     """Tensors [B or 1, S, ...] to [B, M, ...]."""
     if valid is not None:
         index = index.masked_fill(~valid, 0)
-    number = torch.arange(len(index), device=index.device)[:, None]
+    batch, flat = len(index), index.flatten()
+    number = torch.arange(batch, device=index.device)[:, None] if batch > 1 else index
     found = []
     for x in tensors:
-        shared = len(x) == 1
-        rows = x[0] if shared else x.flatten(0, 1)
-        at = index if shared else index + number * x.shape[1]
-        picked = rows.index_select(0, at.flatten()).unflatten(0, index.shape)
+        shape, at = x.shape, flat
+        if shape[0] > 1:  # as one sample: the rows of all, one behind the other
+            x, at = x.flatten(0, 1)[None], (index + number * shape[1]).flatten()
+        picked = x.index_select(1, at)
+        if batch != 1:
+            picked = picked.view(*index.shape, *shape[2:])
         if valid is not None:
             picked.masked_fill_(~valid.view(*valid.shape, *[1] * (x.dim() - 2)), 0)
         found.append(picked)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import naive
@@ -13,7 +12,7 @@ from .members import members
 CELLS = 1 << 20
 """Half-precision features are widened so many at a time."""
 SMALL = 1 << 14
-"""Up to so many numbers in a row of the batch a sort costs more than it saves."""
+"""Up to so many numbers in a row of the batch the plain code is as fast."""
 
 
 def merge(x: Tensor, assign: Tensor, count: int, weight: Tensor | None, mean: bool) -> Tensor:
@@ -21,24 +20,25 @@ def merge(x: Tensor, assign: Tensor, count: int, weight: Tensor | None, mean: bo
     if x.shape[1] * x.shape[2] <= SMALL:
         return naive.merge(x, assign, count, weight, mean)
     rows, width = x.flatten(0, 1), x.shape[2]
-    found = x.new_empty(len(x) * count, width)
     order, first = members(assign, count)
-    given = None if weight is None else weight.float().flatten()[order]
-    step = max(1, width if x.dtype == torch.float32 else CELLS // max(1, len(rows)))
+    weights = None if weight is None else weight.float().reshape(-1, 1)
     scale = None
     if mean:
-        sizes = first.diff().float() if given is None else _sums(given[:, None], first)[:, 0]
-        scale = torch.where(sizes == 0, 1, sizes)[:, None]
-    for begin in range(0, width, step):
-        part = slice(begin, begin + step)
-        made = F.embedding_bag(
-            order, rows[:, part].float(), first, mode="sum", per_sample_weights=given, include_last_offset=True
-        )
-        found[:, part] = made if scale is None else made.div_(scale)
+        sizes = first.diff()[:, None].float() if weights is None else _sums(weights, order, first, None)
+        scale = sizes.masked_fill_(sizes == 0, 1)
+    share = None if weights is None else weights[:, 0][order]
+    if x.dtype == torch.float32:
+        found = _sums(rows, order, first, share, scale)
+    else:
+        found = x.new_empty(len(first) - 1, width)
+        step = max(1, CELLS // max(1, len(rows)))
+        for begin in range(0, width, step):
+            part = slice(begin, begin + step)
+            found[:, part] = _sums(rows[:, part].float(), order, first, share, scale)
     return found.view(len(x), count, width)
 
 
-def _sums(x: Tensor, first: Tensor) -> Tensor:
-    """Sums of the rows of x [R, D] from each of `first` [n + 1] to the next, [n, D]."""
-    place = torch.arange(len(x), device=x.device)
-    return F.embedding_bag(place, x, first, mode="sum", include_last_offset=True)
+def _sums(x: Tensor, order: Tensor, first: Tensor, share: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """Sums of the rows `order` of x [R, D], times `share`, from each of `first` [n + 1] to the next, over `scale`: [n, D]."""
+    found = torch.embedding_bag(x, order, first, False, 0, False, share, True)[0]
+    return found if scale is None else found.div_(scale)
