@@ -29,7 +29,8 @@ def add_command(
         "--plan",
         action="append",
         required=True,
-        help="method that takes a budget, plan with {keep} in it, other plan (once, as it is), or all; may be given several times",
+        help="method that takes a budget, plan with {keep} in it, other plan or method (once, as it is), or all: every method that "
+        "needs no trained weights; may be given several times",
     )
     sweep.add_argument("--keep", type=float, nargs="+", default=list(KEEPS), help="keep ratios (default 0.5 0.25 0.1)")
     sweep.add_argument(
@@ -42,6 +43,7 @@ def add_command(
         "--protocol", default="official", help="whose prompts and metric: official (default), llava or lmms"
     )
     sweep.add_argument("--batch-size", type=int, default=8, help="default 8; 1 for numbers to publish (no padding)")
+    sweep.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
     sweep.add_argument("--repeats", type=int, default=5, help="rounds of the costs (default 5; 0: no costs)")
     sweep.add_argument("--examples", type=int, default=3, help="worst examples of each plan and task (default 3)")
     sweep.add_argument("--out", type=Path, default=Path("sweep_output"), help="folder of everything")
@@ -73,7 +75,8 @@ def run(
         check_keep(keep)
     wanted = points(options.plan, options.keep)
     tasks = options.task or ["shapes"]
-    setup = Setup(tasks[0].partition("=")[0], check_protocol(options.protocol), batch_size=options.batch_size)
+    first = tasks[0].partition("=")[0]
+    setup = Setup(first, check_protocol(options.protocol), batch_size=options.batch_size, strict=options.strict)
     model, processor, _ = load(options)
     works = read_tasks(tasks, options.questions, model)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -88,14 +91,20 @@ def run(
         content = sweep(
             model, processor, works, wanted, setup, options.out, options.model, options.repeats, show=show
         )  # fmt: skip
-    rows = standings(content, options.out)
+    rows = standings(content)
     console.print(table(content, rows))
     picture = None
     if content["cost"]:
-        picture = plot(rows, f"{options.model} on {', '.join(content['tasks'])}", options.out / "pareto.png")
+        picture = plot({options.model: rows}, f"on {', '.join(content['tasks'])}", options.out / "pareto.png")
     found = examples(model, processor, content, works, options.out, options.examples)
     report = write_report(content, rows, found, picture, options.out / "report.html")
     for point in content["points"]:
         if point["refused"]:
             console.print(f"{point['plan']}: {point['refused']}", markup=False, highlight=False)
+    for task, about in content["tasks"].items():
+        for key, reason in list(about["failed"].items())[:5]:
+            console.print(f"left out: {task}, question {key}: {reason}", markup=False, highlight=False)
+        if failed := len(about["failed"]):
+            console.print(f"{task}: {failed} of {about['questions']} questions were left out: their pictures cannot be read "
+                          f"(--strict stops)")  # fmt: skip
     console.print(f"record: {options.out / FILE}; report: {report}", markup=False, highlight=False)

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,21 @@ class Comparison:
         }
         return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in made.items()}
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Comparison:
+        """The comparison that `to_dict` made plain."""
+        made = {field.name: values[field.name] for field in fields(Comparison)}
+        for name in ("base_score", "score", "retention", "above_chance"):
+            made[name] = math.nan if made[name] is None else made[name]
+        made["change"] = made["change"] and Difference(**made["change"])
+        flips_ = made["flips"]
+        made["flips"] = Flips(*(flips_[field.name] for field in fields(Flips)))
+        made["by_kind"] = {
+            kind: (one["questions"], one["base"], one["score"], Difference(**one["change"]))
+            for kind, one in made["by_kind"].items()
+        }
+        return Comparison(**{**made, "notes": tuple(made["notes"])})
+
 
 def compare(base: dict[str, Any], other: dict[str, Any], draws: int = 2000) -> Comparison:
     """Compare two records of `evaluate`. Raises ValueError if they are of different tasks or protocols, or have no question in
@@ -105,6 +120,11 @@ def retention(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[st
     found = {other["settings"]["task"]: compare(base, other, draws=2) for base, other in pairs}
     if len(found) < len(pairs):
         raise ValueError("give one pair of records for each benchmark")
+    return retained(found)
+
+
+def retained(found: Mapping[str, Comparison]) -> dict[str, float]:
+    """RelAcc, OP, OG and OL of one comparison for each benchmark; raises ValueError if a base score is 0."""
     bases = {name: one.base_score for name, one in found.items() if not math.isnan(one.base_score)}
     scores = {name: found[name].score for name in bases}
     same, asked = (sum(getattr(one.flips, what) for one in found.values()) for what in ("same", "questions"))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BatchFeature
 
 import mmcompress as mm
 
@@ -81,8 +82,35 @@ class _Drawn:
     def __init__(self, item: Any) -> None:
         self.item = item
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.item.size  # type: ignore[no-any-return]
+
     def __call__(self) -> Any:
         return self.item.picture
+
+
+class Prepared:
+    """Model inputs that several evaluations of the same questions share: pictures are read and processed once, not once per
+    plan. most: bytes that may be held; what does not fit is made again each time."""
+
+    def __init__(self, most: int = 2**30) -> None:
+        self.most, self.held = most, 0
+        self._found: dict[tuple[str, tuple[int, ...]], tuple[list[int], Any, dict[str, str]]] = {}
+
+    def get(
+        self, key: str, batch: Sequence[int], make: Callable[[], tuple[list[int], Any, dict[str, str]]]
+    ) -> tuple[list[int], Any, dict[str, str]]:
+        """What `make` gives for a batch: the questions whose pictures can be read, their inputs, and why the others cannot."""
+        name = key, tuple(batch)
+        if name in self._found:
+            return self._found[name]
+        found = make()
+        size = sum(x.numel() * x.itemsize for x in (found[1] or {}).values() if isinstance(x, Tensor))
+        if self.held + size <= self.most:
+            self.held += size
+            self._found[name] = found
+        return found
 
 
 def evaluate(
@@ -94,13 +122,15 @@ def evaluate(
     folder: Path | str = "eval_output",
     name: str | None = None,
     show: Callable[[Progress], None] | None = None,
+    prepared: Prepared | None = None,
 ) -> dict[str, Any]:
     """Greedy answers to `questions` by the model with `plan`, judged by the rules of the task; returns the record.
 
     Answers go to FOLDER/task_protocol_plan_fingerprint.jsonl, the record beside it as .json. A run that was killed goes on
     where it was: no answer is lost or made twice, and other settings, other questions or another model get other files.
-    Questions whose picture cannot be read are left out, counted and named, or raise PictureError with setup.strict. Raises
-    ValueError if the model is compressed already: say plan=.
+    Questions whose picture cannot be read are left out, counted and named, or raise PictureError with setup.strict. prepared:
+    inputs shared with evaluations of the same questions by other plans. Raises ValueError if the model is compressed already:
+    say plan=.
     """
     if "_mmcompress_engine" in getattr(model, "__dict__", {}):
         raise ValueError("this model is compressed: call mmcompress.uncompress(model) and give plan= instead")
@@ -118,7 +148,9 @@ def evaluate(
     plain: AbstractContextManager[Any] = nullcontext()
     with Journal(path.with_name(f"{path.name}l"), settings) as journal:
         with mm.compressed(model, pipeline) if pipeline else plain, _padded_left(processor):
-            _answer(model, processor, questions, texts, settings, setup.strict, journal, failed, show)
+            _answer(
+                model, processor, questions, texts, settings, setup.strict, journal, failed, show, prepared or Prepared(0)
+            )  # fmt: skip
         record = _record(task, setup.protocol, questions, settings, journal, failed, name)
     _write(record, path)
     return record
@@ -203,6 +235,7 @@ def _answer(
     journal: Journal,
     failed: dict[str, str],
     show: Callable[[Progress], None] | None,
+    prepared: Prepared,
 ) -> None:
     """Ask what the journal does not have. A batch of which a part is there is asked as a whole again, so that its padding and
     with it every answer is that of an unbroken run; only the missing answers are written."""
@@ -212,21 +245,29 @@ def _answer(
         if any(questions[i].id not in journal.records for i in batch)
     ]
 
-    def prepare(batch: list[int]) -> tuple[list[int], Any]:
+    key = fingerprint({name: value for name, value in settings.items() if name != "plan"})
+
+    def make(batch: list[int]) -> tuple[list[int], Any, dict[str, str]]:
         pictures: dict[int, list[Any]] = {}
+        wrong: dict[str, str] = {}
         for i in batch:
             try:
                 pictures[i] = [open_picture(image) for image in questions[i].images]
             except PictureError as error:
-                if strict:
-                    raise
-                failed[questions[i].id] = str(error)
-        asked = list(pictures)
-        if all(questions[i].id in journal.records for i in asked):
-            return [], None
-        shown = [picture for i in asked for picture in pictures[i]]
-        inputs = processor(images=shown or None, text=[texts[i] for i in asked], padding=True, return_tensors="pt")
-        return asked, inputs
+                wrong[questions[i].id] = str(error)
+        shown = [picture for found in pictures.values() for picture in found]
+        asked = [texts[i] for i in pictures]
+        inputs = processor(images=shown or None, text=asked, padding=True, return_tensors="pt") if asked else None
+        return list(pictures), inputs, wrong
+
+    def prepare(batch: list[int]) -> tuple[list[int], Any]:
+        asked, inputs, wrong = prepared.get(key, batch, lambda: make(batch))
+        for name, reason in wrong.items():
+            if strict:
+                raise PictureError(f"question {name}: {reason}; without --strict it is left out and counted")
+            failed[name] = reason
+        done = all(questions[i].id in journal.records for i in asked)
+        return ([], None) if done else (asked, BatchFeature(dict(inputs)))  # a copy: .to changes it
 
     made, spent = 0, 0.0
     if show:

@@ -63,11 +63,11 @@ def examples(
     found = []
     for work in works:
         asked = {question.id: question for question in work.questions}
-        record = load_record(folder / stock["records"][work.name])
+        record = load_record(folder / stock["tasks"][work.name]["record"])
         for point in points:
             if point["plan"] == STOCK:
                 continue
-            rows = rows_of(load_record(folder / point["records"][work.name]))
+            rows = rows_of(load_record(folder / point["tasks"][work.name]["record"]))
             for a, b in worst(rows_of(record), rows, count):
                 question, settings = asked[a.id], record["settings"]
                 if question.images:

@@ -28,11 +28,15 @@ def file_name(settings: Mapping[str, Any]) -> str:
     return "_".join((settings["task"], settings["protocol"], plan, fingerprint(settings)))
 
 
+class JournalError(ValueError):
+    """A predictions file that cannot be gone on with."""
+
+
 class Journal:
     """The predictions file of one set of settings: a header line, then one line per answer.
 
     A line is written and forced to the disk whole or, if the process dies in it, torn; opening the file cuts a torn last line
-    off. Damage before that, another header and another process at work in the file raise ValueError.
+    off. Damage before that, another header and another process at work in the file raise JournalError.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -60,7 +64,7 @@ class Journal:
         """Write records, each with its "id", and wait until they are on the disk."""
         for record in records:
             if record["id"] in self.records:
-                raise ValueError(f"{self.path} has the answer to {record['id']!r} already")
+                raise JournalError(f"{self.path} has the answer to {record['id']!r} already")
         self._write([dict(record) for record in records])
         self.records |= {record["id"]: dict(record) for record in records}
 
@@ -80,7 +84,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"{self.path}: another process is writing these predictions") from error
+            raise JournalError(f"{self.path}: another process is writing these predictions") from error
 
     def _read(self) -> None:
         data = self.path.read_bytes()
@@ -100,20 +104,20 @@ class Journal:
             return
         for number, value in enumerate(values, 1):
             if value is None or ("id" not in value and number > 1):
-                raise ValueError(f"{self.path}, line {number} is damaged: mend it or move the file away")
+                raise JournalError(f"{self.path}, line {number} is damaged: mend it or move the file away")
         header_ = values[0] or {}
         if header_.get("mmcompress") != "predictions" or header_.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is not a file of predictions of this version: move it away")
+            raise JournalError(f"{self.path} is not a file of predictions of this version: move it away")
         if header_["fingerprint"] != fingerprint(self.settings):
             theirs = header_.get("settings", {})
             other = sorted(k for k in {*theirs, *self.settings} if theirs.get(k) != self.settings.get(k))
-            raise ValueError(
+            raise JournalError(
                 f"{self.path} has predictions made with other settings ({', '.join(other)}): use another folder"
             )
         for number, value in enumerate(values[1:], 2):
             if value is not None:
                 if value["id"] in self.records:
-                    raise ValueError(f"{self.path}, line {number}: a second answer to {value['id']!r}")
+                    raise JournalError(f"{self.path}, line {number}: a second answer to {value['id']!r}")
                 self.records[value["id"]] = value
 
     @staticmethod

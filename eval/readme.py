@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the measured tables of the README from the records in `results/`: `python -m mmcompress.eval.readme`."""
+"""Fill the measured tables of the README from the records in `results/`, and draw its Pareto plots:
+`python -m mmcompress.eval.readme`."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mmcompress as mm
 
+from ..assets import MODELS
 from ..runtime.needs import names_of
+from .evaluator import STOCK
 from .kernels import Row, digits, read
 from .latency import Timing
 from .midsize import FAMILIES
 from .operations import OPERATIONS
-from .standing import Standing, difference
+from .pareto import plot
+from .retained import standings
+from .sweep import FILE, is_choice, load_sweep
 from .synthetic import CHANCE, KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
+BASELINES = ("random", "downsample")
+"""What a method has to beat."""
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ()) -> str:
@@ -86,7 +95,7 @@ ACTS = {
     "pixel": "before the encoder", "encoder": "in the encoder", "input": "before the LLM", "layer": "in the LLM",
     "attention": "in the LLM's attention", "recipe": "before and in the LLM",
 }  # fmt: skip
-OF_QUESTION = ("text", "last_attention", "mean_attention", "pagerank", "clip_", "rotary")
+OF_QUESTION = ("text", "first_text", "last_attention", "mean_attention", "pagerank", "clip_", "rotary")
 """How the names of signals begin that depend on the question."""
 
 
@@ -112,70 +121,104 @@ def _paper(text: str) -> str:
     return f"[{found[0]}](https://arxiv.org/abs/{found[0]})" if found else text or "baseline"
 
 
-def methods(record: dict[str, Any], speed: dict[str, Any]) -> str:
-    """Every method: what it is, how right it is, how long it takes, and where it loses to a baseline."""
-    models = list(record)
-    found = {(m, row["method"], row["keep"]): Standing(**row) for m in models for row in record[m]["rows"]}
-    names = list(dict.fromkeys(name for _, name, keep in found if name != "stock"))
+def accuracy_of(point: Mapping[str, Any]) -> float:
+    """Of a plan of a sweep on the embedded benchmark: mean over question types; nan if it was refused."""
+    answers = point["tasks"].get("shapes")
+    return float(answers["scores"]["accuracy"]) if answers and not point["refused"] else math.nan
+
+
+def difference(first: Sequence[str], second: Sequence[str]) -> tuple[float, float]:
+    """How much better the marks of `first` are than those of `second`, question by question: mean, and its standard error."""
+    pairs = [
+        (a == "1") - (b == "1")
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one, other, strict=True)
+    ]
+    if len(pairs) < 2:
+        return math.nan, math.nan
+    return statistics.mean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5
+
+
+def methods(sweeps: Mapping[str, dict[str, Any]], speed: dict[str, Any]) -> str:
+    """Every method: what it is, how right it is, how long it takes, and where it loses to a baseline. sweeps: model -> what
+    `mmcompress sweep` found."""
+    models = list(sweeps)
+    found = {(m, p["method"], p["keep"]): p for m in models for p in sweeps[m]["points"]}
+    names = [name for name in dict.fromkeys(name for _, name, _ in found) if name != STOCK]
+    ratios = sorted({keep for _, _, keep in found if keep is not None}, reverse=True)
+    middle = 0.25 if 0.25 in ratios else ratios[len(ratios) // 2]
     milliseconds: dict[str, list[str]] = {}
     for row in speed["selection"]["rows"]:
         twin = row["naive_ms"]
         took = f"{row['milliseconds']:.1f}" + ("" if twin is None else f" ({twin:.1f})")
         milliseconds.setdefault(row["method"], []).append(took)
 
-    def at(name: str, keep: float) -> dict[str, Standing]:
-        return {m: found[m, name, keep] for m in models if (m, name, keep) in found}
+    def at(name: str) -> dict[str, Any]:
+        """Model -> the plan of a method at the ratio that is sorted by, or the only one; those that ran."""
+        keys = {m: next((key for key in ((m, name, middle), (m, name, None)) if key in found), None) for m in models}
+        return {m: found[key] for m, key in keys.items() if key and not found[key]["refused"]}
 
-    def mean(name: str) -> float:
-        rows = [row.accuracy for row in at(name, 0.25 if (models[0], name, 0.25) in found else 1.0).values()]
-        known = [value for value in rows if value == value]
+    def mean(values: Iterable[float]) -> float:
+        known = [value for value in values if not math.isnan(value)]
         return sum(known) / len(known) if known else 0.0
 
     def cell(model: str, name: str) -> str:
-        rows = [found[key] for keep in (0.5, 0.25, 0.1, 1.0) if (key := (model, name, keep)) in found]
-        return " / ".join("-" if row.refused else f"{100 * row.accuracy:.0f}" for row in rows) or "-"
+        values = [accuracy_of(found[key]) for keep in (*ratios, None) if (key := (model, name, keep)) in found]
+        return " / ".join("-" if math.isnan(value) else f"{100 * value:.0f}" for value in values) or "-"
+
+    def flops(name: str) -> str:
+        shares = [point["cost"]["flops_ratio"] for point in at(name).values() if point["cost"]]
+        return f"{100 * mean(shares):.0f}" if shares else "-"
 
     def worse(name: str) -> str:
-        """Question types on which a method is beaten at 25 % by more than two standard errors."""
-        if name in ("random", "downsample") or (models[0], name, 0.25) not in found:
-            return ""
+        """Question types on which a method is beaten by more than two standard errors."""
         lost = []
-        for baseline in ("random", "downsample"):
-            other = at(baseline, 0.25)
-            pairs = [(other[m], row) for m, row in at(name, 0.25).items() if not row.refused]
-            if not pairs:
-                continue
+        for baseline in () if name in BASELINES or not is_choice(name) else BASELINES:
+            pairs = [(at(baseline)[m], point) for m, point in at(name).items() if m in at(baseline)]
+            marks = [[point["tasks"]["shapes"]["marks"] for point in side] for side in zip(*pairs, strict=True)]
             kinds = []
-            for kind in KINDS:
-                gain, error = difference([a for a, _ in pairs], [b for _, b in pairs], kind)
+            for kind in KINDS if pairs else ():
+                gain, error = difference(*([one.get(kind, "") for one in side] for side in marks))
                 kinds += [kind] if gain > 2 * error > 0 else []
             lost += [f"`{baseline}`: {', '.join(kinds)}"] if kinds else []
         return "; ".join(lost)
 
     body = []
-    for name in sorted(names, key=lambda n: -mean(n)):
+    for name in sorted(names, key=lambda n: -mean(map(accuracy_of, at(n).values()))):
         cls = mm.methods()[name]
         stages = mm.as_pipeline(name).parts
         took = " + ".join(t for stage in stages for t in milliseconds.get(stage.name, [])[:1]) or "-"
         positions = " + ".join(dict.fromkeys(getattr(stage, "positions", "keep") for stage in stages))
         body.append([
             f"`{name}`", _paper(cls.paper), ACTS[cls.kind], _signals(name), _asks(name), positions,
-            *(cell(m, name) for m in models), took, worse(name),
+            *(cell(m, name) for m in models), flops(name), took, worse(name),
         ])  # fmt: skip
-    stock = " / ".join(f"{m} {100 * found[m, 'stock', 1.0].accuracy:.0f}" for m in models)
-    questions = ", ".join(f"{record[m]['questions']} questions on {m}" for m in models)
-    headings = ["method", "paper", "acts", "reads", "question", "positions", *models, "ms", "beaten at 25 % by"]
-    count = record[models[0]]["questions"]
+    stock = " / ".join(f"{m} {100 * accuracy_of(found[m, STOCK, None]):.0f}" for m in models)
+    counts = {m: sweeps[m]["tasks"]["shapes"]["questions"] for m in models}
+    asked = ", ".join(f"{count} questions on {m}" for m, count in counts.items())
+    headings = [
+        "method",
+        "paper",
+        "acts",
+        "reads",
+        "question",
+        "positions",
+        *models,
+        "FLOPs",
+        "ms",
+        f"beaten at {100 * middle:.0f} % by",
+    ]
+    shares, quarter = " / ".join(f"{100 * keep:.0f}" for keep in ratios), f"{100 * middle:.0f} %"
     return (
-        f"Accuracy (%) with 50 / 25 / 10 % of the visual tokens ({questions}; the stock models: {stock}), the mean over seven "
-        f"question types; sorted by the mean over models at 25 %, baselines included. `keep` counts tokens behind the last cut, "
-        f"for methods with several cuts it is the mean over all LLM layers; `-`: cannot be reached, or not possible with this "
-        f"model. ms: selection of 288 of 2,880 tokens of 4,096 features, without its signals, float32; in brackets "
-        f"with the naive twins of our kernels. Last column: question types "
-        f"on which the baseline is better by more than two standard errors, all models together. Every budget is exact; all "
-        f"methods run on all families, but where the text below says otherwise.\n\n"
-        f"{table(headings, body, (*headings[:6], headings[-1]))}\n\n"
-        f"Shown by `mmcompress methods --measure {count}` and `mmcompress bench selection` ({conditions(record[models[0]])})."
+        f"Accuracy (%) with {shares} % of the visual tokens ({asked}; the stock models: {stock}), the mean over seven "
+        f"question types; sorted by the mean over models at {quarter}, baselines included. `keep` counts tokens behind the last "
+        f"cut, for methods with several cuts it is the mean over all LLM layers; one number: the method takes no `keep`; `-`: "
+        f"cannot be reached, or not possible with this model. FLOPs: of the whole prefill at {quarter}, vision and compression "
+        f"included, % of the stock model, mean over models. ms: selection of 288 of 2,880 tokens of 4,096 features, without its "
+        f"signals, float32; in brackets with the naive twins of our kernels. Last column: question types on which the baseline is "
+        f"better by more than two standard errors, all models together. Every budget is exact; all methods run on all families, "
+        f"but where the text below says otherwise.\n\n{table(headings, body, (*headings[:6], headings[-1]))}\n\n"
+        f"Shown by `mmcompress sweep MODEL --plan all` and `mmcompress bench selection` ({conditions(sweeps[models[0]])})."
     )
 
 
@@ -321,12 +364,12 @@ def main() -> None:
     text = readme.read_text()
     demo = json.loads((ROOT / "results" / "demo.json").read_text())
     speed = json.loads((ROOT / "results" / "bench.json").read_text())
-    standing = json.loads((ROOT / "results" / "methods.json").read_text())
+    sweeps = {name: load_sweep(ROOT / "results" / "sweep" / name / FILE) for name in MODELS}
     faithful = json.loads((ROOT / "results" / "explain.json").read_text())
     for name, content in (
         ("explain", explain(faithful)),
         ("kernels", kernels(read(ROOT / "results" / "kernels.json"))),
-        ("methods", methods(standing, speed)),
+        ("methods", methods(sweeps, speed)),
         ("accuracy", accuracy(demo)),
         ("types", types(demo)),
         ("bench", bench(speed)),
@@ -334,6 +377,11 @@ def main() -> None:
     ):
         text = fill(text, name, content)
     readme.write_text(text)
+    count = min(content["tasks"]["shapes"]["questions"] for content in sweeps.values())
+    rows = {name: standings(content) for name, content in sweeps.items()}
+    plot(
+        rows, f"what is retained of the stock model on {count} questions, against cost", ROOT / "results" / "pareto.png"
+    )
 
 
 if __name__ == "__main__":

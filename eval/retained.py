@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .comparison import Comparison, compare, retention, shown
-from .evaluator import STOCK, load_record
+from .comparison import Comparison, retained, shown
+from .evaluator import STOCK
 from .tasks import task_of
 
 AXES = {
@@ -54,39 +54,34 @@ class Standing:
         return ", ".join(f"{each.count(kind)} {kind}" if len(each) > 1 else kind for kind in kinds)
 
 
-def standings(content: dict[str, Any], folder: Path | str) -> list[Standing]:
-    """The plans of a sweep that ran, the stock model first; raises ValueError without its records."""
-    folder = Path(folder)
+def standings(content: dict[str, Any]) -> list[Standing]:
+    """The plans of a sweep that ran, the stock model first; raises ValueError if that is not there."""
     ran = [point for point in content["points"] if not point["refused"]]
     if not ran or ran[0]["plan"] != STOCK:
-        raise ValueError(f"{folder}: a sweep without the stock model has nothing to compare with")
-    bases = {task: load_record(folder / name) for task, name in ran[0]["records"].items()}
-    cost = {name: read for name, (_, read) in AXES.items()}
+        raise ValueError("a sweep without the stock model has nothing to compare with")
     found = []
     for point in ran:
-        costs = {name: read(point["cost"]) for name, read in cost.items()} if point["cost"] else {}
-        head = (point["plan"], point["method"], point["keep"])
-        if point["plan"] == STOCK:
-            found.append(Standing(*head, 100.0, 0.0, 100.0, 0.0, 100.0, {}, costs))
-            continue
-        pairs = [(bases[task], load_record(folder / name)) for task, name in point["records"].items()]
-        every = {task: compare(base, other) for task, (base, other) in zip(point["records"], pairs, strict=True)}
-        try:
-            sums, notes = retention(pairs), ()
-        except ValueError as error:  # a base score of 0
-            sums, notes = {}, (str(error),)
-        known = [one for one in every.values() if one.change and one.base_score]
-        error = math.sqrt(sum((one.change.error / one.base_score) ** 2 for one in known if one.change)) / max(
-            1, len(known)
-        )
-        same, asked = (sum(getattr(one.flips, what) for one in every.values()) for what in ("same", "questions"))
-        values = [sums.get(name, math.nan) for name in ("RelAcc", "OP", "OG")]
-        found.append(
-            Standing(
-                *head, values[0], 100 * error, values[1], values[2], 100 * same / asked, every, costs, tuple(notes)
-            )
-        )
+        cost = {name: read(point["cost"]) for name, (_, read) in AXES.items()} if point["cost"] else {}
+        every = {task: Comparison.from_dict(one["against"]) for task, one in point["tasks"].items() if one["against"]}
+        found.append(_standing(point, every, cost))
     return found
+
+
+def _standing(point: dict[str, Any], every: dict[str, Comparison], cost: dict[str, float]) -> Standing:
+    head = (point["plan"], point["method"], point["keep"])
+    if point["plan"] == STOCK:
+        return Standing(*head, 100.0, 0.0, 100.0, 0.0, 100.0, {}, cost)
+    sums: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+    try:
+        sums = retained(every)
+    except ValueError as error:  # a base score of 0
+        notes = (str(error),)
+    known = [one for one in every.values() if one.change and one.base_score]
+    error = math.sqrt(sum((one.change.error / one.base_score) ** 2 for one in known if one.change)) / max(1, len(known))
+    same, asked = (sum(getattr(one.flips, what) for one in every.values()) for what in ("same", "questions"))
+    values = [sums.get(name, math.nan) for name in ("RelAcc", "OP", "OG")]
+    return Standing(*head, values[0], 100 * error, values[1], values[2], 100 * same / asked, every, cost, notes)
 
 
 def front(rows: Sequence[Standing], axis: str) -> list[Standing]:
@@ -130,6 +125,7 @@ def cells(row: Standing) -> list[str]:
 def table(content: dict[str, Any], rows: Sequence[Standing]) -> Table:
     """All plans of a sweep."""
     made = Table(
+        box=SIMPLE_HEAD,
         title=escape(f"{content['model']} on {', '.join(content['tasks'])}"),
         caption="RelAcc: mean over tasks of score / stock score in %, ± one standard error of a paired bootstrap; OP: root mean "
         "square of it; agreement: the parser reads the same in both replies; verdict: ties called ties (95 %); FLOPs: % of stock",

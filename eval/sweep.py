@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps: plans x keep ratios x tasks into one folder, restartable."""
+"""Sweeps: plans x keep ratios x tasks into one folder, restartable. What sweep.json says needs no other file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,34 @@ import torch
 import mmcompress as mm
 
 from ..plan import as_pipeline, methods
+from .comparison import compare
 from .cost_record import conditions, costs, prompt_inputs
 from .data import Question, open_picture, read_questions
-from .evaluator import STOCK, Progress, Setup, evaluate, record_path, shapes_questions
-from .standing import is_choice, plan_at
+from .data.question import PictureError
+from .evaluator import STOCK, Prepared, Progress, Setup, evaluate, record_path, shapes_questions
+from .journal import JournalError
+from .statistics import RIGHT
 from .tasks import task_of
 
 FILE = "sweep.json"
+FORMAT = 2
+DIGITS = 6
+"""Digits behind the point of what is written: more are noise."""
+FREE = ("explain_compress",)
+"""Methods that may have trained weights and, without, are a training-free method of their own."""
 
 
 @dataclass
 class Point:
-    """One plan. records: task -> file of its record; cost: its row of `mmcompress bench`; refused: why it did not run."""
+    """One plan.
+
+    tasks: task -> what `summary` says of the answers; cost: its row of `mmcompress bench`; refused: why it did not run.
+    """
 
     plan: str
     method: str = STOCK
     keep: float | None = None
-    records: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     refused: str = ""
 
@@ -43,15 +54,24 @@ class Work:
     questions: Sequence[Question]
 
 
+def is_choice(name: str) -> bool:
+    """Whether a method takes a budget (attention stages drop nothing, and the ramp of aim_prune ends at none)."""
+    return any(field.name == "keep" for field in fields(methods()[name]))
+
+
+def training_free() -> list[str]:
+    """The methods that need no weights of their own."""
+    return [name for name, cls in methods().items() if "weights" not in cls.__dataclass_fields__ or name in FREE]
+
+
 def points(plans: Iterable[str], keeps: Sequence[float]) -> list[Point]:
     """The stock model, and every plan at every ratio: a method that takes a budget, or a text with {keep} in it; another plan is
-    taken as it is. "all" stands for every method with a budget that needs no weights of its own."""
+    taken once, as it is. "all" stands for every method that needs no weights of its own."""
     found = [Point(STOCK)]
     for plan in plans:
-        names = [name for name in methods() if is_choice(name) and not _learned(name)] if plan == "all" else [plan]
-        for name in names:
+        for name in training_free() if plan == "all" else [plan]:
             if name.isidentifier() and name in methods() and is_choice(name):
-                found += [Point(plan_at(name, keep), name, keep) for keep in keeps]
+                found += [Point(f"{name}(keep={keep})", name, keep) for keep in keeps]
             elif "{keep}" in name:
                 found += [Point(name.replace("{keep}", str(keep)), name, keep) for keep in keeps]
             else:
@@ -59,10 +79,6 @@ def points(plans: Iterable[str], keeps: Sequence[float]) -> list[Point]:
     for point in found[1:]:
         point.plan = repr(as_pipeline(point.plan))
     return list({point.plan: point for point in reversed(found)}.values())[::-1]
-
-
-def _learned(name: str) -> bool:
-    return "weights" in methods()[name].__dataclass_fields__
 
 
 def read_tasks(texts: Sequence[str], count: int | None, model: Any) -> list[Work]:
@@ -94,46 +110,85 @@ def sweep(
     new_tokens: int = 16,
     show: Callable[[str, str, Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Answer every task with every plan, and measure what each plan costs on the first question; returns what sweep.json holds.
+    """Answer every task with every plan, and measure what each plan costs on one question; returns what sweep.json holds.
 
     A plan that the model refuses is named with the reason, and the others go on. Run again, a sweep makes only what is missing:
     answers as `evaluate` does; costs are measured anew, all together, if any is missing (repeats=0: not at all).
     """
     folder = Path(folder)
-    found = [replace(point, records={}, cost={}) for point in wanted]
-    question = next((q for work in works for q in work.questions if q.images), None)
-    if question is None:
-        raise ValueError("no question has a picture: there is nothing to compress")
-    inputs = prompt_inputs(model, processor, open_picture(question.images[0]), question.text)
+    found = [replace(point, tasks={}, cost={}) for point in wanted]
+    inputs = _prompt(model, processor, works)
     for point in found[1:]:
         point.refused = refused(model, inputs, point.plan)
-    runs = [point for point in found if not point.refused]
+    runs, tasks, machine = [point for point in found if not point.refused], {}, {}
     for work in works:
-        task = replace(setup, task=work.name)
+        task, prepared, base = replace(setup, task=work.name), Prepared(), None
         for point in list(runs):
             try:
                 record = evaluate(
                     model, processor, work.questions, task, point.plan, folder, name,
-                    None if show is None else lambda now, point=point, work=work: show(work.name, point.plan, now),
+                    None if show is None else lambda now, point=point, work=work: show(work.name, point.plan, now), prepared,
                 )  # fmt: skip
-            except NotImplementedError as error:
-                if point.plan == STOCK:
+            except (NotImplementedError, ValueError) as error:
+                if point.plan == STOCK or isinstance(error, JournalError | PictureError):
                     raise
                 point.refused = str(error)
                 runs.remove(point)
                 continue
-            point.records[work.name] = record_path(folder, record).name
+            if base is None:
+                base, machine = record, record["machine"]
+                tasks[work.name] = _about(record)
+            point.tasks[work.name] = summary(base, record) | {"record": record_path(folder, record).name}
     about: dict[str, Any] = {}
     if repeats:
         about = _costs(model, inputs, runs, folder, name, repeats, new_tokens)
     content = {
-        "mmcompress": "sweep", "format": 1, "model": name, "tasks": [work.name for work in works], "cost": about,
+        "mmcompress": "sweep", "format": FORMAT, "model": name, "machine": machine, "tasks": tasks, "cost": about,
         "points": [asdict(point) for point in found],
     }  # fmt: skip
-    unfinished = folder / f"{FILE}.tmp"
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(folder / FILE)
-    return content
+    return _write(content, folder / FILE)
+
+
+def _prompt(model: Any, processor: Any, works: Sequence[Work]) -> Any:
+    """Inputs of the first question whose picture can be read: what plans are tried and timed on."""
+    failed = None
+    for question in (question for work in works for question in work.questions if question.images):
+        try:
+            return prompt_inputs(model, processor, open_picture(question.images[0]), question.text)
+        except PictureError as error:
+            failed = failed or error
+    if failed:
+        raise ValueError(f"no picture can be read: {failed}")
+    raise ValueError("no question has a picture: there is nothing to compress")
+
+
+def _about(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What all plans of a task share: how it was asked, and of each type the ids of the questions in the order of the marks."""
+    settings, ids = record["settings"], {}
+    for row in record["rows"]:
+        ids.setdefault(row["kind"], []).append(row["id"])
+    asked = {name: settings[name] for name in ("protocol", "batch_size", "new_tokens", "weights", "data")}
+    return {
+        **asked, "questions": settings["questions"], "failed": record["failed"], "headline": record["headline"],
+        "chance": record["chance"], "ids": ids,
+    }  # fmt: skip
+
+
+def summary(base: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is worth keeping of a record, without its answers.
+
+    marks: by type one character per question in order, 1 right, 0 wrong, - without a gold answer; visual: visual tokens of a
+    prompt, entering the LLM, and mean over its layers; against: the comparison with the stock model.
+    """
+    marks: dict[str, str] = {}
+    for row in record["rows"]:
+        mark = "-" if row["value"] is None else str(int(row["value"] >= RIGHT))
+        marks[row["kind"]] = marks.get(row["kind"], "") + mark
+    return {
+        "scores": record["scores"], "marks": marks, "answered": record["answered"], "empty": record["empty"],
+        "visual": {name: value["mean"] for name, value in record["visual_tokens"].items()},
+        "against": None if record is base else compare(dict(base), dict(record)).to_dict(),
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -152,13 +207,54 @@ def _costs(
 ) -> dict[str, Any]:
     """Give each point its cost, from the sweep before or measured; returns the conditions."""
     about: dict[str, Any] = conditions(model, name, inputs, repeats, 2, new_tokens)
-    content = json.loads((folder / FILE).read_text()) if (folder / FILE).exists() else {}
+    content = load_sweep(folder / FILE) if (folder / FILE).exists() else {}
     before = content.get("cost", {})
     same = all(before.get(key) == about[key] for key in about if key != "machine")
     known = {point["plan"]: point["cost"] for point in content.get("points", []) if point["cost"]} if same else {}
     if missing := [point.plan for point in runs if point.plan not in known]:
         rows = costs(model, inputs, [point.plan for point in runs], repeats, about["warmup"], new_tokens)
-        known = {row.counts.plan: row.to_dict() for row in reversed(rows)}  # of two baselines the first
+        known = {row.counts.plan: _brief(row.to_dict()) for row in reversed(rows)}  # of two baselines the first
     for point in runs:
         point.cost = known[point.plan]
     return about if missing else before
+
+
+def _brief(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of costs without what the point says already and without single repeats."""
+    times = {part: {"median": one["median"], "iqr": one["iqr"]} for part, one in row["milliseconds"].items()}
+    kept = {name: value for name, value in row.items() if name not in ("label", "plan")}
+    return {**kept, "milliseconds": times}
+
+
+def _write(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content, rounded, a line for each point; in one step, so that there is never half a file. Returns what is written."""
+    content = _rounded(content)
+    parts = {key: json.dumps(value, ensure_ascii=False) for key, value in content.items()}
+    parts["points"] = "[\n" + ",\n".join("  " + json.dumps(point) for point in content["points"]) + "\n ]"
+    text = ",\n".join(f" {json.dumps(key)}: {part}" for key, part in parts.items())
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+    unfinished.replace(path)
+    return content
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return round(value, DIGITS) if isinstance(value, float) else value
+
+
+def load_sweep(path: Path | str) -> dict[str, Any]:
+    """The content of a sweep.json; raises ValueError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; `mmcompress sweep` writes it")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("mmcompress") != "sweep" or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no record of `mmcompress sweep` of this version: move it away, and sweep again")
+    return content

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from .assets import CLIP, MODELS, model_path
 from .eval import cli as evaluation
 from .eval import cli_cost, explain_train
 
+WIDTH = 160
+"""Columns of what goes into a file or a pipe, where nothing says how wide it may be: tables are readable there too."""
+
 
 class UserError(Exception):
     """A mistake of the user: one line, exit status 2."""
@@ -26,7 +30,8 @@ class UserError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    console = Console()
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if narrow else WIDTH)
     try:
         options.run(options, console)
     except (UserError, ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -68,17 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     run.add_argument("--out", type=Path, help="also write a PNG of the kept tokens")
 
-    known = command("methods", _methods, "all methods with kind, paper and options; or measure them")
-    known.add_argument(
-        "--measure", type=int, metavar="N", help="answer N held-out questions with every method on the embedded models"
-    )
-    known.add_argument(
-        "--model", action="append", choices=MODELS, help="with --measure: only this one (several allowed)"
-    )
-    known.add_argument("--method", action="append", help="with --measure: only this one (several allowed)")
-    known.add_argument(
-        "--out", type=Path, default=Path("methods.json"), help="record of --measure; continued if it exists"
-    )
+    command("methods", _methods, "all methods with kind, paper and options; `sweep MODEL --plan all` measures them")
 
     tune = command(
         "tune", _tune, "search the options of a plan for a checkpoint, and write the best plan (restartable)"
@@ -213,8 +208,6 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from .assets import model_path
-
     _quiet()
     name = str(model_path(options.model)) if options.model in MODELS else options.model
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -277,31 +270,10 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         console.print(f"kept tokens: {kept_figure([panels], repr(plan), options.out)}", markup=False)
 
 
-def _measure_methods(options: argparse.Namespace, console: Console) -> None:
-    from .demo import load
-    from .eval.standing import measure
-    from .plan import make, methods
-
-    if options.measure < 7:
-        raise UserError(f"--measure {options.measure}: at least 7 questions, one of each type")
-    _quiet()
-    names = options.method or list(methods())
-    for name in names:
-        make(name, {})  # raises with a suggestion for a name that is not known
-    models = [(name, *load(model_path(name))) for name in options.model or MODELS]
-    for label, found in measure(options.out, models, names, options.measure):
-        shown = found.refused or f"{100 * found.accuracy:.1f} %"
-        console.print(f"{label:<18} {found.plan or 'stock model':<40} {shown}", highlight=False, markup=False)
-    console.print(f"record: {options.out}")
-
-
 def _methods(options: argparse.Namespace, console: Console) -> None:
     from . import methods as _registers_all_methods  # noqa: F401
     from .plan import methods
 
-    if options.measure is not None:
-        _measure_methods(options, console)
-        return
     table = Table(title="methods")
     for heading in ("method", "acts", "paper", "options", "idea"):
         table.add_column(heading, overflow="fold")

@@ -12,10 +12,14 @@ import pytest
 import torch
 from mmcompress.assets import model_path
 from mmcompress.eval import sweep as sweeping
+from mmcompress.eval.comparison import Comparison, compare
+from mmcompress.eval.evaluator import Prepared, Setup, evaluate, load_record
 from mmcompress.eval.examples import worst
+from mmcompress.eval.readme import methods
 from mmcompress.eval.retained import Standing, front, standings
-from mmcompress.eval.sweep import points, read_tasks
-from mmcompress.eval.synthetic import items
+from mmcompress.eval.statistics import Difference, Flips
+from mmcompress.eval.sweep import load_sweep, points, read_tasks
+from mmcompress.eval.synthetic import Item, items
 from mmcompress.eval.tasks import Row
 from mmcompress.eval.tuning import answers, batches
 
@@ -73,11 +77,15 @@ def test_points() -> None:
     assert found[1].plan == repr(mm.as_pipeline("divprune(keep=0.5)"))
     every = {point.method for point in points(["all"], [0.5])}
     assert {"divprune", "fastv", "visionzip", "random", "uniform"} <= every and not {"dyvte", "tokenflex"} & every
+    assert {"cmai", "aim_prune", "var_attention_sink", "explain_compress"} <= every
+    once = [(point.plan, point.keep) for point in points(["all"], [0.5, 0.1]) if point.method == "cmai"]
+    assert once == [("cmai()", None)]
     with pytest.raises(ValueError, match="did you mean"):
         points(["divprun"], [0.5])
 
 
 def test_tasks(table: Path, loaded: tuple[Any, Any]) -> None:
+    assert all(item.size == item.picture.size for item in items(3, stretched=True))
     (work,) = read_tasks([f"exact={table}"], 3, loaded[0])
     assert (work.name, len(work.questions)) == ("exact", 3)
     for texts, message in (
@@ -90,10 +98,10 @@ def test_tasks(table: Path, loaded: tuple[Any, Any]) -> None:
 def test_what_a_sweep_holds(swept: tuple[Path, list[str]]) -> None:
     out, _ = swept
     content = json.loads((out / "sweep.json").read_text())
-    assert content["tasks"] == ["shapes", "exact"]
+    assert list(content["tasks"]) == ["shapes", "exact"]
     refused = [point for point in content["points"] if point["refused"]]
     assert [point["plan"] for point in refused] == ["fastv(layer=99, keep=0.5)"] or "99" in refused[0]["plan"]
-    rows = standings(content, out)
+    rows = standings(content)
     assert [row.plan for row in rows][:3] == ["stock", "divprune(keep=0.5)", "divprune(keep=0.02)"]
     stock, half, few, cut = rows
     assert stock.relative == 100 and stock.cost["flops"] == 100 and few.cost["flops"] < half.cost["flops"] < 100
@@ -108,6 +116,148 @@ def test_what_a_sweep_holds(swept: tuple[Path, list[str]]) -> None:
     assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_a_sweep_holds_needs_no_other_file(swept: tuple[Path, list[str]]) -> None:
+    """Scores, marks, visual tokens and comparisons are those of the records, to six digits."""
+    out, _ = swept
+    content = load_sweep(out / "sweep.json")
+    ran = [point for point in content["points"] if not point["refused"]]
+    for task, about in content["tasks"].items():
+        base = load_record(out / ran[0]["tasks"][task]["record"])
+        assert about["questions"] == COUNT and about["failed"] == {} and ran[0]["tasks"][task]["against"] is None
+        for point in ran:
+            told, record = point["tasks"][task], load_record(out / point["tasks"][task]["record"])
+            values = {row["id"]: row["value"] for row in record["rows"]}
+            for kind, ids in about["ids"].items():
+                assert told["marks"][kind] == "".join(str(int(values[name])) for name in ids)
+            assert told["scores"]["accuracy"] == pytest.approx(record["scores"]["accuracy"], abs=1e-6)
+            assert told["visual"]["entering"] == pytest.approx(record["visual_tokens"]["entering"]["mean"], abs=1e-6)
+            if point["plan"] != "stock":
+                found, expected = Comparison.from_dict(told["against"]), compare(base, record)
+                assert (found.flips, found.questions) == (expected.flips, COUNT)
+                assert found.change.error == pytest.approx(expected.change.error, abs=1e-6)  # type: ignore[union-attr]
+                assert set(found.by_kind) == set(about["ids"]) and found.retention == pytest.approx(
+                    expected.retention, abs=1e-6
+                )
+    assert len((out / "sweep.json").read_text()) < 6000 * len(ran)
+    for wrong, message in (
+        ("none.json", "no such file"),
+        ("report.html", "not JSON"),
+        (ran[0]["tasks"]["shapes"]["record"], "sweep again"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_sweep(out / wrong)
+
+
+def test_a_comparison_in_plain_values() -> None:
+    """Also one without gold answers, where most of it is not known."""
+    flips = Flips(4, 3, 1, 0)
+    nan = math.nan
+    change = Difference(0.1, 0.0, 0.2, 0.05, 3)
+    known = Comparison(
+        "exact", "stock", "p", 4, 0.5, 0.6, 1.2, 1.3, change, flips, {"a": (4, 0.5, 0.6, change)}, ("note",)
+    )
+    blind = Comparison("exact", "stock", "p", 4, nan, nan, nan, nan, None, flips, {}, ())
+    for one in (known, blind):
+        plain = json.loads(json.dumps(one.to_dict(), allow_nan=False))
+        assert repr(Comparison.from_dict(plain)) == repr(one)
+
+
+def test_pictures_are_processed_once(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once per plan; the answers are those of evaluations that share nothing."""
+    model, processor = loaded
+    works = read_tasks(["shapes"], 7, model)
+    drawn: list[int] = []
+    picture = Item.picture.fget
+    monkeypatch.setattr(Item, "picture", property(lambda item: (drawn.append(item.scene.seed), picture(item))[1]))  # type: ignore[misc]
+    setup = Setup("shapes", batch_size=3)
+    content = sweeping.sweep(
+        model, processor, works, points(["random", "fastv"], [0.5, 0.1]), setup, tmp_path / "a", "m", 0
+    )
+    assert len(drawn) == 7 + 1  # and the prompt that plans are tried on
+    for point in content["points"]:
+        alone = evaluate(model, processor, works[0].questions, setup, point["plan"], tmp_path / "b", "m")
+        assert load_record(tmp_path / "a" / point["tasks"]["shapes"]["record"])["rows"] == alone["rows"]
+    small = Prepared(1000)
+    evaluate(model, processor, works[0].questions, setup, "stock", tmp_path / "c", "m", prepared=small)
+    assert small.held == 0  # nothing fits
+
+
+def test_pictures_that_cannot_be_read_and_plans_that_fail_midway(
+    loaded: tuple[Any, Any], table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in table.read_text().splitlines()][:4]
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    for row in rows:
+        row["image"] = str(table.parent / row["image"])
+    rows[0]["image"] = str(tmp_path / "broken.png")
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = [
+        "sweep",
+        "llava-shapes",
+        "--plan",
+        "random",
+        "--keep",
+        "0.5",
+        "--task",
+        f"exact={tmp_path / 'q.jsonl'}",
+        "--repeats",
+        "0",
+    ]
+    line += ["--examples", "0", "--device", "cpu"]
+    assert main([*line, "--out", str(tmp_path / "a")]) == 0
+    assert "1 of 4 questions were left out" in capsys.readouterr().out
+    content = load_sweep(tmp_path / "a" / "sweep.json")
+    assert (
+        list(content["tasks"]["exact"]["failed"]) == ["q0"] and content["points"][1]["tasks"]["exact"]["answered"] == 3
+    )
+    assert main([*line, "--strict", "--out", str(tmp_path / "b")]) == 2
+    assert "question q0" in capsys.readouterr().err
+
+
+def test_a_plan_that_fails_midway_is_refused(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = loaded
+    works = read_tasks(["shapes"], 7, model)
+
+    def fail(*arguments: Any, **more: Any) -> Any:
+        if "0.1" in arguments[4]:
+            raise ValueError("keep=200 of 144 tokens")
+        return evaluate(*arguments, **more)
+
+    monkeypatch.setattr(sweeping, "evaluate", fail)
+    setup = Setup("shapes")
+    content = sweeping.sweep(model, processor, works, points(["random"], [0.5, 0.1]), setup, tmp_path, "m", 0)
+    assert [point["refused"] for point in content["points"]] == ["", "", "keep=200 of 144 tokens"]
+    assert len(standings(content)) == 2
+
+
+def test_the_table_of_methods(swept: tuple[Path, list[str]]) -> None:
+    """Accuracy at every ratio, and question types on which a baseline is better."""
+    content = load_sweep(swept[0] / "sweep.json")
+    half = next(point for point in content["points"] if point["plan"] == "divprune(keep=0.5)")
+    kinds = content["tasks"]["shapes"]["ids"]
+
+    def point(method: str, keep: float, marks: dict[str, str]) -> dict[str, Any]:
+        value = sum(m.count("1") / len(m) for m in marks.values()) / len(marks)
+        told = {**half["tasks"]["shapes"], "marks": marks, "scores": {"accuracy": value}}
+        return {**half, "method": method, "plan": f"{method}(keep={keep})", "keep": keep, "tasks": {"shapes": told}}
+
+    good = dict.fromkeys(kinds, "1" * 20)
+    bad = good | {"color": "01" * 10}
+    made = [point("random", 0.25, good), point("downsample", 0.25, bad), point("divprune", 0.25, bad)]
+    refusing = {**point("fastv", 0.25, bad), "refused": "no", "tasks": {}}
+    sweeps = {"llava-shapes": {**content, "points": [content["points"][0], *made, refusing]}}
+    text = methods(sweeps, {"selection": {"rows": [{"method": "divprune", "milliseconds": 3.0, "naive_ms": None}]}})
+    lines = {line.split("`")[1]: line.split(" | ") for line in text.splitlines() if line.startswith("| `")}
+    assert lines["divprune"][6] == "93" and lines["random"][6] == "100" and lines["fastv"][6] == "-"
+    assert (
+        lines["divprune"][-1] == "`random`: color |" and lines["divprune"][-2] == "3.0" and lines["random"][-1] == " |"
+    )
+    assert lines["divprune"][7] == f"{100 * half['cost']['flops_ratio']:.0f}"
+    assert next(iter(lines)) == "random" and list(lines)[-1] == "fastv"
+
+
 def test_the_report(swept: tuple[Path, list[str]]) -> None:
     out, _ = swept
     page = (out / "report.html").read_text()
@@ -118,14 +268,15 @@ def test_the_report(swept: tuple[Path, list[str]]) -> None:
 def test_a_sweep_goes_on(swept: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asked or timed a second time; a further plan is, and brings all costs anew."""
     out, line = swept
-    before = (out / "sweep.json").read_text()
+    before = load_sweep(out / "sweep.json")
     monkeypatch.setattr("mmcompress.eval.evaluator._generate", lambda *_: pytest.fail("the answers are there"))
     timed: list[list[str]] = []
     costs = sweeping.costs
     monkeypatch.setattr(sweeping, "costs", lambda *a: (timed.append(a[3]) if len(a) > 3 else None, costs(*a))[1])
     monkeypatch.setattr("mmcompress.eval.cost_record.clock", lambda *_, **__: pytest.fail("the costs are there"))
     assert main(line) == 0
-    assert (out / "sweep.json").read_text() == before and not timed
+    after = load_sweep(out / "sweep.json")
+    assert {**after, "machine": 0} == {**before, "machine": 0} and not timed  # somebody may have committed in between
 
 
 def test_the_front() -> None:

@@ -59,7 +59,7 @@ def picture_size(source: Picture) -> tuple[int, int]:
     """Width and height without decoding; (0, 0) if they cannot be told."""
     try:
         if callable(source):
-            return source().size
+            return getattr(source, "size", None) or source().size
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
             return picture.size
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):

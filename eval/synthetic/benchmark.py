@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from .questions import KINDS, Question, ask
-from .scenes import FEWEST, MOST, Scene, draw, scenes
+from .scenes import FEWEST, MOST, SCALE, Scene, draw, scenes
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class Item:
     @property
     def picture(self) -> Image.Image:
         return draw(self.scene)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture, without drawing it."""
+        width, height = self.scene.size
+        return round(width * SCALE), round(height * SCALE)
 
 
 def items(count: int, start: int = 1_000_000, most: int = 4, stretched: bool = False) -> list[Item]:

@@ -22,7 +22,6 @@ from ...learn.dyvte import exit_loss, exit_sample
 from ...learn.tokenflex import CHANCES, SHARES, draw_share, flexible_loss, fresh_projector, weighted_loss
 from ...methods.dyvte import ExitRouters
 from ...weights import Saved, base_of
-from ..standing import visual_tokens
 from .benchmark import evaluate, items, prepare, takes_any_shape
 from .data import HARD, conversation
 from .loop import Loop
@@ -90,6 +89,18 @@ def inputs_of(processor: Any, pictures: Sequence[Any], talks: Sequence[Sequence[
             at = slice(stop - ends[-1][1] + first, stop - ends[-1][1] + last)
             labels[row, at] = ids[row, at]
     return {**made, "labels": labels}
+
+
+def visual_tokens(model: Any) -> list[float]:
+    """Mean number of visual tokens of a row of the last call in each LLM layer."""
+    last = mm.trace(model)
+    rows = sorted({visual.row for visual in last.visuals})
+    totals = [0.0] * last.text_config.num_hidden_layers
+    for row in rows:
+        text = last.call.counts[row] - sum(v.tokens for v in last.visuals if v.row == row)
+        for layer, count in enumerate(last.tokens_per_layer(row)):
+            totals[layer] += (count - text) / len(rows)
+    return totals
 
 
 class Learning(Loop):
