@@ -239,6 +239,7 @@ def train(
     seconds["training"] = time.perf_counter() - start
     report: dict[str, Any] = {
         "recipe": asdict(recipe), "fitting": asdict(fitting), "right": right, "asked": len(asked), "labels": len(pairs),
+        "questions": len(tested),
         "agreement": agreement(net, pairs[-back:]), "seconds": seconds, "accuracy": {},
     }  # fmt: skip
     weights = net.saved(model, report).save(out / "weights")

@@ -14,8 +14,10 @@ from typing import Any
 
 import mmcompress as mm
 
-from ..assets import MODELS
+from ..assets import MODELS, weights_path
+from ..explain.compressor import KEEPS
 from ..runtime.needs import names_of
+from ..weights import Saved
 from .evaluator import STOCK
 from .kernels import Row, digits, read
 from .latency import Timing
@@ -350,6 +352,41 @@ def explain(record: list[dict[str, Any]]) -> str:
     )
 
 
+def learned(found: dict[str, Saved]) -> str:
+    """What the compressors in the package are worth beside what they learned from and what needs no training."""
+    reports = {name: saved.training for name, saved in found.items()}
+    first = next(iter(reports.values()))
+    names = list(dict.fromkeys(key.split(" ")[0] for key in first["accuracy"] if key != "full"))
+
+    def cell(model: str, name: str) -> str:
+        return " / ".join(f"{100 * reports[model]['accuracy'][f'{name} {100 * k:.0f} %']:.1f}" for k in KEEPS)
+
+    order = ["oracle", "learned", "proxy", *sorted(set(names) - {"oracle", "learned", "proxy"})]
+    shown = {"learned": "learned", "oracle": "oracle (two passes)", "proxy": "proxy (no training)"}
+    body = [["all tokens", *(f"{100 * report['accuracy']['full']:.1f}" for report in reports.values())]]
+    body += [[shown.get(name, f"`{name}`"), *(cell(m, name) for m in reports)] for name in order if name in names]
+    overlaps = [
+        " / ".join(
+            f"{100 * report['agreement'][f'overlap {name} 25 %']:.0f}" for name in ("learned", "proxy", "chance")
+        )
+        for report in reports.values()
+    ]
+    body.append(["of the oracle's 25 %: learned / proxy / chance, %", *overlaps])
+    body.append(["right answers learned from", *(str(report["right"]) for report in reports.values())])
+    body.append([
+        "minutes: labels + training",
+        *(" + ".join(f"{r['seconds'][part] / 60:.0f}" for part in ("labels", "training")) for r in reports.values()),
+    ])  # fmt: skip
+    shares = " / ".join(f"{100 * k:.0f}" for k in KEEPS)
+    compared = " ".join(name for name in names if name != "learned")
+    samples = ", ".join(str(report["asked"]) for report in reports.values())
+    return (
+        f"Accuracy (%) of `explain_compress` with {shares} % of the visual tokens, {first['questions']} held-out questions per "
+        f"model.\n\n{table(['', *reports], body)}\n\nShown by `mmcompress explain-train MODEL --samples N "
+        f"--epochs {first['fitting']['epochs']} --compare {compared}` (N = {samples})."
+    )
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
@@ -368,6 +405,7 @@ def main() -> None:
     faithful = json.loads((ROOT / "results" / "explain.json").read_text())
     for name, content in (
         ("explain", explain(faithful)),
+        ("learned", learned({name: Saved.load(weights_path("explain_compress", name)) for name in MODELS})),
         ("kernels", kernels(read(ROOT / "results" / "kernels.json"))),
         ("methods", methods(sweeps, speed)),
         ("accuracy", accuracy(demo)),
