@@ -11,7 +11,10 @@ import pytest
 import torch
 from mmcompress.assets import model_path
 from mmcompress.eval import explain_train
+from mmcompress.eval.cost import count
 from mmcompress.eval.explain_train import Labels, Recipe, training_questions
+from mmcompress.eval.midsize import build as midsize
+from mmcompress.eval.midsize import one_image_prompt
 from torch import Tensor
 
 import mmcompress as mm
@@ -126,6 +129,16 @@ def test_labels_are_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Labels(folder / "labels", model, processor, questions, Recipe(batch=12, new_tokens=8, mode="fast"))
     with pytest.raises(ValueError, match="another base"):
         Labels(folder / "labels", build("llava"), processor, questions, recipe)
+
+
+@pytest.mark.slow
+def test_online_cost_is_below_one_percent_of_the_prefill(tmp_path: Path) -> None:
+    model = midsize("llava")
+    inputs = one_image_prompt(model)
+    Compressor().save_pretrained(tmp_path, model)
+    stock = count(model, inputs)
+    found = count(model, inputs, f"explain_compress(weights={str(tmp_path)!r}, keep=0.25)", stock)
+    assert 0 < found.overhead < 0.01 * stock.total
 
 
 def test_wrong_answers_give_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
