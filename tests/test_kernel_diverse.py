@@ -213,6 +213,19 @@ def test_memory_is_linear() -> None:
     assert largest <= n * max(rows.ROUND, d, k)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_tokens_from_a_table(kind: str) -> None:
+    for seed, (u, n, d) in enumerate([(1, 1, 3), (2, 7, 2), (1, 90, 17), (2, 130, 40)]):
+        x, g = tokens(kind, u, n, d, seed).to(TYPES[seed % 3]), torch.Generator().manual_seed(seed)
+        weight, quality = torch.rand(u, n, generator=g), torch.randn(u, n, generator=g)
+        for k in {1, -(-n // 3), n}:
+            for w in (None, weight):
+                twin = naive.max_min(x, k, w)
+                check(max_min(x, k, w), twin, [distances(x[i], None if w is None else w[i]) for i in range(u)])
+            picks, twin = greedy_map(x, quality, k), naive.greedy_map(x, quality, k)
+            check(picks, twin, [determinants(x[i], quality[i]) for i in range(u)])
+
+
 # ---------------------------------------------------------------------- Triton: in its interpreter where there is no GPU
 CASES = [  # kind, visuals, tokens, D, picks, type, side of a tile, tokens of a program
     ("random", 1, 1, 1, 1, torch.float32, 16, 16),

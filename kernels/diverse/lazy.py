@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import naive
+from . import table
 from .naive import SPENT
 from .rows import UnitRows, loneliest
 
@@ -35,15 +35,16 @@ LOW, HIGH = 16, 64
 
 def max_min(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
     """As `kernels.diverse.max_min`. Memory beside the result: POOL + k rows of D and O(N)."""
-    if features.shape[1] <= FEW:
-        weights = [None] * len(features) if weight is None else weight.split(1)
-        return torch.cat([naive.max_min(x, k, w) for x, w in zip(features.split(1), weights, strict=True)])
     out = torch.empty(len(features), k, dtype=torch.int64)
     for u, x in enumerate(features):
-        rows = UnitRows(x)
-        first = loneliest(rows)
-        state = _Distance(rows, k, first, None if weight is None else weight[u])
-        out[u] = torch.from_numpy(_greedy(rows, k, state, [first]))
+        own = None if weight is None else weight[u]
+        if len(x) <= FEW:
+            picks = table.max_min(x, k, own)
+        else:
+            rows = UnitRows(x)
+            first = loneliest(rows)
+            picks = _greedy(rows, k, _Distance(rows, k, first, own), [first])
+        out[u] = torch.from_numpy(picks)
     return out
 
 
@@ -51,9 +52,12 @@ def greedy_map(features: Tensor, log_quality: Tensor, k: int) -> Tensor:
     """As `kernels.diverse.greedy_map`. Memory beside the result: POOL + k rows of D, k x k, N x k at most."""
     out = torch.empty(len(features), k, dtype=torch.int64)
     for u, x in enumerate(features):
-        rows = UnitRows(x)
         worth = 2 * log_quality[u].float().clamp_min(-1e30)
-        picks = _greedy(rows, k, _NewPart(rows, k, worth), [])
+        if len(x) <= FEW:
+            picks = table.greedy_map(x, worth.numpy(), k)
+        else:
+            rows = UnitRows(x)
+            picks = _greedy(rows, k, _NewPart(rows, k, worth), [])
         if len(picks) < k:  # nothing is new any more
             order = np.argsort(-worth.numpy(), kind="stable")
             picks = np.concatenate([picks, order[~np.isin(order, picks)]])
