@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from mmcompress.eval import kernels, operations
+from mmcompress.eval import kernel_tune, kernels, operations
 from mmcompress.eval.kernels import Base, Failure, Late, Row, Sweep, Worker, measure, merged, quantiles, read, write
 from mmcompress.eval.operations import OPERATIONS, Draw, Size, caller, sizes
 from mmcompress.eval.readme import kernels as readme_kernels
 from mmcompress.eval.worker import Bench, extra_bytes, memory_limit, reason
+from mmcompress.kernels import configs
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -432,3 +433,42 @@ def test_sweeps() -> None:
     usual, full = Sweep.usual("cpu"), Sweep.usual("cpu", full=True, n=[7])
     assert set(usual.ops) == set(OPERATIONS) and "compile" in full.providers and list(full.n) == [7]
     assert 32768 in usual.n and set(full.dtypes) == set(operations.DTYPES)
+
+
+# ---------------------------------------------------------------------- block sizes
+def test_block_sizes_descend_to_the_fastest() -> None:
+    tried = []
+
+    def clock(config: dict[str, int]) -> float:
+        tried.append(tuple(config.values()))
+        return float("inf") if config["rows"] < 16 else abs(config["rows"] - 128) + abs(config["num_stages"] - 4) + 1.0
+
+    best, fastest = kernel_tune.descend({"rows": 32, "num_stages": 2}, clock)
+    assert (best, fastest) == ({"rows": 128, "num_stages": 4}, 1.0) and len(tried) == len(set(tried))
+
+
+def test_block_sizes_are_tried_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, seen = torch.device("cpu"), []
+    before = configs.CONFIGS["match"]
+    assert kernel_tune.table_of("match", "float32") == "match_float32"
+    assert (
+        kernel_tune.table_of("match", "bfloat16") == "match" and kernel_tune.table_of("max_min", "float32") == "diverse"
+    )
+
+    def made(op: str, provider: str, call: Any) -> Callable[[], None]:
+        def run() -> None:
+            config = configs.config("match", device)
+            seen.append(config)
+            if config["num_warps"] > 4:
+                raise RuntimeError("out of resources")
+
+        return run
+
+    monkeypatch.setattr(kernel_tune, "caller", made)
+    monkeypatch.setattr(kernel_tune, "milliseconds", lambda run, device: 10.0 / configs.config("match", device)["rows"])
+    monkeypatch.setattr(
+        kernel_tune, "neighbours", lambda c: [c | {"rows": min(256, 2 * c["rows"])}, c | {"num_warps": 8}]
+    )
+    best, fastest, start = kernel_tune.tune("match", Size(9, 4, 1, "bfloat16"), device)
+    assert best == before["default"] | {"rows": 256} and fastest < start and len(seen) > 3
+    assert configs.CONFIGS["match"] is before
