@@ -110,6 +110,14 @@ def _ids(model: Any, token: int, tokens: int, text_tokens: int, generator: torch
     return {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 
 
+def large_picture(model: Any, text_tokens: int = 72, seed: int = 0) -> dict[str, Tensor]:
+    """A picture of four tiles and the thumbnail for the LLaVA-NeXT, and `text_tokens` text tokens around it: 3,000 in all."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(1, 5, 3, 336, 336, generator=generator).to(model.device, model.dtype)
+    ids = _ids(model, IMAGE, 576 + 48 * (48 + 1), text_tokens, generator)
+    return {**ids, "pixel_values": pixels, "image_sizes": torch.tensor([[672, 672]], device=model.device)}
+
+
 def long_video(frames: int = 20, side: int = 64) -> tuple[Any, dict[str, Tensor]]:
     """A small random Qwen2.5-VL and a video of frames * (side / 2)^2 tokens (20,480 by default)."""
     torch.manual_seed(0)

@@ -333,22 +333,74 @@ def _kernel_line(
     return [*cells, over(bound, lambda x: f"{100 * x:.0f}%")]
 
 
-def explain(record: list[dict[str, Any]]) -> str:
-    """How faithful each explanation is, on every embedded model, stock and compressed."""
-    models = list(dict.fromkeys(row["model"] for row in record))
-    plans = list(dict.fromkeys(row["plan"] for row in record))
-    found = {(row["explanation"], row["model"], row["plan"]): row["f1_iou"] for row in record}
-    body = [
-        [name, *(" / ".join(f"{100 * found[name, m, plan]:.0f}" for plan in plans) for m in models)]
-        for name in dict.fromkeys(row["explanation"] for row in record)
+def explain(faithful: dict[str, Any], order: dict[str, Any], cost: dict[str, Any]) -> str:
+    """How faithful each explanation is and what is more than chance; how maps of compressed models keep their order; their cost."""
+    return "\n\n".join((_faithful(faithful), _rank_order(order), _explain_cost(cost)))
+
+
+def _faithful(record: dict[str, Any]) -> str:
+    rows = record["rows"]
+    models, plans, names = (list(dict.fromkeys(r[key] for r in rows)) for key in ("model", "plan", "explanation"))
+    found = {(r["explanation"], r["plan"], r["model"]): r for r in rows}
+    lines = list(dict.fromkeys((r["explanation"], r["plan"]) for r in rows))
+    first, others = names[0], names[1:3]
+
+    def cell(row: dict[str, Any] | None, value: str) -> str:
+        sign, error = ("+", "lead_error") if value == "lead" else ("", "f1_error")
+        return "-" if row is None else f"{100 * row[value]:{sign}.1f} ± {100 * row[error]:.1f}"
+
+    scores = [
+        [name, _called(plan), *(cell(found.get((name, plan, m)), "f1_iou") for m in models)] for name, plan in lines
     ]
-    asked = max(row["samples"] + row["wrong"] for row in record)
-    which = ", ".join(f"`{plan}`" if plan else "stock model" for plan in plans)
+    leads = []
+    for name in others:
+        for plan in plans:
+            mine = [found[name, plan, m] for m in models]
+            marks = [" (tie)" if abs(r["lead"]) < 2 * r["lead_error"] else "" for r in mine]
+            leads.append([name, _called(plan), *(cell(r, "lead") + mark for r, mark in zip(mine, marks, strict=True))])
+    few = [max(r["samples"] for r in rows if (r["explanation"] in names[3:], r["plan"] != "") == key) for key in (
+        (False, False), (False, True), (True, False))]  # fmt: skip
+    options = " ".join(f"--plan {chr(39)}{plan}{chr(39)}" for plan in plans if plan)
     return (
-        f"F1-IoU (%) of explanations ({which}) on {asked} questions, those answered right (at least "
-        f"{min(row['samples'] for row in record)}); objects are the true boxes of the scenes, cells whose tokens are gone "
-        f"do not count.\n\n{table(['explanation', *models], body)}\n\nShown by `python -m mmcompress.eval.synthetic.faithful "
-        f"--questions {asked} {' '.join(f'--plan {chr(39)}{plan}{chr(39)}' for plan in plans if plan)}`."
+        f"F1-IoU (%) of explanations, with standard errors by a bootstrap over questions; those answered rightly of 140 "
+        f"questions, with compression of 70, explanations by gradients of 14 (up to {few[0]}, {few[1]} and {few[2]}). Objects are "
+        f"the true boxes of the scenes, cells that some explanation cannot see do not count. Words of question and answer do.\n\n"
+        f"{table(['explanation', 'model', *models], scores, ('model',))}\n\nF1-IoU of the {first} less that of attention, "
+        f"paired; a tie is less than two errors:\n\n{table(['over', 'model', *models], leads, ('model',))}\n\n"
+        f"Shown by `python -m mmcompress.eval.synthetic.faithful {options}` ({conditions(record)})."
+    )
+
+
+def _called(plan: str) -> str:
+    return f"`{plan}`" if plan else "stock"
+
+
+def _rank_order(record: dict[str, Any]) -> str:
+    rows = record["rows"]
+    models, plans = (list(dict.fromkeys(r[key] for r in rows)) for key in ("model", "plan"))
+    found = {(r["plan"], r["model"]): r for r in rows}
+    forms = ("maps", "activations")
+
+    def cell(row: dict[str, Any] | None) -> str:
+        return "-" if row is None else " / ".join(f"{row[f]['mean']:.2f} ± {row[f]['error']:.2f}" for f in forms)
+
+    body = [[f"`{plan}`", *(cell(found.get((plan, m))) for m in models)] for plan in plans]
+    return (
+        f"Order of the cells that keep their tokens: Spearman correlation of token activation maps with those of the stock model "
+        f"for the same answer, and that of the activations themselves, before interference and filter (maps / activations; means "
+        f"of {rows[0]['questions']} questions and standard errors):\n\n{table(['half of the tokens', *models], body)}\n\n"
+        f"Shown by `python -m mmcompress.eval.synthetic.rank_order` ({conditions(record)})."
+    )
+
+
+def _explain_cost(record: dict[str, Any]) -> str:
+    plain, explained = (record["median_seconds"][way] for way in ("generate", "explain"))
+    more = record["peak_mib"]["explain"] - record["peak_mib"]["generate"]
+    return (
+        f"A token activation map of {record['tokens']:,} tokens (mid-size random LLaVA-NeXT, language model of {record['layers']} "
+        f"layers, {record['new_tokens']} new tokens) takes {explained:.1f} s where `generate` alone takes {plain:.1f} s, medians "
+        f"of {record['rounds']} interleaved rounds, and {max(0, more):.0f} MiB more at the peak. Shown by `python -m "
+        f"mmcompress.eval.explain_cost --layers {record['layers']} --rounds {record['rounds']}` ({conditions(record)})."
     )
 
 
@@ -402,9 +454,12 @@ def main() -> None:
     demo = json.loads((ROOT / "results" / "demo.json").read_text())
     speed = json.loads((ROOT / "results" / "bench.json").read_text())
     sweeps = {name: load_sweep(ROOT / "results" / "sweep" / name / FILE) for name in MODELS}
-    faithful = json.loads((ROOT / "results" / "explain.json").read_text())
+    explained = [
+        json.loads((ROOT / "results" / f"{name}.json").read_text())
+        for name in ("explain", "rank_order", "explain_cost")
+    ]
     for name, content in (
-        ("explain", explain(faithful)),
+        ("explain", explain(*explained)),
         ("learned", learned({name: Saved.load(weights_path("explain_compress", name)) for name in MODELS})),
         ("kernels", kernels(read(ROOT / "results" / "kernels.json"))),
         ("methods", methods(sweeps, speed)),

@@ -385,7 +385,7 @@ def test_two_pictures_are_two_visuals_and_prompts_of_other_kinds_are_refused() -
         with pytest.raises(ValueError, match="answer is empty"):
             explain(model, None, inputs=inputs, answer=[])
     two = {n: torch.cat([x, x]) if n in ("input_ids", "attention_mask") else x for n, x in inputs.items()}
-    with pytest.raises(ValueError, match="one prompt at a time"):
+    with pytest.raises(ValueError, match=r"one prompt at a time.*here are input_ids of shape \[2, "):
         mm.token_activation_map(model, None, inputs=two)
     padded = {**inputs, "attention_mask": inputs["attention_mask"].clone().index_fill(1, torch.tensor([0]), 0)}
     with pytest.raises(ValueError, match="padded"):
@@ -409,6 +409,8 @@ def test_a_prompt_as_long_as_the_context_is_refused() -> None:
         mm.token_activation_map(model, None, inputs=prompt(model, "llava", 3, image("llava"), 6))
     short = mm.token_activation_map(model, None, inputs=prompt(model, "llava", 3, image("llava"), 4))
     assert len(short.answer_ids) == 2  # no more than fit
+    with pytest.raises(ValueError, match="answer= 3, and the context of the model 25"):
+        mm.token_activation_map(model, None, inputs=prompt(model, "llava", 3, image("llava"), 4), answer=ANSWER[:3])
 
 
 @torch.no_grad()

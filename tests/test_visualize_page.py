@@ -238,6 +238,13 @@ def test_the_page_in_a_browser(browser: Any, tiled: list[mm.Explanation], tmp_pa
         return str(browser.execute_script(script, i))
 
     assert len(browser.find_elements(By.TAG_NAME, "canvas")) == 4, "tiles and thumbnail, stock and compressed"
+    # a map in all colours, or between 0 and 1
+    stretched = drawn(0)
+    assert "the most for this word" in by("legend").text
+    by("stretch").send_keys(Keys.SPACE)
+    assert drawn(0) != stretched and "the most for any word" in by("legend").text
+    by("stretch").send_keys(Keys.SPACE)
+    assert drawn(0) == stretched
     # the slider over words, by keyboard
     before, word = drawn(2), by("word-is").text
     by("word").send_keys(Keys.ARROW_LEFT)

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ...api import compressed
 from ...assets import MODELS, model_path
 from ...explain import EXPLANATIONS, Explanation
+from ...explain.activation import activation_of
+from ...explain.attention import last_attention_of, rollout_of
 from ...explain.faithfulness import Scores, explanation_scores
 from ...explain.labels import FUNCTION, FUNCTION_WORDS, NOUN, OTHER
-from .benchmark import Item, items, same
+from ...explain.session import session
+from ...explain.taps import AttentionTap, StatesTap
+from ..latency import machine
+from .benchmark import Item, items, same, takes_any_shape
 from .scenes import COLORS, SCALE, SHAPES, Scene, _draw_thing
 
 NOUNS = frozenset({"color", "shape", "shapes", "sign", "picture"})
@@ -73,95 +78,131 @@ def truth(item: Item, words: Sequence[str], parts: Sequence[str]) -> tuple[list[
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """Scores of one explanation on one model. samples: questions that it was measured on; wrong: those that were answered wrongly
-    and left out."""
+    """Scores of one explanation on one model, of every question that was answered rightly. answers: those of the answer's words
+    alone, as in the authors' protocol."""
 
     explanation: str
     plan: str
-    scores: Scores
-    samples: int
-    wrong: int
+    parts: list[Scores]
+    answers: list[Scores]
+
+    @property
+    def samples(self) -> int:
+        return len(self.parts)
+
+    @property
+    def scores(self) -> Scores:
+        return Scores.pooled(self.parts)
 
 
-def faithfulness(
-    model: Any, processor: Any, questions: Sequence[Item], explain: Callable[..., Explanation], **options: Any
-) -> Faithfulness:
-    """Scores of an explanation of `model` (stock or compressed) on the questions that it answers rightly."""
-    found, wrong, name, plan = [], 0, "", ""
-    for item in questions:
-        made = explain(model, processor, item.picture, item.question.text, max_new_tokens=8, **options)
-        name, plan = made.method, made.plan
-        if not same(made.answer, item.question.answer):
-            wrong += 1
+GRADIENTS = ("gradient relevance", "Grad-CAM")
+"""Explanations that take several times as long as the others."""
+
+
+def explanations(model: Any, processor: Any, item: Item) -> list[Explanation]:
+    """Those that need no gradients, the token activation map first: all of one answer, read from one run."""
+    with torch.no_grad(), session(model, processor, item.picture, item.question.text, max_new_tokens=8) as s:
+        layers = range(len(s.adapter.language_model.layers))
+        states, attention = StatesTap(), AttentionTap(layers)
+        s.run(states, attention)
+        return [activation_of(s, states), rollout_of(s, attention), last_attention_of(s, attention, layers[-1])]
+
+
+def compare(model: Any, processor: Any, questions: Sequence[Item], gradients: int = 0) -> list[Faithfulness]:
+    """Explanations of the same answers of `model` (stock or compressed), where they are right; those by gradients of the first
+    questions only.
+
+    Cells that some of them cannot see count for none. The words of question and answer count, for all explanations but the first
+    word of the question: its token activation map is not its own, but that of what the model would say there.
+    """
+    found: dict[str, list[tuple[Scores, Scores]]] = {}
+    plan = ""
+    for number, item in enumerate(questions):
+        made = explanations(model, processor, item)
+        plan, answer = made[0].plan, made[0].answer_ids
+        if not same(made[0].answer, item.question.answer):
             continue
-        labels, mask = truth(item, [w.text for w in made.words], [w.part for w in made.words])
-        found.append(explanation_scores(made, labels, mask))
-    return Faithfulness(name, plan, Scores.pooled(found), len(found), wrong)
+        if number < gradients:
+            ask: Any = (model, processor, item.picture, item.question.text)
+            made += [EXPLANATIONS[name](*ask, answer=answer, explain_question=True) for name in GRADIENTS]
+        labels, mask = truth(item, [w.text for w in made[0].words], [w.part for w in made[0].words])
+        seen = ~torch.stack([one.maps[-1].isnan() for one in made]).any(0)
+        for one in made:
+            one = dataclasses.replace(one, maps=one.maps.masked_fill(~seen, math.nan))
+            both, alone = (
+                explanation_scores(one, [labels[i] for i in words], mask, words=words)
+                for words in (range(1, len(labels)), one.answer_words)
+            )
+            found.setdefault(one.method, []).append((both, alone))
+    return [Faithfulness(name, plan, [a for a, _ in parts], [b for _, b in parts]) for name, parts in found.items()]
 
 
-WITH_QUESTION: dict[str, dict[str, Any]] = {
-    "gradient relevance": {"explain_question": True},
-    "Grad-CAM": {"explain_question": True},
-}
-"""Options under which every explanation has maps of the question's words: the function words are there."""
+def drawn_f1(parts: Sequence[Scores], draws: int = 2000) -> np.ndarray:
+    """F1-IoU of questions drawn again and again with replacement, [draws]. As many questions are drawn alike every time, so
+    differences between explanations of the same questions are paired."""
+    sums = np.array([[sum(p.obj), len(p.obj), sum(p.func), len(p.func)] for p in parts])
+    times = np.random.default_rng(0).multinomial(len(parts), np.full(len(parts), 1 / len(parts)), draws)
+    with np.errstate(invalid="ignore"):
+        total = times @ sums
+        obj, func = total[:, 0] / total[:, 1], total[:, 2] / total[:, 3]
+        return 2 * obj * func / (obj + func)
 
 
-def compare(
-    model: Any, processor: Any, questions: Sequence[Item], names: Sequence[str] = tuple(EXPLANATIONS)
-) -> Iterator[Faithfulness]:
-    """Every explanation on the same questions."""
-    for name in names:
-        yield faithfulness(model, processor, questions, EXPLANATIONS[name], **WITH_QUESTION.get(name, {}))
+def rows_of(model: str, found: Sequence[Faithfulness]) -> list[dict[str, Any]]:
+    """Lines of a table, scores as they were measured. f1_error: standard error by a bootstrap over questions. lead: F1-IoU of the
+    first explanation less this one's on the same questions, with its paired error: a tie below two of them."""
+    rows, first = [], found[0]
+    for one in found:
+        s, answers = one.scores, Scores.pooled(one.answers)
+        beside = first.parts[: one.samples]
+        lead = drawn_f1(beside) - drawn_f1(one.parts)
+        rows.append({
+            "model": model, "plan": one.plan, "explanation": one.explanation, "samples": one.samples, "obj_iou": s.obj_iou,
+            "func_iou": s.func_iou, "f1_iou": s.f1_iou, "f1_error": float(np.nanstd(drawn_f1(one.parts))),
+            "lead": Scores.pooled(beside).f1_iou - s.f1_iou, "lead_error": float(np.nanstd(lead)),
+            "precision": s.mean("precision"), "recall": s.mean("recall"), "pointing": s.mean("pointing"),
+            "coverage": s.mean("coverage"), "gone": s.gone, "object_words": len(s.obj), "function_words": len(s.func),
+            "answer_obj_iou": answers.obj_iou, "answer_object_words": len(answers.obj),
+        })  # fmt: skip
+    return rows
 
 
-def rank_agreement(first: Explanation, second: Explanation) -> float:
-    """Spearman correlation of two explanations of the same answer, over the cells that both know, mean over answer tokens (those
-    whose values are all equal left out; nan if all are)."""
-    found = []
-    for token in (i for i, t in enumerate(first.tokens) if t.part == "answer"):
-        there = ~(first.maps[token].isnan() | second.maps[token].isnan())
-        ranks = torch.stack([_ranks(e.maps[token][there]) for e in (first, second)])
-        if bool((ranks.std(1) > 0).all()):
-            found.append(torch.corrcoef(ranks)[0, 1].item())
-    return sum(found) / len(found) if found else math.nan
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Place of each value in ascending order, [n]; equal values share the mean of theirs."""
-    _, group, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    return (last.double() - (counts.double() - 1) / 2)[group]
-
-
-def row(model: str, found: Faithfulness) -> dict[str, Any]:
-    """One line of a table: scores as they were measured."""
-    s = found.scores
-    return {
-        "model": model, "plan": found.plan, "explanation": found.explanation, "samples": found.samples, "wrong": found.wrong,
-        "obj_iou": s.obj_iou, "func_iou": s.func_iou, "f1_iou": s.f1_iou, "precision": s.mean("precision"),
-        "recall": s.mean("recall"), "pointing": s.mean("pointing"), "coverage": s.mean("coverage"), "gone": s.gone,
-        "object_words": len(s.obj), "function_words": len(s.func),
-    }  # fmt: skip
+def record(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put the rows of some models into a record, in the place of those that they had."""
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    new = {row["model"] for row in rows}
+    rows = sorted(
+        [*(row for row in known if row["model"] not in new), *rows], key=lambda row: MODELS.index(row["model"])
+    )
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:
     """`python -m mmcompress.eval.synthetic.faithful`: every explanation on every embedded model, stock and compressed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--questions", type=int, default=70)
-    parser.add_argument("--plan", action="append", help="also under this compression (may be given several times)")
+    parser.add_argument("--questions", type=int, default=140)
+    parser.add_argument(
+        "--gradient-questions", type=int, default=14, help="how many of them for gradients, stock model only"
+    )
+    parser.add_argument("--plan", action="append", default=[], help="also under this compression (several allowed)")
+    parser.add_argument("--plan-questions", type=int, default=70, help="how many of them for compressed models")
+    parser.add_argument("--model", action="append", choices=MODELS, help="default: all; other rows of the record stay")
     parser.add_argument("--out", type=Path, default=Path("results/explain.json"))
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in MODELS:
+    for name in arguments.model or MODELS:
         model = AutoModelForImageTextToText.from_pretrained(model_path(name), dtype=torch.float32).eval()
         processor = AutoProcessor.from_pretrained(model_path(name))
-        questions = items(arguments.questions)
-        for plan in ("", *(arguments.plan or ())):
-            with compressed(model, plan) if plan else nullcontext():
-                for found in compare(model, processor, questions):
-                    rows.append(row(name, found))
-                    print(json.dumps(rows[-1]), flush=True)
-                    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+        questions = items(arguments.questions, stretched=takes_any_shape(model))
+        found = rows_of(name, compare(model, processor, questions, arguments.gradient_questions))
+        for plan in arguments.plan:
+            with compressed(model, plan):
+                found += rows_of(name, compare(model, processor, questions[: arguments.plan_questions]))
+        record(arguments.out, found)
+        for row in found:
+            print(
+                f"{name} {row['plan'] or 'stock'} {row['explanation']}: {100 * row['f1_iou']:.1f} ± {100 * row['f1_error']:.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

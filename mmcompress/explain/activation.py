@@ -57,39 +57,56 @@ def token_activation_map(
     empty answer; NotImplementedError for a model without language model.
     """
     how: Any = {"video": video, "inputs": inputs, "answer": answer, "max_new_tokens": max_new_tokens}
+    check_options(compat, kernel)
+    with session(model, processor, visuals, question, **how) as s:
+        tap = StatesTap()
+        s.run(tap)
+        return activation_of(s, tap, compat, interference, kernel, cap, candidates)
+
+
+def activation_of(
+    s: Session,
+    tap: StatesTap,
+    compat: str = "paper",
+    interference: bool = True,
+    kernel: int = 3,
+    cap: float | None = None,
+    candidates: int = 3,
+) -> Explanation:
+    """Token activation maps of a session that has run under `tap`."""
+    states, head = tap.states(), VocabularyHead(s.adapter.model)
+    text = states[s.text_places]
+    first = int(head.every(text[:1]).argmax()) if s.questions else 0
+    assert s.answer is not None
+    classes = targets(s.text_ids[: s.questions], s.answer, first, int(s.prompt.ids[-1]), compat)
+    rows = s.rows()
+    places, cells = torch.cat(rows).unique(return_inverse=True)
+    valid = torch.cat(rows) >= 0
+    raw = head.logits(states[places.clamp_min(0).to(states.device)], classes).relu().T.cpu()[:, cells]
+    relevance = head.logits(text, classes).relu().T.cpu()
+    found = token_activation(
+        raw,
+        relevance,
+        s.questions,
+        s.names(),
+        all_grids(s),
+        valid,
+        interference=interference,
+        kernel=kernel,
+        cap=cap,
+    )
+    asked = [None] * s.questions + s.answer
+    likely = head.likely(text, asked, candidates) if candidates else None
     options = {"compat": compat, "interference": interference, "kernel": kernel, "cap": cap}
+    return s.explanation("token activation map", options, found.maps, found.relevance, rows, likely)
+
+
+def check_options(compat: str, kernel: int) -> None:
     targets((), (0,), 0, 0, compat)
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(
             f"kernel={kernel}: the filter's window has an odd number of cells to each side; 1 filters nothing"
         )
-    with session(model, processor, visuals, question, **how) as s:
-        tap = StatesTap()
-        s.run(tap)
-        states, head = tap.states(), VocabularyHead(s.adapter.model)
-        text = states[s.text_places]
-        first = int(head.every(text[:1]).argmax()) if s.questions else 0
-        assert s.answer is not None
-        classes = targets(s.text_ids[: s.questions], s.answer, first, int(s.prompt.ids[-1]), compat)
-        rows = s.rows()
-        places, cells = torch.cat(rows).unique(return_inverse=True)
-        valid = torch.cat(rows) >= 0
-        raw = head.logits(states[places.clamp_min(0).to(states.device)], classes).relu().T.cpu()[:, cells]
-        relevance = head.logits(text, classes).relu().T.cpu()
-        found = token_activation(
-            raw,
-            relevance,
-            s.questions,
-            s.names(),
-            all_grids(s),
-            valid,
-            interference=interference,
-            kernel=kernel,
-            cap=cap,
-        )
-        asked = [None] * s.questions + s.answer
-        likely = head.likely(text, asked, candidates) if candidates else None
-        return s.explanation("token activation map", options, found.maps, found.relevance, rows, likely)
 
 
 def all_grids(s: Session) -> list[Tensor]:

@@ -54,15 +54,20 @@ def last_attention(
         index = layer_number(s, layer)
         tap = AttentionTap([index])
         s.run(tap)
-        heads = tap.heads(index)
-        assert s.trace is not None
-        group = [g for g in s.trace.call.groups if g.start <= index][-1]
-        at = s.slots(s.text_places, group)
-        zero = torch.zeros(1, 1, dtype=torch.int64)
-        weights = heads.attention_of(zero, at[None]).mean(1)[0].cpu()
-        rows = s.rows(index)
-        maps, relevance = on_cells(s, weights, group, rows, at, normalise)
-        return s.explanation("last-layer attention", {"layer": index, "normalise": normalise}, maps, relevance, rows)
+        return last_attention_of(s, tap, index, normalise)
+
+
+def last_attention_of(s: Session, tap: AttentionTap, index: int, normalise: str = "joint") -> Explanation:
+    """Attention of layer `index` in a session that has run under `tap`."""
+    assert s.trace is not None
+    heads = tap.heads(index)
+    group = [g for g in s.trace.call.groups if g.start <= index][-1]
+    at = s.slots(s.text_places, group)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    weights = heads.attention_of(zero, at[None]).mean(1)[0].cpu()
+    rows = s.rows(index)
+    maps, relevance = on_cells(s, weights, group, rows, at, normalise)
+    return s.explanation("last-layer attention", {"layer": index, "normalise": normalise}, maps, relevance, rows)
 
 
 @torch.no_grad()
@@ -93,20 +98,24 @@ def attention_rollout(
     check_normalise(normalise)
     with session(model, processor, visuals, question, **how) as s:
         refuse_rewriting(s)
-        depth = len(s.adapter.language_model.layers)
-        tap = AttentionTap(range(depth))
+        tap = AttentionTap(range(len(s.adapter.language_model.layers)))
         s.run(tap)
-        assert s.trace is not None
-        groups = s.trace.call.groups
-        at = s.slots(s.text_places, groups[-1])
-        carried = F.one_hot(at, tap.length(depth - 1)).float()
-        for i in reversed(range(depth)):
-            heads = tap.heads(i)
-            carried = carried.to(heads.hidden.device)
-            carried = back_through_cut(0.5 * carried + 0.5 * through(carried, heads), groups, i)
-        rows = s.rows(0)
-        maps, relevance = on_cells(s, carried.cpu(), groups[0], rows, s.slots(s.text_places, groups[0]), normalise)
-        return s.explanation("attention rollout", {"normalise": normalise}, maps, relevance, rows)
+        return rollout_of(s, tap, normalise)
+
+
+def rollout_of(s: Session, tap: AttentionTap, normalise: str = "joint") -> Explanation:
+    """Attention rollout of a session that has run under `tap`, which listened to all layers."""
+    assert s.trace is not None
+    groups = s.trace.call.groups
+    at = s.slots(s.text_places, groups[-1])
+    carried = F.one_hot(at, tap.length(tap.layers[-1])).float()
+    for i in reversed(tap.layers):
+        heads = tap.heads(i)
+        carried = carried.to(heads.hidden.device)
+        carried = back_through_cut(0.5 * carried + 0.5 * through(carried, heads), groups, i)
+    rows = s.rows(0)
+    maps, relevance = on_cells(s, carried.cpu(), groups[0], rows, s.slots(s.text_places, groups[0]), normalise)
+    return s.explanation("attention rollout", {"normalise": normalise}, maps, relevance, rows)
 
 
 def through(rows: Tensor, heads: Any) -> Tensor:

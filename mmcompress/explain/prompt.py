@@ -46,7 +46,15 @@ def make_prompt(
     question = question.strip()
     kind = "video" if video else "image"
     content = [*[{"type": kind}] * len(pictures), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    from jinja2 import TemplateError  # which chat templates need
+
+    try:
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(
+            f"the processor's chat template has no place for {kind}s ({error}): this model may know none; if it does, give what "
+            f"the processor makes of your own prompt as inputs="
+        ) from error
     if video:
         frames = [np.stack([np.asarray(frame) for frame in pictures[0]])]
         inputs = processor(videos=frames, text=[text], do_sample_frames=False, return_tensors="pt")
@@ -111,8 +119,9 @@ def ready(
         for name, x in dict(inputs).items()
     }
     ids = given.get("input_ids")
-    if ids is None or ids.shape[0] != 1:
-        raise ValueError("one prompt at a time: inputs need input_ids of shape [1, N]")
+    if ids is None or ids.dim() != 2 or len(ids) != 1:
+        shape = "no input_ids" if ids is None else f"input_ids of shape {list(ids.shape)}"
+        raise ValueError(f"one prompt at a time: inputs need input_ids of shape [1, N], and here are {shape}")
     mask = given.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
         raise ValueError("the prompt is padded: explain one prompt at a time, without padding")

@@ -94,6 +94,12 @@ class Session:
         """The prompt, then the answer but its last token in one call behind it, as decode steps would read it."""
         assert self.answer is not None
         self.answer = self._unended(list(self.answer))
+        context = getattr(self.adapter.language_model.config, "max_position_embeddings", None)
+        if context is not None and len(self.prompt.ids) + len(self.answer) > context:
+            raise ValueError(
+                f"the prompt has {len(self.prompt.ids)} tokens and answer= {len(self.answer)}, and the context of the model "
+                f"{context}: give a shorter answer"
+            )
         out = self.adapter.base(**self.prompt.inputs, use_cache=True)
         if len(self.answer) < 2:
             return

@@ -51,18 +51,27 @@ def place_name(step: Step) -> str:
 def stages_figure(found: Explanation, path: Path) -> Path:
     """What was kept, merged and dropped: a row per visual, a column per stage."""
     found_steps = steps(found.trace)
-    rows, columns = len(found.visuals), len(found_steps)
+    rows = len(found.visuals)
     title = f"{named(found)}\nkept: framed   merged: coloured by cluster   dropped: dark"
-    figure = new_figure(max(_WIDE * columns, 5.0), (_WIDE + 0.7) * rows + 0.8, title)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    pictures = [[fate_picture(found, step, i) for step in found_steps] for i in range(rows)]
+    figure, axes = _grid(pictures, title)
     for i in range(rows):
         first = first_cell(found, i)
-        for axis, step in zip(axes[i], found_steps, strict=True):
+        for axis, step, picture in zip(axes[i], found_steps, pictures[i], strict=True):
             mine = step.stands[first : first + len(found.visuals[i].valid)]
             left = len(mine[mine >= 0].unique())
             above = f"{place_name(step)}\n{step.stage}"
-            show_picture(axis, fate_picture(found, step, i), above, f"{left} of {len(mine)} tokens")
+            show_picture(axis, picture, above, f"{left} of {len(mine)} tokens")
     return written(figure, path)
+
+
+def _grid(pictures: Sequence[Sequence[Image.Image]], title: str) -> tuple[Any, Any]:
+    """A figure with axes [rows, columns] that are as high as the pictures need."""
+    columns = len(pictures[0])
+    width = max(_WIDE * columns, 5.0)
+    heights = [max(p.height / p.width for p in row) * width / columns + 0.7 for row in pictures]
+    figure = new_figure(width, sum(heights) + 0.7, title)
+    return figure, figure.subplots(len(pictures), columns, squeeze=False, height_ratios=heights)
 
 
 def scores_figure(found: Explanation, path: Path) -> Path | None:
@@ -70,25 +79,23 @@ def scores_figure(found: Explanation, path: Path) -> Path | None:
     scored = [step for step in steps(found.trace) if step.scores is not None]
     if not scored:
         return None
-    rows = len(found.visuals)
-    figure = new_figure(
-        max(_WIDE * len(scored), 5.0), (_WIDE + 0.7) * rows + 0.8, f"{named(found)}\nscores that decided, dark to light"
-    )
-    axes = figure.subplots(rows, len(scored), squeeze=False)
-    for i in range(rows):
-        first = first_cell(found, i)
-        for axis, step in zip(axes[i], scored, strict=True):
-            assert step.scores is not None
-            mine = step.scores[first : first + len(found.visuals[i].valid)]
-            finite = mine[mine.isfinite()]
+    values = []
+    for i, seen in enumerate(found.visuals):
+        mine = slice(first_cell(found, i), first_cell(found, i) + len(seen.valid))
+        values.append([step.scores[mine] for step in scored if step.scores is not None])
+    pictures = [[heat_picture(found, unit(one), i) for one in row] for i, row in enumerate(values)]
+    figure, axes = _grid(pictures, f"{named(found)}\nscores that decided, dark to light; hatched: not seen")
+    for i, row in enumerate(values):
+        for axis, step, one, picture in zip(axes[i], scored, row, pictures[i], strict=True):
+            finite = one[one.isfinite()]
             below = f"{finite.min():.3g} to {finite.max():.3g}" if len(finite) else "none here"
-            show_picture(axis, heat_picture(found, unit(mine), i), f"{place_name(step)}\n{step.stage}", below)
+            show_picture(axis, picture, f"{place_name(step)}\n{step.stage}", below)
     return written(figure, path)
 
 
 def words_figure(rows: Sequence[Explanation], path: Path, visual: int = 0, words: Sequence[int] = ()) -> Path:
     """A grid of maps: a column per word (default: the answer's), a row per explanation, above it its text coloured by how strong
-    the map of each word is."""
+    the map of each word is. Every map has all colours: what the brightest stands for is written below."""
     chosen = [list(words or found.answer_words)[:_MOST] for found in rows]
     columns = max(1, *map(len, chosen))
     question = rows[0].question
@@ -100,10 +107,10 @@ def words_figure(rows: Sequence[Explanation], path: Path, visual: int = 0, words
         for axis in axes:
             axis.set_axis_off()
         for axis, word in zip(axes, numbers, strict=False):
-            values = found.word_map(word, visual)
             most = strength(found, word)
-            below = "not explained" if most is None else f"strongest {most:.2f}"
-            show_picture(axis, heat_picture(found, values, visual), _short(found.words[word].text, 24), below)
+            below = "not explained" if most is None else f"brightest: {most:.2f} of 1"
+            picture = heat_picture(found, found.word_map(word, visual) / (most or 1), visual)
+            show_picture(axis, picture, _short(found.words[word].text, 24), below)
     return written(figure, path)
 
 

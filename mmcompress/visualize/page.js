@@ -8,7 +8,7 @@
   const [KEPT, MERGED, DROPPED] = [0, 1, 2];
   const MISSING = 255;
   const WIDTH = 720;
-  const state = { method: data.runs[0].method, mode: "map", word: 0, stop: data.stops.length - 1, frame: 0 };
+  const state = { method: data.runs[0].method, mode: "map", stretch: true, word: 0, stop: data.stops.length - 1, frame: 0 };
   const pictures = data.pictures.map((source) => Object.assign(new Image(), { src: source }));
   let drawn = [];
   let pointed = null;
@@ -17,6 +17,7 @@
     const bytes = atob(run.maps);
     run.map = Uint8Array.from(bytes, (c) => c.charCodeAt(0));
     run.cells = run.visuals.reduce((sum, visual) => sum + visual.cells, 0);
+    run.most = run.words.map((_, word) => run.map.subarray(word * run.cells, (word + 1) * run.cells).reduce((a, b) => (b === MISSING ? a : Math.max(a, b)), 0) / (MISSING - 1));
     run.place = new Array(run.cells);
     run.visuals.forEach((visual) => visual.panes.forEach((pane) => pane.cells.forEach((cell, i) => {
       run.place[cell] = { visual, pane, row: Math.floor(i / pane.grid[1]), column: i % pane.grid[1] };
@@ -43,6 +44,12 @@
     return word && first && word.text === first.text && word.part === first.part;
   };
   const number = (value) => (value === null || value === undefined ? "none" : String(Number(value.toPrecision(3))));
+  // what the brightest colour stands for: the same in all pictures of the same word
+  const top = (run) => {
+    if (!state.stretch) return 1;
+    const alike = matching(run) ? shown().filter(matching) : [run];
+    return Math.max(...alike.map((one) => one.most[state.word] || 0)) || 1;
+  };
   const valueOf = (run, cell) => {
     if (state.mode === "score") {
       const step = stepOf(run);
@@ -52,7 +59,7 @@
     }
     if (!run.words[state.word]) return null;
     const value = run.map[state.word * run.cells + cell];
-    return value === MISSING ? null : value / (MISSING - 1);
+    return value === MISSING ? null : value / (MISSING - 1) / run.top;
   };
 
   function boxOf(view, index) {
@@ -109,6 +116,7 @@
         }
         return;
       }
+      if (state.mode === "score" && !step.scores) return;
       const value = valueOf(run, cell);
       if (value === null || (state.mode === "map" && now === DROPPED)) return hatch(pen, box);
       pen.fillStyle = `rgba(${heat(value).join(",")},${0.15 + 0.65 * value})`;
@@ -304,7 +312,9 @@
       const step = stepOf(run);
       const what = step.stage ? `${step.place}: ${step.stage}` : "nothing dropped yet";
       let note = `${what}; ${step.tokens} of ${run.cells} visual tokens`;
+      run.top = top(run);
       if (state.mode === "score" && !step.scores) note += "; no scores here";
+      if (state.mode === "map" && run.words[state.word]) note += `; map up to ${number(run.most[state.word])}`;
       if (state.mode === "map" && !matching(run)) note += "; another word stands here in this answer";
       run.article.querySelector(".step").textContent = note;
       run.article.querySelectorAll(".word").forEach((button) => button.setAttribute("aria-pressed", String(Number(button.dataset.word) === state.word)));
@@ -312,7 +322,9 @@
     const gradient = `linear-gradient(90deg, ${data.style.heat.join(",")})`;
     const box = make("span", "ramp");
     box.style.background = gradient;
-    const text = { map: ["0", "1, how much this place has to do with the word; hatched: no token"], score: ["lowest", "highest, by which the stage chose; hatched: not seen"] }[state.mode];
+    const brightest = state.stretch ? `${[...new Set(runs.map((run) => number(run.top)))].join(" or ")}, the most for this word` : "1, the most for any word";
+    by("stretches").hidden = state.mode !== "map";
+    const text = { map: ["0", `${brightest}: how much a place has to do with it; hatched: no token`], score: ["lowest", "highest, by which the stage chose; hatched: not seen"] }[state.mode];
     by("legend").replaceChildren(...(text ? [text[0], box, text[1]] : ["bright with a white frame: kept; coloured: merged, one colour per merged token; dark: dropped"]));
     drawn.forEach(draw);
     if (pointed) by("detail").textContent = describe(pointed.run, pointed.cell);
@@ -330,6 +342,7 @@
   methods.forEach((name) => by("method").append(new Option(name, name)));
   by("method").addEventListener("change", (event) => set({ method: event.target.value }));
   by("word").addEventListener("input", (event) => set({ word: Number(event.target.value) }));
+  by("stretch").addEventListener("change", (event) => set({ stretch: event.target.checked }));
   by("layer").max = data.stops.length - 1;
   by("layer").addEventListener("input", (event) => set({ stop: Number(event.target.value) }));
   by("frame").addEventListener("input", (event) => set({ frame: Number(event.target.value) }));

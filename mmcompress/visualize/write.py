@@ -11,7 +11,7 @@ from PIL import Image
 from ..explain import Explanation
 from .fates import steps
 from .figure import need_matplotlib
-from .figures import fate_picture, heat_picture, layers_figure, scores_figure, stages_figure, words_figure
+from .figures import fate_picture, heat_picture, layers_figure, scores_figure, stages_figure, strength, words_figure
 from .frames import animation, contact_sheet, frames_of
 from .page import page
 
@@ -49,7 +49,7 @@ def videos(found: Explanation, out: Path, name: str) -> list[Path]:
             continue
         frames = [fate_picture(found, last, visual, 320, i) for i in range(count)]
         if word:
-            values = found.word_map(word[0], visual)
+            values = found.word_map(word[0], visual) / (strength(found, word[0]) or 1)
             frames = [_beside(heat_picture(found, values, visual, 320, i), frame) for i, frame in enumerate(frames)]
         written.append(contact_sheet(frames, out / f"{name}_frames_{visual + 1}.png"))
         written.append(animation(frames, out / f"{name}_frames_{visual + 1}.gif"))
