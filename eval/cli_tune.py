@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `mmcompress tune` does."""
+"""The command `mmcompress tune`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,66 @@ HELD_OUT = 8_000_000
 """Scenes from this seed on are for tuning: the benchmark does not ask about them."""
 
 
+def add_command(
+    command: Callable[[str, Any, str], argparse.ArgumentParser],
+    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
+    open_image: Callable[[Path], Any],
+    models: tuple[str, ...],
+) -> None:
+    """Add the command; `load` makes model, processor and device of the options."""
+    tune = command(
+        "tune",
+        lambda options, console: run(options, console, load, open_image),
+        "search the options of a plan for a checkpoint, and write the best plan (restartable)",
+    )
+    tune.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(models)}")
+    tune.add_argument(
+        "--plan",
+        action="append",
+        help="method or plan whose options are searched (default vflowopt); with several each is searched, and one without "
+        "anything to search is judged as it is",
+    )
+    tune.add_argument(
+        "--budget",
+        help="largest part of the visual tokens that may be left, mean over the LLM layers (0.3), or of the FLOPs of the LLM "
+        "prefill (flops=0.3)",
+    )
+    tune.add_argument(
+        "--search",
+        action="append",
+        default=[],
+        metavar="METHOD.OPTION=LOW:HIGH",
+        help="also search this option (or METHOD.OPTION=ONE|OTHER); may be given several times",
+    )
+    tune.add_argument(
+        "--data",
+        type=Path,
+        help="folder of pictures, each with its question in a .txt of the same name, or with --task data of that benchmark; "
+        "default: synthetic",
+    )
+    tune.add_argument("--question", default="Describe the picture.", help="for pictures in --data without a .txt")
+    tune.add_argument("--samples", type=int, default=30, help="how many pictures (default 30)")
+    tune.add_argument("--task", help="benchmark as of `mmcompress eval`, with its data in --data (shapes: none)")
+    tune.add_argument(
+        "--metric",
+        default="state",
+        choices=("state", "agreement", "score"),
+        help="what plans keep: the final state (default), with --task the same answers as the stock model, or right ones",
+    )
+    tune.add_argument("--trials", type=int, default=50)
+    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument(
+        "--out", type=Path, default=Path("plan.json"), help="plan file; trials go beside it as .trials.jsonl"
+    )
+    tune.add_argument("--device", default=None, help="default: cuda where there is one")
+    tune.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+
+
 def run(
     options: argparse.Namespace,
     console: Console,
     load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
-    pictures: Callable[[Path, str], list[Any]],
-    samples: Callable[[Any, Any, Any, int], list[Any]],
+    open_image: Callable[[Path], Any],
 ) -> None:
     """Search every plan and write the best one found."""
     from rich.progress import Progress
@@ -43,7 +97,7 @@ def run(
         options.trials if len(plans) == 1 or own_space(plan, mine, declared=True) else 0
         for plan, mine in zip(plans, spaces, strict=True)
     ]
-    inputs, objective = _data(options, load, pictures, samples)
+    inputs, objective = _data(options, load, open_image)
     found: list[Tuned] = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("trials", total=sum(trials) + len(plans))
@@ -79,21 +133,23 @@ class _Inputs:
 def _data(
     options: argparse.Namespace,
     load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
-    pictures: Callable[[Path, str], list[Any]],
-    samples: Callable[[Any, Any, Any, int], list[Any]],
+    open_image: Callable[[Path], Any],
 ) -> tuple[_Inputs, Any]:
     from ..tune import FINAL_STATE
     from .data import read_questions
     from .evaluator import shapes_questions
+    from .tasks import task_of
     from .tuning import answers, batches
 
     task = options.task or ("shapes" if options.metric != "state" and options.data is None else None)
+    if task is not None:
+        task_of(task)
     if task is None:
         if options.metric != "state":
             raise ValueError(f"--metric {options.metric} needs --task, which says how the answers in --data are read")
-        shown = pictures(options.data, options.question)[: options.samples] if options.data else None
+        shown = _pictures(options.data, options.question, open_image)[: options.samples] if options.data else None
         model, processor, _ = load(options)
-        return _Inputs(model, samples(model, processor, shown, options.samples)), FINAL_STATE
+        return _Inputs(model, _samples(model, processor, shown, options.samples)), FINAL_STATE
     if (task == "shapes") != (options.data is None):
         raise ValueError("--task shapes has its own data" if task == "shapes" else f"--task {task} needs --data")
     asked = read_questions(task, options.data) if options.data else None
@@ -103,3 +159,32 @@ def _data(
     parts = batches(model, processor, task, asked[: options.samples])
     objective = FINAL_STATE if options.metric == "state" else answers(processor, task, parts, options.metric)
     return _Inputs(model, [part.inputs for part in parts]), objective
+
+
+def _pictures(folder: Path, question: str, open_image: Callable[[Path], Any]) -> list[tuple[Any, str]]:
+    """Pictures of a folder in the order of their names, with their questions."""
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder}: no such folder")
+    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in kinds)
+    if not paths:
+        raise ValueError(f"--data {folder}: no pictures ({', '.join(kinds)}) in it")
+    texts = [path.with_suffix(".txt") for path in paths]
+    questions = [text.read_text().strip() if text.is_file() else question for text in texts]
+    return [(open_image(path), text) for path, text in zip(paths, questions, strict=True)]
+
+
+def _samples(model: Any, processor: Any, pictures: list[tuple[Any, str]] | None, count: int) -> list[Any]:
+    """Model inputs of pictures with questions, one by one; without any, of scenes that the synthetic benchmark does not ask
+    about, in batches."""
+    from .synthetic.benchmark import items, prepare, prompt, takes_any_shape
+
+    if pictures is None:
+        asked = items(count, start=HELD_OUT, stretched=takes_any_shape(model))
+        found = [batch.inputs for batch in prepare(processor, asked, 10)]
+    else:
+        found = [
+            processor(images=[picture], text=[prompt(processor, text)], return_tensors="pt")
+            for picture, text in pictures
+        ]
+    return [inputs.to(model.device, model.dtype) for inputs in found]

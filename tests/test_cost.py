@@ -4,22 +4,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from mmcompress.eval.clock import Spread, Subject, clock
 from mmcompress.eval.cost import Counts, count
 from mmcompress.eval.cost_record import costs
+from mmcompress.eval.latency import count_flops
+from mmcompress.kernels.dispatch import preferring
+from transformers import LlavaConfig, LlavaNextConfig
 
 import mmcompress as mm
 from mmcompress.cli import main
+from mmcompress.stage import ExitStage
 from mmcompress.trace import Shape, prefill_flops
 
 from .families import FAMILIES, build, image, prompts
 
-LLAVA = Shape(4096, 11008, 32, 32, 32, 128)
 PLANS = ("uniform(keep=0.5)", "visionzip(keep=0.5)", "divprune(keep=0.25)", "fastv(layer=1, keep=0.5)")
 
 
@@ -28,28 +32,107 @@ def one(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
     return model, prompts(model, family, [[5, image(family), 4]], mask=False)
 
 
+@dataclass(frozen=True, repr=False)
+class ByPlace(mm.LayerStage):
+    """Keeps the first tokens: a cut that computes nothing."""
+
+    name: ClassVar[str] = "by_place"  # not registered: other tests go through all methods
+    layer: int = 1
+    keep: float = 0.5
+
+    def select(self, visuals: mm.Visuals) -> mm.Selection:
+        places = torch.arange(visuals.n, 0, -1.0, device=visuals.features.device)
+        return mm.Selection.top(places.expand(len(visuals.features), -1), visuals.k)
+
+
+@dataclass(frozen=True, repr=False)
+class Leave(ExitStage):
+    """All visual tokens leave before a layer: an exit that computes nothing."""
+
+    name: ClassVar[str] = "leave"
+    layer: int = 2
+
+    def layers(self, depth: int) -> range:
+        return range(1, depth)
+
+    def leave(self, visuals: mm.Visuals, layer: int) -> torch.Tensor:
+        return torch.full((len(visuals.features),), layer >= self.layer)
+
+
+def layers_of(stage: Any, tokens: int, depth: int) -> list[int]:
+    """Visual tokens in every layer, as a stage of ours cuts them."""
+    found = [tokens] * depth
+    for cut, left in zip(stage.cuts(depth), stage.budgets(tokens, depth), strict=True):
+        found[cut:] = [left] * (depth - cut)
+    return found
+
+
 @pytest.mark.parametrize(
-    ("layers", "published"),
+    ("config", "plan", "published"),
     [
-        ([576] * 32, 3.82),
-        ([2880] * 32, 20.8),
-        ([576] * 8 + [288] * 8 + [144] * 8 + [72] * 8, 1.78),
-        ([576] * 10 + [288] * 10 + [144] * 12, 2.13),
-        ([2880] * 8 + [1440] * 8 + [720] * 8 + [360] * 8, 9.46),
+        (LlavaConfig(), None, 3.82),
+        (LlavaNextConfig(), None, 20.8),
+        (LlavaConfig(), mm.PyramidDrop(), 1.78),
+        (LlavaConfig(), mm.PyramidDrop(layers=(10, 20), ratios=(0.5, 0.25)), 2.13),
+        (LlavaNextConfig(), mm.PyramidDrop(), 9.46),
     ],
 )
-def test_published_totals(layers: list[int], published: float) -> None:
-    """LLaVA-1.5-7B, LLaVA-NeXT-7B and PyramidDrop, in 10^12 multiply-adds of visual tokens."""
-    assert prefill_flops(LLAVA, layers, "swiglu_mac") / 1e12 == pytest.approx(
-        published, abs=0.06 if published > 20 else 0.006
-    )
+def test_published_totals(config: Any, plan: Any, published: float) -> None:
+    """LLaVA-1.5-7B, LLaVA-NeXT-7B and PyramidDrop from their configs, in 10^12 multiply-adds of visual tokens."""
+    text, vision = config.text_config, config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2 * (5 if config.model_type == "llava_next" else 1)
+    assert (tokens, text.hidden_size, text.num_hidden_layers) in ((576, 4096, 32), (2880, 4096, 32))
+    layers = [tokens] * 32 if plan is None else layers_of(plan, tokens, 32)
+    found = prefill_flops(Shape.of(text), layers, "swiglu_mac") / 1e12
+    assert found == pytest.approx(published, abs=0.06 if published > 20 else 0.006)
 
 
 @pytest.mark.parametrize(("k", "part", "ratio"), [(2, 0.5, 0.552), (3, 0.5, 0.567), (2, 0.75, 0.332), (2, 0.9, 0.203)])
 def test_published_ratios_of_fastv(k: int, part: float, ratio: float) -> None:
-    left = 612 - round(576 * part)
-    found = prefill_flops(LLAVA, [612] * k + [left] * (32 - k), "fastv") / prefill_flops(LLAVA, [612] * 32, "fastv")
+    """With 36 tokens of text; its README rounds the second to 57 %."""
+    shape = Shape.of(LlavaConfig().text_config)
+    layers = [36 + n for n in layers_of(mm.FastV(layer=k, keep=1 - part), 576, 32)]
+    found = prefill_flops(shape, layers, "fastv") / prefill_flops(shape, [612] * 32, "fastv")
     assert found == pytest.approx(ratio, abs=0.001)
+    if (k, part) == (3, 0.5):
+        assert round(100 * found) == 57
+
+
+KINDS: dict[str, Any] = {
+    "pixel": mm.Downsample(keep=0.25),
+    "encoder": mm.ToMe(keep=0.5),
+    "input": mm.Uniform(keep=0.5),
+    "layer": ByPlace(),
+    "exit": Leave(),
+    "input, layer": mm.Uniform(keep=0.5) >> ByPlace(2),
+    "encoder, input, layer, exit": mm.ToMe(keep=0.5) >> mm.Uniform(keep=0.5) >> ByPlace(2) >> Leave(3),
+}
+"""A plan of every kind that computes nothing of its own: all that torch counts has to be in the formula."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_formula_is_what_torch_counts_for_every_kind_of_plan(family: str) -> None:
+    model, inputs = one(family)
+    stock = count(model, inputs)
+    shape = Shape.of(model.config.get_text_config())
+    for kind, plan in KINDS.items():
+        found = count(model, inputs, plan, stock)
+        with mm.compressed(model, plan), preferring("naive"):
+            counted = count_flops(model, inputs)
+        assert found.overhead == 0, kind
+        assert counted == found.vision + prefill_flops(shape, found.layers) + found.rotary + found.head, kind
+        assert sum(found.layers) < sum(stock.layers), kind
+        assert (found.vision < stock.vision) == (kind.split(",")[0] in ("pixel", "encoder")), kind
+    left = count(model, inputs, KINDS["exit"], stock).layers
+    assert left[:2] == stock.layers[:2] and len(set(left[2:])) == 1 and left[2] < stock.layers[2]
+    attention, cut = count(model, inputs, "cmai", stock), count(model, inputs, "fastv(layer=1, keep=0.5)", stock)
+    assert attention.layers == stock.layers and attention.overhead > 0
+    n = stock.layers[0]  # FastV: the keys of one layer, the query of the last token, their products
+    heads = shape.heads * shape.head_dim
+    assert (
+        cut.overhead
+        == 2 * n * shape.hidden * shape.kv_heads * shape.head_dim + 2 * shape.hidden * heads + 2 * n * heads
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

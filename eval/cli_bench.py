@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `mmcompress bench`: random mid-size models, memory, selections; a checkpoint and kernels have their own modules."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import cli_cost, cli_kernels
+
+PLANS = (
+    "uniform(keep=0.25)",
+    "visionzip(keep=0.25)",
+    "divprune(keep=0.25)",
+    "fastv(layer=2, keep=0.25)",
+    "tome(keep=0.25)",
+    "uniform(keep=0.998)",
+)
+MEMORY_PLANS = ("random(keep=0.1)", "uniform(keep=0.1)", "visionzip(keep=0.1)", "divprune(keep=0.1)", "tome(keep=0.25)")
+OTHERS = ("memory", "selection")
+LISTED = {
+    "memory": "peak memory of a 20,480-token video", "selection": "every method alone, 2,880 tokens to 288",
+    "kernels": "every kernel alone (not part of all)",
+}  # fmt: skip
+
+
+def add_command(
+    command: Callable[[str, Any, str], argparse.ArgumentParser],
+    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
+    open_image: Callable[[Path], Any],
+    models: tuple[str, ...],
+) -> None:
+    """Add the command; `load` makes model, processor and device of the options."""
+    bench = command(
+        "bench",
+        lambda options, console: run(options, console, load, open_image, models),
+        "prefill, decode and KV cache of a checkpoint or of random models, stock and compressed in one run",
+    )
+    bench.add_argument(
+        "what",
+        nargs="*",
+        default=["llava"],
+        help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), or 'all' of "
+        "these; or 'kernels', or one checkpoint (see below)",
+    )
+    bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
+    bench.add_argument("--repeats", type=int, default=12, help="rounds (default 12)")
+    bench.add_argument("--list", action="store_true", help="say what there is")
+    bench.add_argument("--out", type=Path, help="JSON record; what is in it already and not measured now stays")
+    cli_cost.add_options(bench)
+    cli_kernels.add_options(bench)
+
+
+def run(
+    options: argparse.Namespace,
+    console: Console,
+    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
+    open_image: Callable[[Path], Any],
+    models: Sequence[str],
+) -> None:
+    """Find out what is to be measured, and measure it."""
+    from .midsize import FAMILIES
+
+    if options.list:
+        for name, text in {**FAMILIES, **LISTED}.items():
+            console.print(f"{name:<12}{text}", highlight=False)
+        return
+    if "kernels" in options.what:
+        cli_kernels.run(options, console)
+        return
+    alien = [name for name in cli_kernels.OPTIONS if getattr(options, name)]
+    checkpoint = cli_cost.is_checkpoint(options.what, models)
+    if alien := [name for name in alien if not checkpoint or name not in ("device", "dtype")]:
+        raise ValueError(f"--{alien[0]} belongs to `mmcompress bench kernels`")
+    if checkpoint:
+        cli_cost.run(options, console, load, open_image)
+        return
+    if given := [name for name in cli_cost.ONLY if getattr(options, name) is not None]:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} belongs to `mmcompress bench MODEL`, a folder or embedded model"
+        )
+    wanted = [*FAMILIES, *OTHERS] if "all" in options.what else options.what
+    if unknown := [name for name in wanted if name not in (*FAMILIES, *OTHERS)]:
+        raise ValueError(f"bench {unknown[0]}: choose among {', '.join((*FAMILIES, *OTHERS))}, all; or kernels alone")
+    if options.repeats < 1:
+        raise ValueError(f"--repeats {options.repeats}: at least 1")
+    record: dict[str, Any] = {"families": {}}
+    if options.out and options.out.exists():
+        record = json.loads(options.out.read_text())
+    for family in (name for name in wanted if name not in OTHERS):
+        record["families"][family] = _family(family, options, console)
+        _write(record, options.out)
+    for name, measure in (("memory", _memory), ("selection", _selection)):
+        if name in wanted:
+            record[name] = measure(options, console)
+            _write(record, options.out)
+    console.print(
+        "[dim]FLOPs ratio: stock over compressed, vision tower included, counted by torch; reached: measured speed-up over that "
+        "ratio; uniform(keep=0.998) drops a token or two: its decode step shows the hooks alone[/dim]"
+    )
+    if options.out:
+        console.print(f"record: {options.out}")
+
+
+def _family(family: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """A mid-size random model of a family, stock and with every plan."""
+    from .latency import Timing, machine, measure
+    from .midsize import FAMILIES, build
+
+    console.print(f"{FAMILIES[family]} ...", highlight=False)
+    rows = measure(build(family), ["stock", *(options.plan or PLANS)], options.repeats)
+    here, rounds = machine(), f"medians of {options.repeats} interleaved rounds"
+    table = Table(title=f"{family}: batch 1, float32, {rounds}, {here['device']}, {here['threads']} threads")
+    for heading in Timing.HEADINGS:
+        table.add_column(heading, justify="left" if heading == "plan" else "right")
+    for row in rows:
+        table.add_row(*row.cells())
+    console.print(table)
+    conditions = {"batch": 1, "dtype": "float32", "attention": "sdpa", "repeats": options.repeats, "text_tokens": 40}
+    return {"machine": here, "conditions": conditions, "rows": [dataclasses.asdict(row) for row in rows]}
+
+
+def _memory(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Peak memory of a long video."""
+    from .latency import machine, video_memory
+
+    rows = [video_memory(plan) for plan in ("stock", *(options.plan or MEMORY_PLANS))]
+    table = Table(title="prefill of a 20,480-token video, peak resident memory; one N x N float32 matrix is 1600 MiB")
+    for heading in ("plan", "tokens in the LLM", "before MiB", "peak MiB", "added MiB"):
+        table.add_column(heading, justify="left" if heading == "plan" else "right")
+    for row in rows:
+        sizes = (row["before_mib"], row["peak_mib"], row["peak_mib"] - row["before_mib"])
+        table.add_row(row["plan"], str(row["kept"] or 20480), *(f"{size:.0f}" for size in sizes))
+    console.print(table)
+    return {"machine": machine(), "rows": rows}
+
+
+def _selection(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Every method without a model around it."""
+    from ..plan import methods
+    from .latency import machine
+    from .selection import selection_times
+
+    rows = []
+    table = Table(title="2,880 tokens of 4,096 features to 288, float32, one visual, without its signals")
+    for heading in ("stage", "ms", "naive twins, ms"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    names = [name for name, cls in methods().items() if cls.kind != "recipe"]
+    for row in selection_times(names, repeats=options.repeats):
+        rows.append(dataclasses.asdict(row))
+        twin = "-" if row.naive_ms is None else f"{row.naive_ms:.1f}"
+        table.add_row(row.method, f"{row.milliseconds:.1f} ± {row.iqr / 2:.1f}", twin)
+    console.print(table)
+    return {"machine": machine(), "repeats": options.repeats, "rows": rows}
+
+
+def _write(record: dict[str, Any], path: Path | None) -> None:
+    """Keep what was measured so far."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
