@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .panes import panes
 from .result import Explanation
-from .session import Session, session
+from .session import Asked, Session, session
 from .tam import targets, token_activation
 from .taps import StatesTap, VocabularyHead
 
@@ -23,15 +23,12 @@ def token_activation_map(
     visuals: Any = None,
     question: str = "",
     *,
-    video: bool = False,
-    inputs: Mapping[str, Any] | None = None,
-    answer: str | Sequence[int] | None = None,
-    max_new_tokens: int = 64,
     compat: str = "paper",
     interference: bool = True,
     kernel: int = 3,
     cap: float | None = None,
     candidates: int = 3,
+    **asked: Unpack[Asked],
 ) -> Explanation:
     """Where in the pictures each token of the answer is: the activation of its class at every visual token, less what earlier
     tokens explain, through a rank filter.
@@ -43,6 +40,7 @@ def token_activation_map(
     inputs     what the processor made of one prompt, instead of `visuals` and `question`. The question is then the text behind the
                last visual.
     answer     text or token ids to explain instead of the model's own answer (`Explanation.answer_ids` of another model's).
+    max_new_tokens  that the model's own answer may have; default 64.
     compat     "reference": the class of the first answer token is that of the last prompt token, as in the authors' code.
     interference  False leaves out the estimated causal inference; `cap` bounds its scale (the paper has no bound).
     kernel     side of the filter's window, 1 for none. candidates: how many likely next tokens to note.
@@ -56,9 +54,8 @@ def token_activation_map(
     (P + A) * N floats. Raises ValueError for a prompt without an image, longer than the context, padded or in a batch, and for an
     empty answer; NotImplementedError for a model without language model.
     """
-    how: Any = {"video": video, "inputs": inputs, "answer": answer, "max_new_tokens": max_new_tokens}
     check_options(compat, kernel)
-    with session(model, processor, visuals, question, **how) as s:
+    with session(model, processor, visuals, question, **asked) as s:
         tap = StatesTap()
         s.run(tap)
         return activation_of(s, tap, compat, interference, kernel, cap, candidates)

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..runtime.packing import Group
 from .cells import before_cut, slots_of
 from .result import Explanation
-from .session import Session, session
+from .session import Asked, Session, session
 from .tam import jointly_scaled
 from .taps import AttentionTap, attention_block
 
@@ -30,12 +31,9 @@ def last_attention(
     visuals: Any = None,
     question: str = "",
     *,
-    video: bool = False,
-    inputs: Mapping[str, Any] | None = None,
-    answer: str | Sequence[int] | None = None,
-    max_new_tokens: int = 64,
     layer: int = -1,
     normalise: str = "joint",
+    **asked: Unpack[Asked],
 ) -> Explanation:
     """Attention of the last layer (or another) from where each token is read, mean over heads, on the visual tokens.
 
@@ -47,9 +45,8 @@ def last_attention(
     Cost: one row of attention per token and head. Raises also NotImplementedError for sliding windows and linear attention, and for
     plans that rewrite attention.
     """
-    how: Any = {"video": video, "inputs": inputs, "answer": answer, "max_new_tokens": max_new_tokens}
     check_normalise(normalise)
-    with session(model, processor, visuals, question, **how) as s:
+    with session(model, processor, visuals, question, **asked) as s:
         refuse_rewriting(s)
         index = layer_number(s, layer)
         tap = AttentionTap([index])
@@ -77,11 +74,8 @@ def attention_rollout(
     visuals: Any = None,
     question: str = "",
     *,
-    video: bool = False,
-    inputs: Mapping[str, Any] | None = None,
-    answer: str | Sequence[int] | None = None,
-    max_new_tokens: int = 64,
     normalise: str = "joint",
+    **asked: Unpack[Asked],
 ) -> Explanation:
     """Attention followed down to the inputs: the product over all layers of half the attention (mean over heads) and half the
     identity, for the residual stream; the row where each token is read.
@@ -94,9 +88,8 @@ def attention_rollout(
     Only the T rows are carried, from the last layer to the first. Cost: all attention once more (S^2 D per layer). Memory: one
     hidden state per token and layer, and 128 rows of attention. Raises what `last_attention` raises.
     """
-    how: Any = {"video": video, "inputs": inputs, "answer": answer, "max_new_tokens": max_new_tokens}
     check_normalise(normalise)
-    with session(model, processor, visuals, question, **how) as s:
+    with session(model, processor, visuals, question, **asked) as s:
         refuse_rewriting(s)
         tap = AttentionTap(range(len(s.adapter.language_model.layers)))
         s.run(tap)

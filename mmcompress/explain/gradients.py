@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import Unpack
 
 from ..runtime.adapter import Adapter
 from ..runtime.attention import PLAIN
 from .attention import BLOCK, back_through_cut, check_normalise, on_cells, refuse_rewriting
 from .cells import slots_of
 from .result import Explanation
-from .session import Session, session
+from .session import Asked, Session, session
 from .tam import jointly_scaled
 from .taps import AttentionTap, StatesTap, VocabularyHead, attention_block
 
@@ -32,12 +33,9 @@ def gradient_relevance(
     visuals: Any = None,
     question: str = "",
     *,
-    video: bool = False,
-    inputs: Mapping[str, Any] | None = None,
-    answer: str | Sequence[int] | None = None,
-    max_new_tokens: int = 64,
     normalise: str = "joint",
     explain_question: bool = False,
+    **asked: Unpack[Asked],
 ) -> Explanation:
     """Attention weighted by the gradient of each answer token's logit, followed down to the inputs: r <- r + r C from the last
     layer to the first, with C = mean over heads of relu(attention * gradient).
@@ -51,9 +49,8 @@ def gradient_relevance(
     attention once more. Memory: activations of a training step, and four hidden states per token and layer. Raises what
     `last_attention` raises, and NotImplementedError for language models whose attention is not known to be plain.
     """
-    how: Any = {"video": video, "inputs": inputs, "answer": answer, "max_new_tokens": max_new_tokens}
     check_normalise(normalise)
-    with session(model, processor, visuals, question, **how) as s:
+    with session(model, processor, visuals, question, **asked) as s:
         refuse_rewriting(s)
         kind = s.adapter.language_model.config.model_type
         if kind not in PLAIN:
@@ -87,11 +84,8 @@ def grad_cam(
     visuals: Any = None,
     question: str = "",
     *,
-    video: bool = False,
-    inputs: Mapping[str, Any] | None = None,
-    answer: str | Sequence[int] | None = None,
-    max_new_tokens: int = 64,
     explain_question: bool = False,
+    **asked: Unpack[Asked],
 ) -> Explanation:
     """Grad-CAM on the projector's output: channels weighted by the mean gradient of each answer token's logit over the visual
     tokens, then relu.
@@ -101,8 +95,7 @@ def grad_cam(
     `gradient_relevance`. Every map is scaled by itself to 0..1. Cost: one answer, one more prefill with its activations kept, and a
     backward pass for each token. DeepStack levels of Qwen3-VL are no part of the features.
     """
-    how: Any = {"video": video, "inputs": inputs, "answer": answer, "max_new_tokens": max_new_tokens}
-    with session(model, processor, visuals, question, **how) as s:
+    with session(model, processor, visuals, question, **asked) as s:
         graph, states = GraphTap(()), StatesTap()
         with differentiated(s, graph, states):
             assert s.trace is not None and graph.leaf is not None

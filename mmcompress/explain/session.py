@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import TypedDict, Unpack
 
 from ..adapters import adapter_for
 from ..api import _ATTRIBUTE, _stock, compressed, trace
@@ -25,6 +26,15 @@ from .words import group_words, surface_names, token_texts, word_text
 
 NOTHING = "uniform(keep=1.0)"
 """A plan that drops nothing: a stock model runs under it for its layouts and its trace, bit for bit as without."""
+
+
+class Asked(TypedDict, total=False):
+    """What every explanation can be told; `token_activation_map` says what it means."""
+
+    video: bool
+    inputs: Mapping[str, Any] | None
+    answer: str | Sequence[int] | None
+    max_new_tokens: int
 
 
 class Tap(Protocol):
@@ -208,13 +218,12 @@ def session(
     processor: Any,
     visuals: Any,
     question: str,
-    *,
-    video: bool = False,
-    inputs: Mapping[str, Any] | None = None,
-    answer: str | Sequence[int] | None = None,
-    max_new_tokens: int = 64,
+    **asked: Unpack[Asked],
 ) -> Iterator[Session]:
-    """A session of the model with this prompt; arguments as in `token_activation_map`."""
+    """A session of the model with this prompt; arguments as in `token_activation_map`. Raises TypeError for any other."""
+    if other := set(asked) - set(Asked.__annotations__):
+        raise TypeError(f"no option {', '.join(sorted(other))}: there are {', '.join(Asked.__annotations__)}")
+    video, inputs, answer = asked.get("video", False), asked.get("inputs"), asked.get("answer")
     stock = _stock(model)
     engine = stock.__dict__.get(_ATTRIBUTE)
     adapter = adapter_for(stock) if engine is None else getattr(engine, "adapter", None)
@@ -238,4 +247,4 @@ def session(
         if training:
             stock.eval()
             stack.callback(stock.train)
-        yield Session(model, adapter, engine, processor, prompt, given, max_new_tokens)
+        yield Session(model, adapter, engine, processor, prompt, given, asked.get("max_new_tokens", 64))
