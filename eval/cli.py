@@ -102,7 +102,10 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
     from .data import read_questions
     from .metrics import check_protocol
     from .tasks import task_of
+    from .team import Team
 
+    if Team.here().rank:  # one process of a launch speaks for all
+        console = Console(quiet=True)
     task = task_of(options.task)
     setup = runs.Setup(
         options.task,

@@ -69,8 +69,9 @@ def run(
 
     if options.questions is not None and options.questions < 1:
         raise ValueError(f"--questions {options.questions}: at least 1")
-    if options.repeats < 0 or options.examples < 0:
-        raise ValueError("--repeats and --examples: at least 0")
+    for name in ("repeats", "examples"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"--{name} {getattr(options, name)}: at least 0 (none)")
     for keep in options.keep:
         check_keep(keep)
     wanted = points(options.plan, options.keep)

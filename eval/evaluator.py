@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import statistics
@@ -29,6 +30,7 @@ from .prompts import conversation, new_tokens, question_text
 from .synthetic import items
 from .synthetic.benchmark import takes_any_shape
 from .tasks import Row, Task, by_kind, known, task_of
+from .team import Team
 
 STOCK = "stock"
 FORMAT = 1
@@ -127,7 +129,8 @@ def evaluate(
     """Greedy answers to `questions` by the model with `plan`, judged by the rules of the task; returns the record.
 
     Answers go to FOLDER/task_protocol_plan_fingerprint.jsonl, the record beside it as .json. A run that was killed goes on
-    where it was: no answer is lost or made twice, and other settings, other questions or another model get other files.
+    where it was: no answer is lost or made twice, and other settings, other questions or another model get other files. In
+    `accelerate launch` each process answers its part of the batches into a file of its own, and all return the whole record.
     Questions whose picture cannot be read are left out, counted and named, or raise PictureError with setup.strict. prepared:
     inputs shared with evaluations of the same questions by other plans. Raises ValueError if the model is compressed already:
     say plan=.
@@ -143,17 +146,32 @@ def evaluate(
         conversation(processor, question_text(task, q, setup.protocol, setup.suffix), len(q.images), setup.template)
         for q in questions
     ]
-    path = folder / f"{file_name(settings)}.json"
+    path, team = folder / f"{file_name(settings)}.json", Team.here()
+    answers = journals(path)
+    team.wait()  # nobody writes before all know what is there
     failed: dict[str, str] = {}
     plain: AbstractContextManager[Any] = nullcontext()
-    with Journal(path.with_name(f"{path.name}l"), settings) as journal:
+    mine = path.with_suffix(f".part{team.rank}.jsonl" if team.rank else ".jsonl")
+    with Journal(mine, settings) as journal:
         with mm.compressed(model, pipeline) if pipeline else plain, _padded_left(processor):
             _answer(
-                model, processor, questions, texts, settings, setup.strict, journal, failed, show, prepared or Prepared(0)
+                model, processor, questions, texts, settings, setup.strict, journal, answers, failed, show,
+                prepared or Prepared(0), team,
             )  # fmt: skip
-        record = _record(task, setup.protocol, questions, settings, journal, failed, name)
-    _write(record, path)
+        failed = team.together(failed)
+        record = _record(task, setup.protocol, questions, settings, journals(path), failed, name)
+    if not team.rank:
+        _write(record, path)
+    team.wait()
     return record
+
+
+def journals(path: Path) -> dict[str, dict[str, Any]]:
+    """All answers of a record that is or will be at `path`: those of one process, and those of others launched beside it."""
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.part*.jsonl"))
+    return {
+        name: answer for part in (path.with_suffix(".jsonl"), *parts) for name, answer in Journal.peek(part).items()
+    }
 
 
 def _settings(
@@ -233,17 +251,20 @@ def _answer(
     settings: dict[str, Any],
     strict: bool,
     journal: Journal,
+    answers: dict[str, dict[str, Any]],
     failed: dict[str, str],
     show: Callable[[Progress], None] | None,
     prepared: Prepared,
+    team: Team,
 ) -> None:
-    """Ask what the journal does not have. A batch of which a part is there is asked as a whole again, so that its padding and
+    """Ask what is not among the answers. A batch of which a part is there is asked as a whole again, so that its padding and
     with it every answer is that of an unbroken run; only the missing answers are written."""
     todo = [
         batch
         for batch in bucketed(questions, texts, settings["batch_size"], takes_any_shape(model))
-        if any(questions[i].id not in journal.records for i in batch)
-    ]
+        if any(questions[i].id not in answers for i in batch)
+    ][team.rank :: team.size]
+    before = len(answers)
 
     key = fingerprint({name: value for name, value in settings.items() if name != "plan"})
 
@@ -266,12 +287,12 @@ def _answer(
             if strict:
                 raise PictureError(f"question {name}: {reason}; without --strict it is left out and counted")
             failed[name] = reason
-        done = all(questions[i].id in journal.records for i in asked)
+        done = all(questions[i].id in answers for i in asked)
         return ([], None) if done else (asked, BatchFeature(dict(inputs)))  # a copy: .to changes it
 
     made, spent = 0, 0.0
     if show:
-        show(Progress(len(journal.records), len(questions), 0.0))
+        show(Progress(before, len(questions), 0.0))
     for asked, inputs in _ahead(todo, prepare):
         if asked:
             synchronize()
@@ -286,9 +307,12 @@ def _answer(
             for i, reply, count, tokens in zip(asked, replies, counts, visual, strict=True):
                 record = {"id": questions[i].id, "reply": reply, "new_tokens": count, "seconds": seconds / len(asked)}
                 records.append(record | ({"visual": tokens} if tokens else {}))
-            journal.append([record for record in records if record["id"] not in journal.records])
+            records = [record for record in records if record["id"] not in answers]
+            journal.append(records)
+            answers |= {record["id"]: record for record in records}
         if show:
-            show(Progress(len(journal.records) + len(failed), len(questions), made / spent if spent else 0.0))
+            rate, new = made / spent if spent else 0.0, len(answers) - before + len(failed)
+            show(Progress(min(len(questions), before + team.size * new), len(questions), team.size * rate))
 
 
 def _ahead(batches: Sequence[list[int]], prepare: Callable[[list[int]], Any]) -> Iterator[Any]:
@@ -332,11 +356,11 @@ def _record(
     protocol: Protocol,
     questions: Sequence[Question],
     settings: dict[str, Any],
-    journal: Journal,
+    journal: dict[str, dict[str, Any]],
     failed: dict[str, str],
     name: str | None,
 ) -> dict[str, Any]:
-    answers = [(q, journal.records[q.id]) for q in questions if q.id in journal.records]
+    answers = [(q, journal[q.id]) for q in questions if q.id in journal]
     rows = [task.row(question, record["reply"], protocol) for question, record in answers]
     seconds = sum(record["seconds"] for _, record in answers)
     tokens = sum(record["new_tokens"] for _, record in answers)

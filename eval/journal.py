@@ -121,6 +121,17 @@ class Journal:
                 self.records[value["id"]] = value
 
     @staticmethod
+    def peek(path: Path) -> dict[str, dict[str, Any]]:
+        """The answers in a predictions file, which is left as it is; none if it is not there."""
+        if not path.exists():
+            return {}
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is nothing, or torn
+        values = [Journal._value(line) for line in lines]
+        if None in values[:-1]:
+            raise JournalError(f"{path}, line {values.index(None) + 1} is damaged: mend it or move the file away")
+        return {value["id"]: value for value in values if value is not None and "id" in value}
+
+    @staticmethod
     def _value(line: bytes) -> dict[str, Any] | None:
         try:
             value = json.loads(line)

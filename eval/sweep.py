@@ -22,6 +22,7 @@ from .evaluator import STOCK, Prepared, Progress, Setup, evaluate, record_path, 
 from .journal import JournalError
 from .statistics import RIGHT
 from .tasks import task_of
+from .team import Team
 
 FILE = "sweep.json"
 FORMAT = 2
@@ -115,6 +116,10 @@ def sweep(
     A plan that the model refuses is named with the reason, and the others go on. Run again, a sweep makes only what is missing:
     answers as `evaluate` does; costs are measured anew, all together, if any is missing (repeats=0: not at all).
     """
+    if Team.here().size > 1:
+        raise ValueError(
+            "a sweep runs in one process, since it also measures times; `mmcompress eval` can be launched in several"
+        )
     folder = Path(folder)
     found = [replace(point, tasks={}, cost={}) for point in wanted]
     inputs = _prompt(model, processor, works)

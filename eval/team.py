@@ -22,8 +22,7 @@ def check_all_here(known: int) -> None:
     """Raise if accelerate takes processes that were launched together for single ones, that would each do everything."""
     if known != launched():
         raise ValueError(
-            f"{launched()} processes were launched, but accelerate knows of {known}: on a CPU set ACCELERATE_USE_CPU=true, or "
-            f"use_cpu: true in the file for `accelerate launch --config_file`"
+            f"{launched()} processes were launched, but accelerate knows of {known}: on a CPU set ACCELERATE_USE_CPU=true"
         )
 
 

@@ -141,7 +141,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=options.dtype)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load {name!r} as an image-text model: {str(error).splitlines()[0]}") from error
-    if str(device) == "cpu" and options.dtype == "auto":
+    if torch.device(device).type == "cpu" and options.dtype == "auto":
         model = model.float()
     return model.to(device).eval(), processor, device
 

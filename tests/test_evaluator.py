@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from mmcompress.eval.data import Question, read_questions
 from mmcompress.eval.data.question import PictureError
 from mmcompress.eval.evaluator import Setup, bucketed, evaluate, load_record, rows_of, shapes_questions, weights_digest
 from mmcompress.eval.journal import Journal
+from mmcompress.eval.prompts import conversation, question_text
 from mmcompress.eval.synthetic import items
+from mmcompress.eval.tasks import task_of
 
 import mmcompress as mm
 from mmcompress.cli import main
@@ -125,6 +128,67 @@ def test_killed_and_restarted(
     handle.remove()
     assert not calls and journal.stat().st_size == size
     same(again, found)
+
+
+TWO_ON_A_CPU = [
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m",
+]  # fmt: skip
+"""`accelerate launch` as it starts two processes on a CPU, with ACCELERATE_USE_CPU=true; with --cpu it starts one, whatever
+--num_processes says."""
+
+
+def launch(table: Path, out: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Our own command in two processes."""
+    line = [
+        *TWO_ON_A_CPU,
+        "mmcompress",
+        "eval",
+        "llava-shapes",
+        "--task",
+        "exact",
+        "--data",
+        str(table),
+        "--suffix",
+        "",
+    ]
+    line += ["--batch-size", "4", "--max-new-tokens", "8", "--plan", PLAN, "--out", str(out)]
+    return subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1", **settings}, capture_output=True, text=True)
+
+
+def test_two_processes_give_the_numbers_of_one(
+    table: Path, whole: tuple[Path, dict[str, dict[str, Any]]], loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """A picture that cannot be read is in the part of the second process; what two have answered, one does not ask again."""
+    folder = tmp_path / "data"
+    shutil.copytree(table.parent, folder)
+    questions = read_questions("exact", folder / table.name)
+    texts = [conversation(loaded[1], question_text(task_of("exact"), q, "official", ""), 1) for q in questions]
+    broken = bucketed(questions, texts, 4, False)[1][0]  # the second batch
+    expected = [row for row in whole[1][PLAN]["rows"] if row["id"] != questions[broken].id]
+    (folder / f"{broken}.png").write_bytes((folder / f"{broken}.png").read_bytes()[:60])
+    done = launch(folder / table.name, tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("1 of 14 questions were left out") == 1  # said once
+    (path,) = (tmp_path / "out").glob("exact_official_divprune*.json")
+    found = load_record(path)
+    assert list(found["failed"]) == [questions[broken].id] and found["answered"] == COUNT - 1
+    alone = evaluate(
+        *loaded, read_questions("exact", folder / table.name), SETUP, PLAN, tmp_path / "alone", "llava-shapes"
+    )
+    same(found, alone)
+    assert [row["reply"] for row in found["rows"]] == [row["reply"] for row in expected]
+    parts = sorted(path.parent.glob("exact_official_divprune*.jsonl"))
+    sizes = [len(part.read_bytes().splitlines()) - 1 for part in parts]
+    assert len(parts) == 2 and min(sizes) >= 4 and sum(sizes) == COUNT - 1
+    calls: list[int] = []
+    handle = loaded[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    again = evaluate(
+        *loaded, read_questions("exact", folder / table.name), SETUP, PLAN, tmp_path / "out", "llava-shapes"
+    )
+    handle.remove()
+    same(again, found)
+    assert not calls
 
 
 def test_a_batch_of_which_a_part_was_written(

@@ -29,6 +29,8 @@ import mmcompress as mm
 from mmcompress.cli import main
 from mmcompress.demo import load
 
+from .test_evaluator import TWO_ON_A_CPU
+
 ROOT = Path(__file__).parent.parent
 QUESTIONS = 14
 PLAN = "visionzip(keep=0.25) >> fastv(layer=1, keep=0.5)"
@@ -415,19 +417,29 @@ def written(out: Path) -> tuple[float, list[str]]:
 def test_command_line_in_two_processes(
     folder: Path, harness: Path, direct: Any, asked: list[Item], tmp_path: Path
 ) -> None:
-    """`accelerate launch ... -m lmms_eval`: the same numbers as one process."""
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "lmms_eval",
-    ]  # fmt: skip
-    path = os.pathsep.join([str(harness), *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    """`accelerate launch ... -m lmms_eval`: the same numbers as one process, and there really are two."""
+    (tmp_path / "site").mkdir()
+    noted = (
+        "import os, pathlib\nrank = os.environ.get('RANK')\nrank and pathlib.Path(os.environ['RANKS'], rank).touch()\n"
+    )
+    (tmp_path / "site" / "sitecustomize.py").write_text(noted)
+    path = os.pathsep.join([str(tmp_path / "site"), str(harness), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hub"),
+        "RANKS": str(tmp_path / "ranks"),
+    }
+    (tmp_path / "ranks").mkdir()
     done = subprocess.run(
-        [*launch, *command(folder, PLAN, tmp_path / "out")], env={**os.environ, **settings}, cwd=tmp_path,
+        [*TWO_ON_A_CPU, "lmms_eval", *command(folder, PLAN, tmp_path / "out")], env={**os.environ, **settings}, cwd=tmp_path,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert written(tmp_path / "out") == (pytest.approx(accuracy(direct(PLAN), asked)), direct(PLAN))
+    assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["0", "1"]
 
 
 def test_command_line(

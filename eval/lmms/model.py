@@ -14,6 +14,7 @@ import mmcompress as mm
 
 from ..evaluator import STOCK
 from ..latency import synchronize
+from ..team import Team
 from .base import MODEL, load, positive, require
 from .plans import read_plan, unquoted
 from .requests import Reader, ahead, named
@@ -72,6 +73,7 @@ class CompressedModel(Reader):
         self.system_prompt = self._resolve_system_prompt(unquoted(system_prompt)) if system_prompt else ""
         from accelerate import Accelerator
 
+        Team.here()  # raises if accelerate does not know what was launched
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = torch.device(device or self.accelerator.device)
@@ -82,7 +84,7 @@ class CompressedModel(Reader):
         if self._world_size > 1:
             if self.device.type != self.accelerator.device.type:
                 raise ValueError(
-                    f"device={device}, but accelerate launch uses {self.accelerator.device}: also give it --cpu"
+                    f"device={device}, but accelerate launch uses {self.accelerator.device}: also set ACCELERATE_USE_CPU=true"
                 )
             self.device = self.accelerator.device
         self.model, self.processor = loaded or load(

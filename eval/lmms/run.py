@@ -16,6 +16,7 @@ from ...plan import as_pipeline
 from ...stage import Pipeline, Stage
 from ..evaluator import STOCK, weights_digest
 from ..journal import file_name
+from ..team import Team
 from .base import MODEL, load, require
 from .model import CompressedModel
 from .plans import model_arguments, read_plan
@@ -69,7 +70,9 @@ def run_lmms(
         resolved(manager, task)  # what is not there fails before the model is loaded
     from accelerate import Accelerator
 
-    where = device if Accelerator().num_processes == 1 else Accelerator().device
+    Team.here()  # raises if accelerate does not know what was launched
+    accelerator = Accelerator()
+    where = device if accelerator.num_processes == 1 else accelerator.device
     loaded = load(model, dtype, attn_implementation, None, where)
     common = {
         "pretrained": model, "batch_size": batch_size, "dtype": str(loaded[0].dtype).removeprefix("torch."),
