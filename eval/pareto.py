@@ -73,7 +73,7 @@ def _panel(axes: Any, rows: Sequence[Standing], axis: str, colors: Mapping[str, 
     lowest = min((row.relative for row in best), default=FLOOR)
     highest = max((row.relative for row in known), default=100.0)
     bottom = min(FLOOR, lowest - 5)
-    axes.set_ylim(bottom, highest + 0.2 * (highest - bottom))
+    axes.set_ylim(bottom, highest + 0.3 * (highest - bottom))
     costs = [row.cost[axis] for row in known] or [0.0, 1.0]
     span = max(costs) - min(costs) or 1.0
     axes.set_xlim(min(costs) - 0.4 * span, max(costs) + 0.05 * span)
