@@ -39,7 +39,8 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy -p mmcompress
 
-# Minutes on two cores: demo 15, sweeps 40, bench all 25, kernels 10, explain 15; measured in parts, processor time added up.
+# Minutes on two idle cores: demo 15, sweeps 40, bench all 25, kernels 10, explanations 15 (a guess). Estimated, not measured as a whole:
+# from the processor time of single plans, and from the medians of older records times their rounds.
 results: $(READY)  ## measure again what the README shows (under two hours on two cores) and fill it in
 	rm -rf results/demo.json results/bench.json results/kernels.json results/sweep
 	$(RUN) -m mmcompress demo --model llava-shapes --model internvl-shapes --questions 490 --out results
