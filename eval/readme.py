@@ -425,17 +425,16 @@ def learned(found: dict[str, Saved]) -> str:
     ]
     body.append(["of the oracle's 25 %: learned / proxy / chance, %", *overlaps])
     body.append(["right answers learned from", *(str(report["right"]) for report in reports.values())])
-    body.append([
-        "minutes: labels + training",
-        *(" + ".join(f"{r['seconds'][part] / 60:.0f}" for part in ("labels", "training")) for r in reports.values()),
-    ])  # fmt: skip
     shares = " / ".join(f"{100 * k:.0f}" for k in KEEPS)
     compared = " ".join(name for name in names if name != "learned")
-    samples = ", ".join(str(report["asked"]) for report in reports.values())
+    sizes = [
+        ", ".join(str(value(report)) for report in reports.values())
+        for value in (lambda r: r["asked"], lambda r: r["fitting"]["epochs"], lambda r: r["questions"])
+    ]
     return (
-        f"Accuracy (%) of `explain_compress` with {shares} % of the visual tokens, {first['questions']} held-out questions per "
-        f"model.\n\n{table(['', *reports], body)}\n\nShown by `mmcompress explain-train MODEL --samples N "
-        f"--epochs {first['fitting']['epochs']} --compare {compared}` (N = {samples})."
+        f"Accuracy (%) of `explain_compress` with {shares} % of the visual tokens.\n\n{table(['', *reports], body)}\n\nShown by "
+        f"`mmcompress explain-train MODEL --samples N --epochs E --score Q --compare {compared}` (N = {sizes[0]}; E = {sizes[1]}; "
+        f"Q = {sizes[2]})."
     )
 
 
