@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmcompress.assets import CLIP, MODELS, model_path
+from mmcompress.assets import CLIP, MODELS, model_path, weights_path
 from mmcompress.eval import midsize
 from mmcompress.eval.synthetic import CHANCE, KINDS, draw, evaluate, items, make_scene, prepare, scenes
 from mmcompress.eval.synthetic.benchmark import prompt, takes_any_shape
@@ -125,6 +125,43 @@ def test_the_embedded_models_work(name: str) -> None:
     by_type = {kind: score.accuracy(kind) for kind in KINDS}
     assert score.accuracy() >= 0.90, by_type
     assert min(by_type.values()) >= (0.80 if name == MODELS[0] else 0.60), by_type
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_compressor_in_the_package_beats_its_proxy(name: str) -> None:
+    model, processor = load(model_path(name))
+    batches = prepare(processor, items(210, stretched=takes_any_shape(model)), 35)
+    weights = weights_path("explain_compress", name)
+    assert sum(path.stat().st_size for path in weights.iterdir()) < 1e6
+    found = {}
+    for what, options in (("learned", {"weights": weights}), ("proxy", {})):
+        with mm.compressed(model, "explain_compress", keep=0.25, **options):
+            found[what] = evaluate(model, processor, batches).accuracy()
+    assert found["learned"] > found["proxy"]
+
+
+def test_exit_routers_and_flexible_projector_in_the_package(embedded: tuple[Any, Any]) -> None:
+    model, processor = embedded
+    batches = prepare(processor, items(70), 35)
+    stock = evaluate(model, processor, batches).accuracy()
+    with mm.compressed(model, "dyvte", weights=weights_path("dyvte", "llava-shapes")):
+        assert evaluate(model, processor, batches).accuracy() > 0.95 * stock
+        assert mm.report(model).flops < 0.75 * mm.report(model).full_flops
+    found = {}
+    for what, options in (("trained", {"weights": weights_path("tokenflex", "llava-shapes")}), ("own", {})):
+        with mm.compressed(model, "tokenflex", keep=0.2, **options):
+            found[what] = evaluate(model, processor, batches).accuracy()
+    assert found["trained"] > found["own"] + 0.05
+
+
+def test_weights_that_are_not_there_are_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"no weights for 'sparsevlm' with llava-shapes: there are those for .*explain_compress"
+    ):
+        weights_path("sparsevlm", "llava-shapes")
+    other, _ = load(model_path("qwen3-vl-shapes"))
+    with pytest.raises(ValueError, match="trained for another model"):
+        mm.compress(other, "explain_compress", weights=weights_path("explain_compress", "llava-shapes"))
 
 
 @pytest.mark.parametrize("name", MODELS[1:])
