@@ -128,16 +128,27 @@ def test_the_embedded_models_work(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_compressor_in_the_package_beats_its_proxy(name: str) -> None:
-    model, processor = load(model_path(name))
-    batches = prepare(processor, items(210, stretched=takes_any_shape(model)), 35)
+def test_the_compressor_in_the_package_belongs_to_its_model(name: str) -> None:
+    model, _ = load(model_path(name))
     weights = weights_path("explain_compress", name)
     assert sum(path.stat().st_size for path in weights.iterdir()) < 1e6
-    found = {}
-    for what, options in (("learned", {"weights": weights}), ("proxy", {})):
-        with mm.compressed(model, "explain_compress", keep=0.25, **options):
-            found[what] = evaluate(model, processor, batches).accuracy()
-    assert found["learned"] > found["proxy"]
+    with mm.compressed(model, "explain_compress", weights=weights, keep=0.25):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_compressor_in_the_package_beats_its_proxy(name: str) -> None:
+    """On questions that nothing was chosen by."""
+    model, processor = load(model_path(name))
+    batches = prepare(processor, items(350, start=5_000_000, stretched=takes_any_shape(model)))
+    found = []
+    for method, options in (
+        ("explain_compress", {"weights": weights_path("explain_compress", name)}), ("explain_compress", {}), ("random", {}),
+    ):  # fmt: skip
+        with mm.compressed(model, method, keep=0.25, **options):
+            found.append(evaluate(model, processor, batches).accuracy())
+    assert found[0] > found[1] > found[2]
 
 
 def test_exit_routers_and_flexible_projector_in_the_package(embedded: tuple[Any, Any]) -> None:
