@@ -168,12 +168,12 @@ def test_clusters_are_tokens_with_equal_features(family: str, kind: str, plan: s
 
 def features_of(model: Any, plan: str, inputs: dict[str, Tensor]) -> Tensor:
     """All LLM tokens of the first visual as the compressed encoder gives them."""
-    names = [n for n in inputs if n.startswith(("pixel_values", "image_", "video_"))]
-    method = "get_video_features" if "pixel_values_videos" in names else "get_image_features"
+    pixels = next(n for n in inputs if n.startswith("pixel_values"))  # by position: 5.17 has other names for it
+    more = {n: inputs[n] for n in inputs if n.startswith(("image_", "video_"))}
+    encode = model.model.get_video_features if pixels == "pixel_values_videos" else model.model.get_image_features
     with mm.compressed(model, plan):
-        output = getattr(model.model, method)(**{n: inputs[n] for n in names}, return_dict=True).pooler_output
-    found = list(output)
-    return torch.cat(found) if len(found) > 1 else found[0]
+        output = encode(inputs[pixels], **more, return_dict=True).pooler_output
+    return torch.cat([features.flatten(0, -2) for features in output])  # 5.17 keeps the frames of NeXT-Video apart
 
 
 @torch.no_grad()
