@@ -409,15 +409,19 @@ def record_path(folder: Path | str, record: dict[str, Any]) -> Path:
 
 def load_record(path: Path | str) -> dict[str, Any]:
     """A record that `evaluate` wrote; raises ValueError for anything else."""
-    path = Path(path)
+    return read_record(Path(path), "results", FORMAT, "", "is no record of `mmcompress eval` of this version")
+
+
+def read_record(path: Path, kind: str, version: int, missing: str, other: str) -> dict[str, Any]:
+    """The JSON record of this kind and version in a file; raises ValueError with `missing` or `other` for anything else."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file{missing}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("mmcompress") != "results" or record.get("format") != FORMAT:
-        raise ValueError(f"{path} is no record of `mmcompress eval` of this version")
+    if not isinstance(record, dict) or record.get("mmcompress") != kind or record.get("format") != version:
+        raise ValueError(f"{path} {other}")
     return record
 
 

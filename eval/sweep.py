@@ -18,7 +18,7 @@ from .comparison import compare
 from .cost_record import conditions, costs, prompt_inputs
 from .data import Question, open_picture, read_questions
 from .data.question import PictureError
-from .evaluator import STOCK, Prepared, Progress, Setup, evaluate, record_path, shapes_questions
+from .evaluator import STOCK, Prepared, Progress, Setup, evaluate, read_record, record_path, shapes_questions
 from .journal import JournalError
 from .statistics import RIGHT
 from .tasks import task_of
@@ -253,13 +253,5 @@ def _rounded(value: Any) -> Any:
 
 def load_sweep(path: Path | str) -> dict[str, Any]:
     """The content of a sweep.json; raises ValueError for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; `mmcompress sweep` writes it")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("mmcompress") != "sweep" or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is no record of `mmcompress sweep` of this version: move it away, and sweep again")
-    return content
+    other = "is no record of `mmcompress sweep` of this version: move it away, and sweep again"
+    return read_record(Path(path), "sweep", FORMAT, "; `mmcompress sweep` writes it", other)
