@@ -162,7 +162,6 @@ def test_rows(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
         r = random.Random(seed)
         if seed % 2:
             monkeypatch.setattr(blocked, "CELLS", 200)
-        monkeypatch.setattr(blocked, "INTEL", seed % 4 < 2)
         q, k = some_heads(r, implementation == "triton")
         shape = tuple(r.choice([1, size]) for size in (*q.shape[:3], k.shape[2]))
         mask: Tensor | None = torch.rand(shape) < 0.7

@@ -7,27 +7,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .naive import HIDDEN
 
-
-def _cpuinfo() -> str:
-    info = Path("/proc/cpuinfo")
-    return info.read_text() if info.exists() else ""
-
-
 LOG2E = math.log2(math.e)
 GONE = 10 * HIDDEN
 CELLS = 1 << 18
 """Cells of the map in a block, a megabyte."""
-INTEL = torch.backends.mkl.is_available() and "GenuineIntel" in _cpuinfo()
-"""There e^x is several times as fast as 2^x, as long as x is above LEAST; elsewhere, and below that, 2^x is the faster one."""
-LEAST = -87.0
-"""Below this e^x is no normal number any more; beside 1 it is nothing."""
+TOGETHER = 2
+"""Heads whose logits on few queries are made together, even where they make the block larger: then each thread has some."""
 ROWS = 128
 """Rows of a block even where they make it larger: with fewer the matrix product gets slow."""
 
@@ -199,29 +190,27 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> T
     if mask is not None:
         mask = mask.expand(found.shape)
     group = heads // kv_heads
-    together = max(1, CELLS // (group * queries * keys))
-    natural = INTEL and mask is None
-    x = (q.float() * (scale if natural else scale * LOG2E)).reshape(n, kv_heads, -1, d)
+    together = max(TOGETHER, CELLS // (group * queries * keys))
+    x = (q.float() * scale).reshape(n, kv_heads, -1, d)
     for i in range(n):
         for h in range(0, kv_heads, together):
             part, of = slice(h, h + together), slice(h * group, (h + together) * group)
             table = found[i, of]
             some = k[i, part].float().transpose(1, 2)
             torch.bmm(x[i, part], some, out=table.view(len(some), -1, keys))
+            blind = None
             if mask is not None:
-                _hide(table, mask[i, of])
-            for rows in table.view(-1, keys).split(max(1, CELLS // keys)):
-                top = rows.amax(1, keepdim=True)
-                rows.sub_(top)
-                rows = rows.clamp_min_(LEAST).exp_() if natural else rows.exp2_()
-                share = rows.sum(1, keepdim=True).reciprocal_()
-                rows.mul_(share if mask is None else share.masked_fill_(top <= HIDDEN, 0))
+                _hide(table, mask[i, of], 1.0)
+                blind = table.amax(-1, keepdim=True) <= HIDDEN
+            torch.softmax(table, -1, out=table)
+            if blind is not None:
+                table.masked_fill_(blind, 0)
     return found
 
 
-def _hide(table: Tensor, mask: Tensor) -> None:
-    """Take a mask, True where something is seen, or a bias into the logits."""
+def _hide(table: Tensor, mask: Tensor, unit: float = LOG2E) -> None:
+    """Take a mask, True where something is seen, or a bias, times `unit`, into the logits."""
     if mask.dtype == torch.bool:
         table.masked_fill_(~mask, GONE)
     else:
-        table.add_(mask.float(), alpha=LOG2E).masked_fill_(mask <= HIDDEN, GONE)
+        table.add_(mask.float(), alpha=unit).masked_fill_(mask <= HIDDEN, GONE)
