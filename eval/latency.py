@@ -195,9 +195,6 @@ def peak_rss_mib() -> float:
 def machine() -> dict[str, Any]:
     """Where a number comes from: device, threads, versions, commit."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "device": accelerator or processor(),
         "cores": os.cpu_count(),
@@ -207,8 +204,20 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "mmcompress": mm.__version__,
-        "commit": commit or None,
+        "commit": commit(),
     }
+
+
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit that `folder` is of, "-dirty" where code or data differ from it: what measurements write, results/ and README,
+    does not count. None outside a repository."""
+    git = ["git", "-C", str(folder)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    others = [":/", ":(top,exclude)results", ":(top,exclude)README.md"]
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", *others], capture_output=True
+    )
+    return f"{found}{'-dirty' if changed.stdout else ''}" if found else None
 
 
 def processor() -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ import torch
 from mmcompress.eval.clock import Spread, Subject, clock
 from mmcompress.eval.cost import Counts, count
 from mmcompress.eval.cost_record import costs
-from mmcompress.eval.latency import count_flops
+from mmcompress.eval.latency import commit, count_flops
 from mmcompress.kernels.dispatch import preferring
 from transformers import LlavaConfig, LlavaNextConfig
 
@@ -242,3 +243,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_counts_are_plain_values() -> None:
     made = Counts("stock", [4, 4], 1, 3, {"exact": {"full": 10, "visual_only": 5}}, 5, 0, 0, 5, 64)
     assert made.total == 20 and made.vision_share == 0.25 and made.visual_mean == 3
+
+
+def test_the_commit_of_a_record_is_dirty_where_code_differs_not_where_a_record_does(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    code, record = tmp_path / "eval" / "code.py", tmp_path / "results" / "record.json"
+    for file in (code, record):
+        file.parent.mkdir()
+        file.write_text("1")
+    assert commit(code.parent) is None
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-m", "all")
+    clean = commit(code.parent)
+    assert clean and "dirty" not in clean
+    record.write_text("2")
+    assert commit(code.parent) == clean
+    code.write_text("2")
+    assert commit(code.parent) == f"{clean}-dirty"
