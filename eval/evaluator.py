@@ -24,7 +24,7 @@ import mmcompress as mm
 from .data import Question, digest
 from .data.question import PictureError, open_picture, picture_size
 from .journal import Journal, file_name, fingerprint
-from .latency import machine, synchronize
+from .machine import machine, synchronize
 from .metrics import Protocol, check_protocol
 from .prompts import conversation, new_tokens, question_text
 from .synthetic import items

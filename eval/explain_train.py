@@ -28,6 +28,7 @@ from ..explain.compressor import KEEPS, Fitting, Pair, agreement, fit
 from ..explain.relevance import owed
 from ..runtime.relevance import MODES
 from ..weights import TENSORS, base_of
+from .cli import Command
 from .data import Question, digest, read_questions
 from .data.question import PictureError, open_picture
 from .evaluator import Setup, _padded_left, evaluate, shapes_questions
@@ -299,7 +300,7 @@ def table(report: dict[str, Any]) -> Table:
     return shown
 
 
-def add(command: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
+def add(command: Command) -> None:
     """Put the subcommand among the others."""
     made = command("explain-train", run, "train the compressor of explain_compress for a checkpoint (restartable)")
     made.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")

@@ -18,14 +18,14 @@ from ..assets import MODELS, weights_path
 from ..explain.compressor import KEEPS
 from ..runtime.needs import names_of
 from ..weights import Saved
+from .cost.latency import Timing
+from .cost.midsize import FAMILIES
 from .evaluator import STOCK
-from .kernels import Row, digits, read
-from .latency import Timing
-from .midsize import FAMILIES
-from .operations import OPERATIONS
-from .pareto import plot
-from .retained import standings
-from .sweep import FILE, is_choice, load_sweep
+from .kernel_bench.measure import Row, digits, read
+from .kernel_bench.operations import OPERATIONS
+from .sweep.pareto import plot
+from .sweep.retained import standings
+from .sweep.run import FILE, is_choice, load_sweep
 from .synthetic import CHANCE, KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -400,7 +400,7 @@ def _explain_cost(record: dict[str, Any]) -> str:
         f"A token activation map of {record['tokens']:,} tokens (mid-size random LLaVA-NeXT, language model of {record['layers']} "
         f"layers, {record['new_tokens']} new tokens) takes {explained:.1f} s where `generate` alone takes {plain:.1f} s, medians "
         f"of {record['rounds']} interleaved rounds, and {max(0, more):.0f} MiB more at the peak. Shown by `python -m "
-        f"mmcompress.eval.explain_cost --layers {record['layers']} --rounds {record['rounds']}` ({conditions(record)})."
+        f"mmcompress.eval.cost.explain --layers {record['layers']} --rounds {record['rounds']}` ({conditions(record)})."
     )
 
 
@@ -450,7 +450,8 @@ def fill(text: str, name: str, content: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    demo = json.loads((ROOT / "results" / "demo.json").read_text())
+    shown = json.loads((ROOT / "results" / "demo.json").read_text())
+    demo = {name: shown[name] for name in MODELS if name in shown}
     speed = json.loads((ROOT / "results" / "bench.json").read_text())
     sweeps = {name: load_sweep(ROOT / "results" / "sweep" / name / FILE) for name in MODELS}
     explained = [

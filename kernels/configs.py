@@ -34,8 +34,8 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
     "merge": {"default": {"rows": 8, "width": 256, "num_warps": 4}},
     "rank_filter": {"default": {"cells": 64, "num_warps": 4}},
 }
-"""By operation and family; "default" is small enough for every GPU. Measured ones come from `mmcompress.eval.kernel_tune`, none at
-run time; no family has been measured so far."""
+"""By operation and family; "default" is small enough for every GPU. Measured ones come from
+`mmcompress.eval.kernel_bench.tune`, none at run time; no family has been measured so far."""
 
 
 @functools.cache

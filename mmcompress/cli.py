@@ -16,8 +16,8 @@ from rich.table import Table
 
 from . import cli_explain, cli_learn
 from .assets import CLIP, MODELS, model_path
-from .eval import cli as evaluation
-from .eval import cli_bench, cli_tune, explain_train
+from .eval import explain_train
+from .eval.cli import bench, evaluate, tune
 
 WIDTH = 160
 """Columns of what goes into a file or a pipe, where nothing says how wide it may be: tables are readable there too."""
@@ -74,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command("methods", _methods, "all methods with kind, paper and options; `sweep MODEL --plan all` measures them")
 
-    cli_tune.add_command(command, _load, _open_image, MODELS)
-    cli_bench.add_command(command, _load, _open_image, MODELS)
-    evaluation.add_commands(command, _load, MODELS)
+    tune.add_command(command, _load, _open_image, MODELS)
+    bench.add_command(command, _load, _open_image, MODELS)
+    evaluate.add_commands(command, _load, MODELS)
 
     train = command("train", _train, "train an embedded model on the synthetic benchmark (restartable)")
     trained = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes", CLIP)

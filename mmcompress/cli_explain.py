@@ -4,22 +4,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from .assets import MODELS
+from .eval.cli import Command, Load, OpenImage
 
 NAMES = ("token-activation-map", "attention-rollout", "last-layer-attention", "gradient-relevance", "grad-cam")
 """What `--method` takes, in the order of `mmcompress.explain.EXPLANATIONS`."""
-Load = Callable[[argparse.Namespace], "tuple[Any, Any, str]"]
 
 
-def add(
-    command: Callable[[str, Any, str], argparse.ArgumentParser], load: Load, open_image: Callable[[Path], Any]
-) -> None:
+def add(command: Command, load: Load, open_image: OpenImage) -> None:
     """Put the subcommand among the others; `load` makes model and processor of the options, `open_image` a picture of a path."""
     explain = command(
         "explain",
@@ -49,7 +46,7 @@ def add(
     explain.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
 
-def run(options: argparse.Namespace, console: Console, load: Load, open_image: Callable[[Path], Any]) -> None:
+def run(options: argparse.Namespace, console: Console, load: Load, open_image: OpenImage) -> None:
     """Explain, write, and say where the page is."""
     from .plan import as_pipeline
     from .visualize import write_all

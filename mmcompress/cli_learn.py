@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from .assets import MODELS, model_path
+from .eval.cli import Command
 
 METHODS = ("dyvte", "tokenflex", "p_mod", "gamma_mod")
 
 
-def add(command: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
+def add(command: Command) -> None:
     """Put the subcommand among the others."""
     learn = command(
         "learn", run, "train what a method learns for a checkpoint, on the synthetic benchmark (restartable)"

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from .api import compress, compressed, report, trace, uncompress
 from .assets import MODELS, model_path
-from .eval.latency import machine, synchronize
+from .eval.machine import machine, synchronize
 from .eval.synthetic import CHANCE, KINDS, Item, Score, evaluate, items, prepare
-from .eval.synthetic.benchmark import encode, same, takes_any_shape
+from .eval.synthetic.benchmark import encode, load, same, takes_any_shape
 from .trace import Shape, kv_bytes, prefill_flops
 from .visualize import Panel, kept_figure, kept_overlay, page
 
@@ -51,15 +51,6 @@ class Row:
     visual_flops: int
     visual_kv_bytes: int
     prefill_ms: float
-
-
-def load(path: Path | str) -> tuple[Any, Any]:
-    """Model and processor of a checkpoint, as any user of transformers loads them."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval(), AutoProcessor.from_pretrained(
-        path
-    )
 
 
 def sweep(

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from mmcompress.eval.clock import Spread, Subject, clock
-from mmcompress.eval.cost import Counts, count
-from mmcompress.eval.cost_record import costs
-from mmcompress.eval.latency import commit, count_flops
+from mmcompress.eval.cost.clock import Spread, Subject, clock
+from mmcompress.eval.cost.counts import Counts, count
+from mmcompress.eval.cost.latency import count_flops
+from mmcompress.eval.cost.record import costs
+from mmcompress.eval.machine import commit
 from mmcompress.kernels.dispatch import preferring
 from transformers import LlavaConfig, LlavaNextConfig
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mmcompress.eval.selection import Sizes, random_visuals
+from mmcompress.eval.cost.selection import Sizes, random_visuals
 from torch import Tensor
 
 import mmcompress as mm

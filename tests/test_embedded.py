@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmcompress.assets import CLIP, MODELS, model_path, weights_path
-from mmcompress.eval import midsize
+from mmcompress.eval.cost import midsize
 from mmcompress.eval.synthetic import CHANCE, KINDS, draw, evaluate, items, make_scene, prepare, scenes
 from mmcompress.eval.synthetic.benchmark import prompt, takes_any_shape
 from mmcompress.eval.synthetic.data import Encoder, patch_labels, small_picture
@@ -328,7 +328,7 @@ def test_bench_measures(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bench command on tiny models: the form of the record, not the times."""
-    from mmcompress.eval import latency
+    from mmcompress.eval.cost import latency
 
     from . import families
 
@@ -365,7 +365,7 @@ def test_midsize_models_have_the_tokens_that_they_say(family: str) -> None:
 
 def test_flops_are_counted_like_the_report_says() -> None:
     """torch's counter against the arithmetic of the report: the difference of two plans is all in the LLM."""
-    from mmcompress.eval.latency import count_flops
+    from mmcompress.eval.cost.latency import count_flops
 
     from . import families
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from mmcompress.assets import model_path
 from mmcompress.eval import explain_train
-from mmcompress.eval.cost import count
+from mmcompress.eval.cost.counts import count
+from mmcompress.eval.cost.midsize import build as midsize
+from mmcompress.eval.cost.midsize import one_image_prompt
 from mmcompress.eval.explain_train import Labels, Recipe, training_questions
-from mmcompress.eval.midsize import build as midsize
-from mmcompress.eval.midsize import one_image_prompt
 from torch import Tensor
 
 import mmcompress as mm

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mmcompress.eval.selection import Sizes, selection_times
+from mmcompress.eval.cost.selection import Sizes, selection_times
+from mmcompress.eval.kernel_bench.operations import OPERATIONS, Draw, Size, caller
 from mmcompress.kernels.dispatch import IMPLEMENTATIONS, choose, has_triton, preferring
+from torch.utils._pytree import tree_leaves
 
 
 def test_auto_takes_blocked_torch_on_the_cpu() -> None:
@@ -48,3 +50,21 @@ def test_naive_times_stand_beside_the_methods_that_call_kernels() -> None:
     found = {row.method: row for row in selection_times(["divprune", "fastv"], repeats=2, sizes=sizes, side=4)}
     assert found["divprune"].naive_ms > 0
     assert found["fastv"].naive_ms is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_kernel_can_be_captured_in_a_graph(name: str) -> None:
+    operation = OPERATIONS[name]
+    size = Size(120, operation.d or 32, 8 if operation.k is None else operation.k, "float32")
+    run = caller(name, "triton", operation.inputs(Draw(size, "cuda")))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = [run() for _ in range(2)][-1]  # compiled before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True))

@@ -414,32 +414,51 @@ def written(out: Path) -> tuple[float, list[str]]:
     ]
 
 
-def test_command_line_in_two_processes(
-    folder: Path, harness: Path, direct: Any, asked: list[Item], tmp_path: Path
-) -> None:
-    """`accelerate launch ... -m lmms_eval`: the same numbers as one process, and there really are two."""
-    (tmp_path / "site").mkdir()
+def in_two_processes(line: list[str], harness: Path, folder: Path) -> None:
+    """`accelerate launch` of a module with its arguments in `folder`; there really are two processes, and they end well."""
+    (folder / "site").mkdir()
     noted = (
         "import os, pathlib\nrank = os.environ.get('RANK')\nrank and pathlib.Path(os.environ['RANKS'], rank).touch()\n"
     )
-    (tmp_path / "site" / "sitecustomize.py").write_text(noted)
-    path = os.pathsep.join([str(tmp_path / "site"), str(harness), *filter(None, [os.environ.get("PYTHONPATH")])])
+    (folder / "site" / "sitecustomize.py").write_text(noted)
+    path = os.pathsep.join([str(folder / "site"), str(harness), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "hub"),
-        "RANKS": str(tmp_path / "ranks"),
+        "HF_HOME": str(folder / "hub"),
+        "RANKS": str(folder / "ranks"),
     }
-    (tmp_path / "ranks").mkdir()
+    (folder / "ranks").mkdir()
     done = subprocess.run(
-        [*TWO_ON_A_CPU, "lmms_eval", *command(folder, PLAN, tmp_path / "out")], env={**os.environ, **settings}, cwd=tmp_path,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [*TWO_ON_A_CPU, *line], env={**os.environ, **settings}, cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert sorted(path.name for path in (folder / "ranks").iterdir()) == ["0", "1"]
+
+
+def test_command_line_in_two_processes(
+    folder: Path, harness: Path, direct: Any, asked: list[Item], tmp_path: Path
+) -> None:
+    """`accelerate launch ... -m lmms_eval`: the same numbers as one process."""
+    in_two_processes(["lmms_eval", *command(folder, PLAN, tmp_path / "out")], harness, tmp_path)
     assert written(tmp_path / "out") == (pytest.approx(accuracy(direct(PLAN), asked)), direct(PLAN))
-    assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["0", "1"]
+
+
+def test_our_own_command_in_two_processes(
+    folder: Path, harness: Path, direct: Any, asked: list[Item], tmp_path: Path
+) -> None:
+    """`accelerate launch ... -m mmcompress eval --harness lmms`: the same numbers as one process, written once."""
+    line = ["eval", "llava-shapes", "--plan", PLAN, "--harness", "lmms", "--tasks", str(folder / "shapes_files.yaml")]
+    in_two_processes(["mmcompress", *line, "--out", str(tmp_path / "out")], harness, tmp_path)
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("lmms_*.json")]
+    assert sorted(record["plan"] for record in records) == sorted([STOCK, PLAN])
+    for record in records:
+        said = direct(record["plan"])
+        assert record["scores"]["shapes_files"]["right"] == pytest.approx(accuracy(said, asked))
+        rows = load_record(tmp_path / "out" / record["records"]["shapes_files"])["rows"]
+        assert [row["reply"].strip() for row in rows] == said
 
 
 def test_command_line(

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from mmcompress.assets import model_path
-from mmcompress.eval import sweep as sweeping
 from mmcompress.eval.comparison import Comparison, compare
 from mmcompress.eval.evaluator import Prepared, Setup, evaluate, load_record
-from mmcompress.eval.examples import worst
 from mmcompress.eval.readme import methods
-from mmcompress.eval.retained import Standing, front, standings
 from mmcompress.eval.statistics import Difference, Flips
-from mmcompress.eval.sweep import load_sweep, points, read_tasks
+from mmcompress.eval.sweep import run as sweeping
+from mmcompress.eval.sweep.examples import worst
+from mmcompress.eval.sweep.retained import Standing, front, standings
+from mmcompress.eval.sweep.run import load_sweep, points, read_tasks
 from mmcompress.eval.synthetic import Item, items
 from mmcompress.eval.tasks import Row
 from mmcompress.eval.tuning import answers, batches
@@ -273,7 +273,7 @@ def test_a_sweep_goes_on(swept: tuple[Path, list[str]], monkeypatch: pytest.Monk
     timed: list[list[str]] = []
     costs = sweeping.costs
     monkeypatch.setattr(sweeping, "costs", lambda *a: (timed.append(a[3]) if len(a) > 3 else None, costs(*a))[1])
-    monkeypatch.setattr("mmcompress.eval.cost_record.clock", lambda *_, **__: pytest.fail("the costs are there"))
+    monkeypatch.setattr("mmcompress.eval.cost.record.clock", lambda *_, **__: pytest.fail("the costs are there"))
     assert main(line) == 0
     after = load_sweep(out / "sweep.json")
     assert {**after, "machine": 0} == {**before, "machine": 0} and not timed  # somebody may have committed in between

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcompress.eval import metrics as vqa
+from mmcompress.eval.cost.vision_flops import mlp_projector_flops, vit_flops
 from mmcompress.eval.data import Question
 from mmcompress.eval.statistics import (
     bootstrap,
@@ -27,7 +28,6 @@ from mmcompress.eval.statistics import (
     relative_accuracy,
 )
 from mmcompress.eval.tasks import TASKS, Row, evaluate_terms, task_of
-from mmcompress.eval.vision_flops import mlp_projector_flops, vit_flops
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcompress.trace import Shape, prefill_flops

@@ -13,7 +13,7 @@ from torch import Tensor
 import mmcompress as mm
 
 from ..evaluator import STOCK
-from ..latency import synchronize
+from ..machine import synchronize
 from ..team import Team
 from .base import MODEL, load, positive, require
 from .plans import read_plan, unquoted

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..evaluator import FORMAT
 from ..journal import file_name, fingerprint
-from ..latency import machine
+from ..machine import machine
 
 
 def save(results: dict[str, Any], settings: dict[str, Any], path: Path) -> dict[str, Any]:

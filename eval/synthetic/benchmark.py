@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .questions import KINDS, Question, ask
 from .scenes import FEWEST, MOST, SCALE, Scene, draw, scenes
@@ -75,6 +77,12 @@ class Score:
         flat = [r for rights in self.right.values() for r in rights]
         p = sum(flat) / len(flat)
         return math.sqrt(p * (1 - p) / len(flat))
+
+
+def load(path: Path | str) -> tuple[Any, Any]:
+    """Model and processor of a checkpoint, as any user of transformers loads them."""
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(path)
 
 
 def takes_any_shape(model: Any) -> bool:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ...api import compressed
 from ...assets import MODELS, model_path
@@ -27,8 +26,8 @@ from ...explain.faithfulness import Scores, explanation_scores
 from ...explain.labels import FUNCTION, FUNCTION_WORDS, NOUN, OTHER
 from ...explain.session import session
 from ...explain.taps import AttentionTap, StatesTap
-from ..latency import machine
-from .benchmark import Item, items, same, takes_any_shape
+from ..machine import machine
+from .benchmark import Item, items, load, same, takes_any_shape
 from .scenes import COLORS, SCALE, SHAPES, Scene, _draw_thing
 
 NOUNS = frozenset({"color", "shape", "shapes", "sign", "picture"})
@@ -190,8 +189,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/explain.json"))
     arguments = parser.parse_args()
     for name in arguments.model or MODELS:
-        model = AutoModelForImageTextToText.from_pretrained(model_path(name), dtype=torch.float32).eval()
-        processor = AutoProcessor.from_pretrained(model_path(name))
+        model, processor = load(model_path(name))
         questions = items(arguments.questions, stretched=takes_any_shape(model))
         found = rows_of(name, compare(model, processor, questions, arguments.gradient_questions))
         for plan in arguments.plan:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ...api import compressed
 from ...assets import MODELS, model_path
@@ -20,7 +19,7 @@ from ...explain import Explanation
 from ...explain.activation import activation_of
 from ...explain.session import session
 from ...explain.taps import StatesTap
-from .benchmark import Item, items, takes_any_shape
+from .benchmark import Item, items, load, takes_any_shape
 from .faithful import record
 
 PLANS = (
@@ -109,8 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/rank_order.json"))
     arguments = parser.parse_args()
     for name in arguments.model or MODELS:
-        model = AutoModelForImageTextToText.from_pretrained(model_path(name), dtype=torch.float32).eval()
-        processor = AutoProcessor.from_pretrained(model_path(name))
+        model, processor = load(model_path(name))
         questions = items(arguments.questions, stretched=takes_any_shape(model))
         found = agreement(name, model, processor, questions, arguments.plan or PLANS)
         for row in found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`match` in tiles of scores that stay in the cache, with plain torch."""
+"""`match` in tiles of scores, with plain torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from ..ragged import segments
 from .rule import Rule, inverse_norms, without_huge
 
-_TILE = 1 << 20
-"""Scores in a tile."""
+_TILE = 1 << 22
+"""Scores in a tile, 16 MB: as large as a matrix product has to be to run at full speed."""
 _COLUMNS = 2048
 _COPY = 1 << 23
 """Numbers in a block of `b`, where it has to be copied."""

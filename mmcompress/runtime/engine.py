@@ -17,7 +17,6 @@ import functools
 import inspect
 import time
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,20 +24,19 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.compact import compact
-from ..selection import Selection, gather
 from ..stage import Pipeline
-from ..visuals import Visuals
 from .adapter import Adapter, Encoded
 from .attention import GIVEN, keep_notes, rewriters
 from .cache import book, cache_of, is_pruned, ledger_of
 from .call import Call, Sight, alike, locate, placeholder_masks
-from .clip import CLIP_TEXT, Clip
-from .cuts import Cutter, choose, words_meant
+from .clip import Clip
+from .cuts import Cutter, words_meant
+from .deepstack import give_levels, levels_of
 from .encoder import EncoderFacade
+from .inputs import InputStages, Prompt
 from .layers import OF_TEXT
 from .masks import layer_mask, layers_differ, logical_mask, validity
 from .needs import (
-    TEXT_SIGNALS,
     VISION_SIGNALS,
     check_language_model,
     check_positions,
@@ -47,8 +45,8 @@ from .needs import (
 )
 from .packing import Group, pack, renumbered, take
 from .pixels import PixelFacade
-from .prompt import PROMPT_SIGNALS, PromptTap
-from .record import CallRecord, Decision, Span
+from .prompt import PromptTap
+from .record import CallRecord, Span
 from .rotary import layer_tables, shifted
 from .signals import VisionTap, kind_of
 
@@ -72,9 +70,8 @@ class Engine:
         self.facade = self._facade()
         inside = (*plan.layer_stages, *plan.exit_stages)
         self.layer_kinds = {kind_of(name) for stage in inside for name in names_of(stage.needs)}
-        texts = {*TEXT_SIGNALS, *CLIP_TEXT} & set(self.substitutes.values())
-        self.prompt_signals = [n for n in self.substitutes.values() if kind_of(n) in PROMPT_SIGNALS]
-        self.reads_text = bool(self.layer_kinds & OF_TEXT or texts or self.prompt_signals)
+        self.inputs = InputStages(adapter, plan, self.clip, self.substitutes.values())
+        self.reads_text = bool(self.layer_kinds & OF_TEXT) or self.inputs.reads_text
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
         self.vision_tap = VisionTap(adapter, names, self.facade, self.clip) if names else None
         self.rewriters = rewriters(plan, self.language_model)
@@ -240,7 +237,7 @@ class Engine:
         device = embeds.device
         host_valid, spans = locate(call, self.adapter, valid, embeds, self.reads_text)
         for span in spans:
-            span.kept = self._budget(call, span)
+            span.kept = self.inputs.budget(call, span)
         counts = host_valid.sum(1).tolist()
         call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
         call.record.seconds = {"vision": self.vision_seconds, "select": 0.0}
@@ -268,19 +265,19 @@ class Engine:
             counts[span.row] += span.kept - len(span.patches)
             call.patch_counts[span.row] += span.kept
             call.text_counts[span.row] = len(span.text)
-        places, patches = places.to(device), patches.to(device)
-        levels = self._deepstack_levels(kwargs, embeds)
-        scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
+        prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds))
+        if "input_scores" in self.layer_kinds:
+            prompt.scores = torch.zeros(places.shape, device=device)
         tap = None
-        if self.prompt_signals:
+        if self.inputs.of_prompt:
             tap = PromptTap(self.adapter, call, kwargs, self._given_positions(call, kwargs, embeds), valid)
             self.call = None  # what it asks of the language model runs as if there were no engine
         try:
             for batch in alike(spans):
-                places, embeds, levels, scores = self._select(call, batch, places, embeds, levels, scores, tap)
+                self.inputs.select(call, batch, prompt, tap)
         finally:
             self.call = call
-        packed = pack(places, counts)
+        packed = pack(prompt.places, counts)
         call.record.seconds["select"] = self._since(start)
 
         length, physical = embeds.shape[1], packed.source.shape[1]
@@ -291,7 +288,7 @@ class Engine:
         tail = min(length - 1 - last_patch, physical) if padded == 0 else 0
         positions, gone = renumbered(
             self._given_positions(call, kwargs, embeds),
-            places,
+            prompt.places,
             packed,
             valid,
             self.adapter.reindexes and self.plan.position_policy() == "reindex",
@@ -300,15 +297,16 @@ class Engine:
             0, length, physical, counts, packed.valid, packed.source, tail=tail, positions=positions, gone=gone
         )
         call.groups = call.record.groups = [group]
-        moved = compact([embeds, patches, texts.to(device), *levels], packed.source, packed.valid)
+        given = [prompt.embeds, patches.to(device), texts.to(device), *prompt.levels]
+        moved = compact(given, packed.source, packed.valid)
         kwargs["inputs_embeds"], call.patches, call.texts, *levels = moved
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
-        if scores is not None:
-            call.kept["input_scores"] = scores.gather(1, packed.source)
+        if prompt.scores is not None:
+            call.kept["input_scores"] = prompt.scores.gather(1, packed.source)
         if "text_relevance" in self.layer_kinds:
             call.kept["text_relevance"] = words_meant(call, kwargs["inputs_embeds"])
         if levels:
-            self._pack_deepstack(call, kwargs, levels)
+            give_levels(call, kwargs, levels, self.cutter.first)
         kwargs["attention_mask"] = logical_mask(call, group, 0, device)
         self.cutter.arm()
         return True
@@ -342,17 +340,6 @@ class Engine:
         call.groups[0].positions = positions = self._given_positions(call, kwargs, kwargs["inputs_embeds"])
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
 
-    # ------------------------------------------------------------------ visuals of a call
-    def _budget(self, call: Call, span: Span) -> int:
-        """How many tokens of a visual enter the LLM: known before anything is computed."""
-        tokens = span.layout.cells
-        encoded, index = call.origin(span)
-        if encoded.clusters is not None:
-            tokens = encoded.left[index]
-        for stage in self.plan.input_stages:
-            tokens = stage.budget(tokens)
-        return tokens
-
     def _drops_anything(self, spans: list[Span]) -> bool:
         left: dict[int, int] = defaultdict(int)
         for span in spans:
@@ -360,99 +347,6 @@ class Engine:
                 return True
             left[span.row] += span.kept
         return any(map(self.cutter.drops, left.values()))
-
-    def _select(
-        self,
-        call: Call,
-        spans: list[Span],
-        places: Tensor,
-        embeds: Tensor,
-        levels: list[Tensor],
-        scores: Tensor | None,
-        tap: PromptTap | None = None,
-    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
-        """Run encoder clusters and input stages on visuals of one layout; returns the new `places`, `embeds`, DeepStack levels
-        (merged like the embeddings; where a method makes its tokens anew, the levels of the slots they stand for), and the
-        scores [B, S] of the last stage."""
-        device = embeds.device
-        rows = torch.tensor([span.row for span in spans], device=device)[:, None]
-        at = torch.stack([span.patches for span in spans]).to(device)
-        origin = [call.origin(span) for span in spans]
-        first, number = origin[0]
-        signals = {
-            name: torch.stack([encoded.signals[name][i] for encoded, i in origin]).to(device) for name in first.signals
-        }
-        if self.reads_text:
-            signals["text_embeddings"] = embeds[rows, torch.stack([span.text for span in spans]).to(device)]
-        if tap is not None:
-            text = torch.stack([span.text for span in spans]).to(device)
-            signals |= {name: tap.signal(name, rows, at, text).to(device) for name in self.prompt_signals}
-        if self.clip is not None:
-            signals |= self.clip.text(set(CLIP_TEXT) & set(self.substitutes.values()), call, spans, device)
-        visuals = Visuals(embeds[rows, at], spans[0].layout, spans[0].kept, signals, road=self.adapter.project)
-        stacked = [level[rows, at] for level in levels]
-        tokens = visuals.n
-        total = Selection(torch.arange(tokens, device=device).expand(len(spans), -1))
-        decisions: list[Decision] = []
-        remade = False
-        if first.clusters is not None:
-            clusters = torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]).to(device)
-            chosen = Selection.of_clusters(clusters, first.left[number])
-            early = (*self.plan.pixel_stages, *self.plan.encoder_stages)
-            decisions.append(Decision(" >> ".join(map(repr, early)), total, chosen))
-            visuals, total = visuals.take(chosen), chosen
-            stacked = [chosen.apply(level) for level in stacked]
-        for stage in self.plan.input_stages:
-            k = stage.budget(visuals.n)
-            last = scores is not None and stage is self.plan.input_stages[-1]
-            if k == visuals.n and not last:
-                continue
-            chosen = choose(stage, replace(visuals, k=k))
-            if scores is not None and last:
-                if chosen.scores is None:
-                    raise NotImplementedError(f"{stage!r} gives no scores, which a later stage of the plan reads")
-                given = gather(chosen.scores.float(), chosen.keep)
-            before, total = total, total.then(chosen, tokens)
-            by = None if chosen.scores is None else chosen.scores.detach()
-            decisions.append(Decision(repr(stage), before, total, by))
-            visuals = visuals.take(chosen)
-            stacked = [chosen.apply(level) for level in stacked]
-            remade = remade or chosen.merges
-        for i, span in enumerate(spans):
-            span.selection, span.selection_row, span.decisions = total, i, decisions
-        slots = gather(at, total.keep)
-        at_slots = (rows.expand_as(slots), slots)
-        places = places.index_put(at_slots, slots.sort(dim=1).values)
-        if scores is not None:
-            scores = scores.index_put(at_slots, given)
-        if remade:
-            embeds = embeds.index_put(at_slots, visuals.features.to(embeds.dtype))
-            levels = [
-                level.index_put(at_slots, new.to(level.dtype)) for level, new in zip(levels, stacked, strict=True)
-            ]
-        return places, embeds, levels, scores
-
-    # ------------------------------------------------------------------ DeepStack
-    @staticmethod
-    def _deepstack_levels(kwargs: dict[str, Any], embeds: Tensor) -> list[Tensor]:
-        """The levels as full sequences [B, S, H], zero where there is no visual token."""
-        levels = kwargs.get("deepstack_visual_embeds")
-        if levels is None:
-            return []
-        mask = kwargs["visual_pos_masks"].to(embeds.device)
-        where = mask[..., None].expand_as(embeds)
-        return [torch.zeros_like(embeds).masked_scatter(where, level.to(embeds)) for level in levels]
-
-    def _pack_deepstack(self, call: Call, kwargs: dict[str, Any], levels: list[Tensor]) -> None:
-        """Give the model the levels [B, M, H] of the packed tokens: those before the first cut in its own form, the others
-        are added by the hooks of the layers."""
-        assert call.patches is not None
-        cut = len(levels) if self.cutter.first is None else self.cutter.first
-        call.deepstack = {j + 1: level for j, level in enumerate(levels) if j >= cut}
-        count = sum(call.patch_counts)
-        order = call.patches.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
-        kwargs["visual_pos_masks"] = call.patches
-        kwargs["deepstack_visual_embeds"] = [level.flatten(0, 1)[order] for level in levels[:cut]]
 
     # ------------------------------------------------------------------ language model, after
     def _language_post(self, module: Any, args: tuple, output: Any) -> Any:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from mmcompress.eval import metrics as vqa
-from mmcompress.eval.vision_flops import qwen2_5_vl_vision_flops, vit_flops
+from mmcompress.eval.cost.vision_flops import qwen2_5_vl_vision_flops, vit_flops
 
 from mmcompress.trace import Shape, prefill_flops
 

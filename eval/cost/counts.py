@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mmcompress as mm
 
-from ..adapters import adapter_for
-from ..kernels import coverage, diverse  # noqa: F401 - they define operators
-from ..kernels.dispatch import preferring
-from ..runtime.cache import cache_of
-from ..trace import CONVENTIONS, Shape, Trace, prefill_flops
-from .evaluator import STOCK
+from ...adapters import adapter_for
+from ...kernels import coverage, diverse  # noqa: F401 - they define operators
+from ...kernels.dispatch import preferring
+from ...runtime.cache import cache_of
+from ...trace import CONVENTIONS, Shape, Trace, prefill_flops
+from ..evaluator import STOCK
 
 PICKS = {
     torch.ops.mmcompress.max_min: lambda x, *_, **__: 2 * x[0] * x[1] ** 2 * x[2],

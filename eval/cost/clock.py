@@ -15,11 +15,11 @@ import torch
 
 import mmcompress as mm
 
-from ..api import is_compressed
-from ..runtime.cache import CACHE, cache_of
-from .cost import language_model
-from .evaluator import STOCK
-from .latency import synchronize
+from ...api import is_compressed
+from ...runtime.cache import CACHE, cache_of
+from ..evaluator import STOCK
+from ..machine import synchronize
+from .counts import language_model
 
 PARTS = ("ttft", "vision", "compress", "prefill", "decode")
 

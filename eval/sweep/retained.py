@@ -12,9 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .comparison import Comparison, retained, shown
-from .evaluator import STOCK
-from .tasks import task_of
+from ..comparison import Comparison, retained, shown
+from ..evaluator import STOCK
+from ..tasks import task_of
 
 AXES = {
     "flops": ("FLOPs of the prefill, % of stock", lambda cost: 100 * cost["flops_ratio"]),

@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from .. import kernels
-from .latency import machine, processor
+from ... import kernels
+from ..machine import machine, processor
 from .operations import DTYPES, OPERATIONS, Size, sizes
 from .worker import START
 
@@ -41,7 +41,8 @@ SLOW = 1000.0
 """Milliseconds from which on the first run counts, too: there is nothing to warm up."""
 FEWEST = 3
 """Rounds that are run however long they take."""
-REPOSITORY = Path(__file__).resolve().parent.parent
+EVAL = Path(__file__).resolve().parent.parent
+REPOSITORY = EVAL.parent
 
 
 @dataclass
@@ -204,7 +205,7 @@ class Worker:
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (closed with the process)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(self.folder), str(Path(__file__).resolve().parent)],
+            [sys.executable, "-c", START, str(self.folder), str(EVAL)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -4,20 +4,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
+
+from . import Command, Load
 
 KEEPS = (0.5, 0.25, 0.1)
 
 
-def add_command(
-    command: Callable[[str, Any, str], argparse.ArgumentParser],
-    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
-    models: tuple[str, ...],
-) -> None:
+def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
     """Add the command; `load` makes model, processor and device of the options."""
     sweep = command(
         "sweep",
@@ -51,21 +47,19 @@ def add_command(
     sweep.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
 
-def run(
-    options: argparse.Namespace, console: Console, load: Callable[[argparse.Namespace], tuple[Any, Any, str]]
-) -> None:
+def run(options: argparse.Namespace, console: Console, load: Load) -> None:
     """Sweep, then table, plot and report."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    from ..budget import check_keep
-    from .evaluator import Progress, Setup
-    from .examples import examples
-    from .metrics import check_protocol
-    from .pareto import plot
-    from .report import write_report
-    from .retained import standings, table
-    from .sweep import FILE, points, read_tasks, sweep
+    from ...budget import check_keep
+    from ..evaluator import Progress, Setup
+    from ..metrics import check_protocol
+    from ..sweep.examples import examples
+    from ..sweep.pareto import plot
+    from ..sweep.report import write_report
+    from ..sweep.retained import standings, table
+    from ..sweep.run import FILE, points, read_tasks, sweep
 
     if options.questions is not None and options.questions < 1:
         raise ValueError(f"--questions {options.questions}: at least 1")

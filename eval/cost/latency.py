@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -17,13 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmcompress as mm
 
-from ..runtime.cache import CACHE, cache_of
+from ...runtime.cache import CACHE, cache_of
+from ..machine import synchronize
 from .midsize import one_image_prompt
 
 
@@ -69,11 +67,6 @@ class Timing:
             f"{self.decode_overhead_percent:+.1f} %",
             f"{self.kv_bytes / 2**20:.1f}",
         ]
-
-
-def synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
@@ -170,8 +163,8 @@ def video_memory(plan: str) -> dict[str, Any]:
     """Peak resident memory of a fresh process that runs the prefill of a 20,480-token video with `plan`, in MiB, and what
     the process held before the prefill (libraries, model, pixels)."""
     code = (
-        "import sys, torch, mmcompress as mm; from mmcompress.eval.midsize import long_video; "
-        "from mmcompress.eval.latency import peak_rss_mib; model, inputs = long_video(); plan = sys.argv[1]; "
+        "import sys, torch, mmcompress as mm; from mmcompress.eval.cost.midsize import long_video; "
+        "from mmcompress.eval.cost.latency import peak_rss_mib; model, inputs = long_video(); plan = sys.argv[1]; "
         "plan == 'stock' or mm.compress(model, plan); before = peak_rss_mib(); torch.set_grad_enabled(False); "
         "model(**inputs, use_cache=True, logits_to_keep=1); "
         "print(before, peak_rss_mib(), 0 if plan == 'stock' else mm.trace(model).visuals[0].kept)"
@@ -190,39 +183,3 @@ def peak_rss_mib() -> float:
         return float(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def machine() -> dict[str, Any]:
-    """Where a number comes from: device, threads, versions, commit."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "device": accelerator or processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "mmcompress": mm.__version__,
-        "commit": commit(),
-    }
-
-
-def commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The commit that `folder` is of, "-dirty" where code or data differ from it: what measurements write, results/ and README,
-    does not count. None outside a repository."""
-    git = ["git", "-C", str(folder)]
-    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    others = [":/", ":(top,exclude)results", ":(top,exclude)README.md"]
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--untracked-files=no", "--", *others], capture_output=True
-    )
-    return f"{found}{'-dirty' if changed.stdout else ''}" if found else None
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from . import cli_lmms, cli_sweep
-
-Command = Callable[[str, Any, str], argparse.ArgumentParser]
-Load = Callable[[argparse.Namespace], "tuple[Any, Any, str]"]
+from . import Command, Load, lmms, sweep
 
 
 def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
@@ -65,8 +61,8 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     measure.add_argument("--device", default=None, help="default: cuda where there is one")
     measure.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
-    cli_lmms.add_options(measure)
-    cli_sweep.add_command(command, load, models)
+    lmms.add_options(measure)
+    sweep.add_command(command, load, models)
 
     against = command(
         "compare", _compare, "records of `mmcompress eval` side by side: retention, agreement, flips, ties called ties"
@@ -83,7 +79,7 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
 
 def _eval(options: argparse.Namespace, console: Console, load: Load, parser: argparse.ArgumentParser) -> None:
     if options.harness == "lmms":
-        cli_lmms.run(options, console, parser)
+        lmms.run(options, console, parser)
         return
     if "," in options.task:
         raise ValueError(f"--task {options.task}: one at a time, several with --harness lmms or `mmcompress sweep`")
@@ -96,13 +92,13 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
         TimeRemainingColumn,
     )
 
-    from ..plan import as_pipeline
-    from . import evaluator as runs
-    from .comparison import summary_table
-    from .data import read_questions
-    from .metrics import check_protocol
-    from .tasks import task_of
-    from .team import Team
+    from ...plan import as_pipeline
+    from .. import evaluator as runs
+    from ..comparison import summary_table
+    from ..data import read_questions
+    from ..metrics import check_protocol
+    from ..tasks import task_of
+    from ..team import Team
 
     if Team.here().rank:  # one process of a launch speaks for all
         console = Console(quiet=True)
@@ -166,9 +162,9 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
 
 
 def _compare(options: argparse.Namespace, console: Console) -> None:
-    from .comparison import compare, kind_table, retention, summary_table
-    from .evaluator import load_record, rows_of
-    from .statistics import RIGHT, paired
+    from ..comparison import compare, kind_table, retention, summary_table
+    from ..evaluator import load_record, rows_of
+    from ..statistics import RIGHT, paired
 
     records = [load_record(path) for path in (options.base, *options.other)]
     tasks: dict[str, list[dict[str, Any]]] = {}

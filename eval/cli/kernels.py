@@ -43,8 +43,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Time, show, write the record and the plot."""
     import torch
 
-    from .kernel_plot import need_matplotlib, plot
-    from .kernels import Base, Sweep, measure, merged, read, write
+    from ..kernel_bench.measure import Base, Sweep, measure, merged, read, write
+    from ..kernel_bench.plot import need_matplotlib, plot
 
     if options.what != ["kernels"] or options.plan:
         raise ValueError("bench kernels: by itself, without other things to measure and without --plan")
@@ -92,8 +92,8 @@ def _show(rows: Sequence[Any], console: Console) -> None:
     """The rows of one operation: a table for each type, and why there are gaps."""
     from rich import box
 
-    from .kernels import AS_BEFORE
-    from .operations import OPERATIONS
+    from ..kernel_bench.measure import AS_BEFORE
+    from ..kernel_bench.operations import OPERATIONS
 
     naive = {row.key()[:-1]: row for row in rows if row.provider == "naive"}
     for dtype in dict.fromkeys(row.dtype for row in rows):

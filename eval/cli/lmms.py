@@ -28,8 +28,8 @@ def add_options(measure: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console, defaults: argparse.ArgumentParser) -> None:
     """Run the tasks and show a line per plan."""
-    from .evaluator import STOCK
-    from .lmms import run_lmms
+    from ..evaluator import STOCK
+    from ..lmms import run_lmms
 
     for name in OWN:
         if getattr(options, name) != defaults.get_default(name):

@@ -13,16 +13,16 @@ import torch
 
 import mmcompress as mm
 
-from ..plan import as_pipeline, methods
-from .comparison import compare
-from .cost_record import conditions, costs, prompt_inputs
-from .data import Question, open_picture, read_questions
-from .data.question import PictureError
-from .evaluator import STOCK, Prepared, Progress, Setup, evaluate, read_record, record_path, shapes_questions
-from .journal import JournalError
-from .statistics import RIGHT
-from .tasks import task_of
-from .team import Team
+from ...plan import as_pipeline, methods
+from ..comparison import compare
+from ..cost.record import conditions, costs, prompt_inputs
+from ..data import Question, open_picture, read_questions
+from ..data.question import PictureError
+from ..evaluator import STOCK, Prepared, Progress, Setup, evaluate, read_record, record_path, shapes_questions
+from ..journal import JournalError
+from ..statistics import RIGHT
+from ..tasks import task_of
+from ..team import Team
 
 FILE = "sweep.json"
 FORMAT = 2

@@ -32,7 +32,7 @@ for name, folder in (("mmcompress.kernels", sys.argv[1]), ("mmcompress.eval", sy
     spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py", submodule_search_locations=[folder])
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
-from mmcompress.eval.worker import main
+from mmcompress.eval.kernel_bench.worker import main
 main()
 """
 """What runs in the process: `python -c START KERNELS EVAL`."""

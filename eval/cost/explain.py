@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a token activation map costs beside the plain `generate`: `python -m mmcompress.eval.explain_cost`."""
+"""What a token activation map costs beside the plain `generate`: `python -m mmcompress.eval.cost.explain`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from ..explain import token_activation_map
-from .latency import machine, milliseconds
+from ...explain import token_activation_map
+from ..machine import machine
+from .latency import milliseconds
 from .midsize import build, large_picture
 
 WAYS = ("generate", "explain")
@@ -45,8 +46,8 @@ def seconds(layers: int, rounds: int) -> dict[str, list[float]]:
 def memory(layers: int, way: str) -> float:
     """Peak resident memory of a fresh process that answers once, MiB."""
     code = (
-        "import sys; from mmcompress.eval.explain_cost import answer; from mmcompress.eval.latency import peak_rss_mib; "
-        "from mmcompress.eval.midsize import build, large_picture; "
+        "import sys; from mmcompress.eval.cost.explain import answer; from mmcompress.eval.cost.latency import peak_rss_mib; "
+        "from mmcompress.eval.cost.midsize import build, large_picture; "
         f"model = build('llava_next', num_hidden_layers={layers}); answer(model, large_picture(model), sys.argv[1]); "
         "print(peak_rss_mib())"
     )
@@ -55,7 +56,7 @@ def memory(layers: int, way: str) -> float:
 
 
 def main() -> None:
-    """`python -m mmcompress.eval.explain_cost`: time and memory of an explanation of a 3,000-token input."""
+    """`python -m mmcompress.eval.cost.explain`: time and memory of an explanation of a 3,000-token input."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--layers", type=int, default=12, help="of the mid-size language model")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved; the medians count")

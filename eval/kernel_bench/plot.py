@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from .kernels import Row, digits
+from .measure import Row, digits
 from .operations import OPERATIONS
 
 COLORS = {"naive": "#888888", "compile": "#e69f00", "blocked": "#0072b2", "triton": "#009e73"}

@@ -4,22 +4,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from . import Command, Load, OpenImage
+
 HELD_OUT = 8_000_000
 """Scenes from this seed on are for tuning: the benchmark does not ask about them."""
 
 
-def add_command(
-    command: Callable[[str, Any, str], argparse.ArgumentParser],
-    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
-    open_image: Callable[[Path], Any],
-    models: tuple[str, ...],
-) -> None:
+def add_command(command: Command, load: Load, open_image: OpenImage, models: tuple[str, ...]) -> None:
     """Add the command; `load` makes model, processor and device of the options."""
     tune = command(
         "tune",
@@ -69,18 +65,13 @@ def add_command(
     tune.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
 
-def run(
-    options: argparse.Namespace,
-    console: Console,
-    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
-    open_image: Callable[[Path], Any],
-) -> None:
+def run(options: argparse.Namespace, console: Console, load: Load, open_image: OpenImage) -> None:
     """Search every plan and write the best one found."""
     from rich.progress import Progress
 
-    from ..plan import as_pipeline
-    from ..spending import check, read_budget
-    from ..tune import Trial, Tuned, own_space, parse_space, tune
+    from ...plan import as_pipeline
+    from ...spending import check, read_budget
+    from ...tune import Trial, Tuned, own_space, parse_space, tune
 
     if options.trials < 1 or options.samples < 1:
         raise ValueError("--trials and --samples: at least 1")
@@ -130,16 +121,12 @@ class _Inputs:
         self.model, self.batches = model, batches
 
 
-def _data(
-    options: argparse.Namespace,
-    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
-    open_image: Callable[[Path], Any],
-) -> tuple[_Inputs, Any]:
-    from ..tune import FINAL_STATE
-    from .data import read_questions
-    from .evaluator import shapes_questions
-    from .tasks import task_of
-    from .tuning import answers, batches
+def _data(options: argparse.Namespace, load: Load, open_image: OpenImage) -> tuple[_Inputs, Any]:
+    from ...tune import FINAL_STATE
+    from ..data import read_questions
+    from ..evaluator import shapes_questions
+    from ..tasks import task_of
+    from ..tuning import answers, batches
 
     task = options.task or ("shapes" if options.metric != "state" and options.data is None else None)
     if task is not None:
@@ -161,7 +148,7 @@ def _data(
     return _Inputs(model, [part.inputs for part in parts]), objective
 
 
-def _pictures(folder: Path, question: str, open_image: Callable[[Path], Any]) -> list[tuple[Any, str]]:
+def _pictures(folder: Path, question: str, open_image: OpenImage) -> list[tuple[Any, str]]:
     """Pictures of a folder in the order of their names, with their questions."""
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
@@ -177,7 +164,7 @@ def _pictures(folder: Path, question: str, open_image: Callable[[Path], Any]) ->
 def _samples(model: Any, processor: Any, pictures: list[tuple[Any, str]] | None, count: int) -> list[Any]:
     """Model inputs of pictures with questions, one by one; without any, of scenes that the synthetic benchmark does not ask
     about, in batches."""
-    from .synthetic.benchmark import items, prepare, prompt, takes_any_shape
+    from ..synthetic.benchmark import items, prepare, prompt, takes_any_shape
 
     if pictures is None:
         asked = items(count, start=HELD_OUT, stretched=takes_any_shape(model))

@@ -6,14 +6,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_cost, cli_kernels
+from . import Command, Load, OpenImage, cost, kernels
 
 PLANS = (
     "uniform(keep=0.25)",
@@ -31,12 +31,7 @@ LISTED = {
 }  # fmt: skip
 
 
-def add_command(
-    command: Callable[[str, Any, str], argparse.ArgumentParser],
-    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
-    open_image: Callable[[Path], Any],
-    models: tuple[str, ...],
-) -> None:
+def add_command(command: Command, load: Load, open_image: OpenImage, models: tuple[str, ...]) -> None:
     """Add the command; `load` makes model, processor and device of the options."""
     bench = command(
         "bench",
@@ -54,35 +49,35 @@ def add_command(
     bench.add_argument("--repeats", type=int, default=12, help="rounds (default 12)")
     bench.add_argument("--list", action="store_true", help="say what there is")
     bench.add_argument("--out", type=Path, help="JSON record; what is in it already and not measured now stays")
-    cli_cost.add_options(bench)
-    cli_kernels.add_options(bench)
+    cost.add_options(bench)
+    kernels.add_options(bench)
 
 
 def run(
     options: argparse.Namespace,
     console: Console,
-    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
-    open_image: Callable[[Path], Any],
+    load: Load,
+    open_image: OpenImage,
     models: Sequence[str],
 ) -> None:
     """Find out what is to be measured, and measure it."""
-    from .midsize import FAMILIES
+    from ..cost.midsize import FAMILIES
 
     if options.list:
         for name, text in {**FAMILIES, **LISTED}.items():
             console.print(f"{name:<12}{text}", highlight=False)
         return
     if "kernels" in options.what:
-        cli_kernels.run(options, console)
+        kernels.run(options, console)
         return
-    alien = [name for name in cli_kernels.OPTIONS if getattr(options, name)]
-    checkpoint = cli_cost.is_checkpoint(options.what, models)
+    alien = [name for name in kernels.OPTIONS if getattr(options, name)]
+    checkpoint = cost.is_checkpoint(options.what, models)
     if alien := [name for name in alien if not checkpoint or name not in ("device", "dtype")]:
         raise ValueError(f"--{alien[0]} belongs to `mmcompress bench kernels`")
     if checkpoint:
-        cli_cost.run(options, console, load, open_image)
+        cost.run(options, console, load, open_image)
         return
-    if given := [name for name in cli_cost.ONLY if getattr(options, name) is not None]:
+    if given := [name for name in cost.ONLY if getattr(options, name) is not None]:
         raise ValueError(
             f"--{given[0].replace('_', '-')} belongs to `mmcompress bench MODEL`, a folder or embedded model"
         )
@@ -111,8 +106,9 @@ def run(
 
 def _family(family: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """A mid-size random model of a family, stock and with every plan."""
-    from .latency import Timing, machine, measure
-    from .midsize import FAMILIES, build
+    from ..cost.latency import Timing, measure
+    from ..cost.midsize import FAMILIES, build
+    from ..machine import machine
 
     console.print(f"{FAMILIES[family]} ...", highlight=False)
     rows = measure(build(family), ["stock", *(options.plan or PLANS)], options.repeats)
@@ -129,7 +125,8 @@ def _family(family: str, options: argparse.Namespace, console: Console) -> dict[
 
 def _memory(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Peak memory of a long video."""
-    from .latency import machine, video_memory
+    from ..cost.latency import video_memory
+    from ..machine import machine
 
     rows = [video_memory(plan) for plan in ("stock", *(options.plan or MEMORY_PLANS))]
     table = Table(title="prefill of a 20,480-token video, peak resident memory; one N x N float32 matrix is 1600 MiB")
@@ -144,9 +141,9 @@ def _memory(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _selection(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Every method without a model around it."""
-    from ..plan import methods
-    from .latency import machine
-    from .selection import selection_times
+    from ...plan import methods
+    from ..cost.selection import selection_times
+    from ..machine import machine
 
     rows = []
     table = Table(title="2,880 tokens of 4,096 features to 288, float32, one visual, without its signals")

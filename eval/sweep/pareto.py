@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .evaluator import STOCK
+from ..evaluator import STOCK
 from .retained import AXES, Standing, front
 
 FEW = 8

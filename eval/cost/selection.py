@@ -12,9 +12,9 @@ from torch import Tensor
 
 import mmcompress as mm
 
-from ..kernels.dispatch import preferring
-from ..runtime.needs import names_of
-from ..stage import InputStage, LayerStage, Selecting, Stage
+from ...kernels.dispatch import preferring
+from ...runtime.needs import names_of
+from ...stage import InputStage, LayerStage, Selecting, Stage
 from .latency import milliseconds
 
 

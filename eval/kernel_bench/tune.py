@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block sizes of the Triton kernels that are fastest on the GPU at hand: `python -m mmcompress.eval.kernel_tune [OP ...]` prints
-the lines for `kernels.configs.CONFIGS`."""
+"""Block sizes of the Triton kernels that are fastest on the GPU at hand.
+
+`python -m mmcompress.eval.kernel_bench.tune [OP ...]` prints the lines for `kernels.configs.CONFIGS`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..kernels import configs
+from ...kernels import configs
 from .operations import OPERATIONS, Draw, Size, caller
 from .worker import milliseconds
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..plan import as_pipeline
-from ..trace import CONVENTIONS
+from ...plan import as_pipeline
+from ...trace import CONVENTIONS
+from ..evaluator import STOCK, weights_digest
+from ..machine import machine
 from .clock import PARTS, Subject, Times, clock
-from .cost import Counts, count
-from .evaluator import STOCK, weights_digest
-from .latency import machine
+from .counts import Counts, count
 
 FASTEST = "sdpa"
 """The attention implementation of the second baseline, where the checkpoint has another."""
@@ -120,7 +120,7 @@ def giga(value: float) -> str:
 
 def prompt_inputs(model: Any, processor: Any, picture: Any, question: str) -> Any:
     """One picture and a question as inputs on the model's device, in the checkpoint's chat format."""
-    from .synthetic.benchmark import prompt
+    from ..synthetic.benchmark import prompt
 
     if getattr(processor, "chat_template", None) is None:
         raise ValueError("the checkpoint has no chat template, so there is no way to know its prompt format")

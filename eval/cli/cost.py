@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from . import Load, OpenImage
 
 PLANS = ("visionzip(keep=0.25)", "divprune(keep=0.25)", "fastv(layer=2, keep=0.25)", "uniform(keep=0.25)")
 ONLY = ("image", "question", "new_tokens", "warmup", "attention")
@@ -35,16 +37,11 @@ def is_checkpoint(what: Sequence[str], models: Sequence[str]) -> bool:
     return len(what) == 1 and (what[0] in models or "/" in what[0] or Path(what[0]).is_dir())
 
 
-def run(
-    options: argparse.Namespace,
-    console: Console,
-    load: Callable[[argparse.Namespace], tuple[Any, Any, str]],
-    open_image: Callable[[Path], Any],
-) -> None:
+def run(options: argparse.Namespace, console: Console, load: Load, open_image: OpenImage) -> None:
     """Count and time, print the tables, write the record."""
     from rich.progress import Progress
 
-    from .cost_record import conditions, costs, prompt_inputs
+    from ..cost.record import conditions, costs, prompt_inputs
 
     dtype = options.dtype or ["auto"]
     if len(dtype) > 1 or dtype[0] not in ("auto", "float32", "bfloat16", "float16"):
@@ -80,14 +77,14 @@ def run(
 
 def scene() -> Any:
     """A picture that no user needs to bring."""
-    from .synthetic import items
+    from ..synthetic import items
 
     return items(1)[0].picture
 
 
 def tables(rows: Sequence[Any], about: dict[str, Any]) -> list[Table]:
     """Costs of all plans, and their decoder layers in the conventions of the literature."""
-    from .cost_record import HEADINGS, conventions
+    from ..cost.record import HEADINGS, conventions
 
     here = about["machine"]
     title = (

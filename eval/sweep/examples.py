@@ -13,13 +13,13 @@ from PIL import Image
 
 import mmcompress as mm
 
-from ..visualize import encoded_view, kept_overlay
-from .data import Question, open_picture
-from .evaluator import STOCK, load_record, rows_of
-from .prompts import conversation, question_text
-from .statistics import RIGHT, paired
-from .synthetic.benchmark import takes_any_shape
-from .tasks import Row, task_of
+from ...visualize import encoded_view, kept_overlay
+from ..data import Question, open_picture
+from ..evaluator import STOCK, load_record, rows_of
+from ..prompts import conversation, question_text
+from ..statistics import RIGHT, paired
+from ..synthetic.benchmark import takes_any_shape
+from ..tasks import Row, task_of
 
 SIDE = 240
 

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a number comes from, as every record names it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import mmcompress as mm
+
+
+def machine() -> dict[str, Any]:
+    """Where a number comes from: device, threads, versions, commit."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": accelerator or processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "mmcompress": mm.__version__,
+        "commit": commit(),
+    }
+
+
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit that `folder` is of, "-dirty" where code or data differ from it: what measurements write, results/ and README,
+    does not count. None outside a repository."""
+    git = ["git", "-C", str(folder)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    others = [":/", ":(top,exclude)results", ":(top,exclude)README.md"]
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", *others], capture_output=True
+    )
+    return f"{found}{'-dirty' if changed.stdout else ''}" if found else None
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, where there is one: only then a clock means something."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages before the language model: which slots of the prompt stay, and what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..selection import Selection, gather
+from ..stage import Pipeline
+from ..visuals import Visuals
+from .adapter import Adapter
+from .call import Call
+from .clip import CLIP_TEXT, Clip
+from .cuts import choose
+from .needs import TEXT_SIGNALS
+from .prompt import PROMPT_SIGNALS, PromptTap
+from .record import Decision, Span
+from .signals import kind_of
+
+
+@dataclass
+class Prompt:
+    """What the stages change, over all rows of the call.
+
+    places  [B, S] the slot whose place in the sequence a slot's token takes, -1 where none does.
+    embeds  [B, S, H] what enters the LLM.
+    levels  DeepStack levels [B, S, H], merged like the embeddings; where a method makes its tokens anew, those of the slots that
+            they stand for.
+    scores  [B, S] of the last stage, where a later one reads them.
+    """
+
+    places: Tensor
+    embeds: Tensor
+    levels: list[Tensor] = field(default_factory=list)
+    scores: Tensor | None = None
+
+
+class InputStages:
+    """Runs the clusters of encoder stages and the input stages of a plan on the visuals of a prompt."""
+
+    def __init__(self, adapter: Adapter, plan: Pipeline, clip: Clip | None, signals: Collection[str]) -> None:
+        """signals: the names of all that the stages read, substitutes in the place of what the family lacks."""
+        self.adapter, self.plan, self.clip = adapter, plan, clip
+        self.of_prompt = [name for name in signals if kind_of(name) in PROMPT_SIGNALS]
+        self.of_clip = {*CLIP_TEXT}.intersection(signals)
+        self.reads_text = bool(self.of_prompt or {*TEXT_SIGNALS, *CLIP_TEXT}.intersection(signals))
+
+    def budget(self, call: Call, span: Span) -> int:
+        """How many tokens of a visual enter the LLM: known before anything is computed."""
+        tokens = span.layout.cells
+        encoded, index = call.origin(span)
+        if encoded.clusters is not None:
+            tokens = encoded.left[index]
+        for stage in self.plan.input_stages:
+            tokens = stage.budget(tokens)
+        return tokens
+
+    def select(self, call: Call, spans: list[Span], prompt: Prompt, tap: PromptTap | None = None) -> None:
+        """Run everything on visuals of one layout, write it into `prompt`, and what was decided into the spans."""
+        device = prompt.embeds.device
+        rows = torch.tensor([span.row for span in spans], device=device)[:, None]
+        at = torch.stack([span.patches for span in spans]).to(device)
+        visuals = self._visuals(call, spans, rows, at, prompt.embeds, tap)
+        levels = [level[rows, at] for level in prompt.levels]
+        tokens = visuals.n
+        total = Selection(torch.arange(tokens, device=device).expand(len(spans), -1))
+        decisions: list[Decision] = []
+        remade, given = False, None
+        origin = [call.origin(span) for span in spans]
+        first, number = origin[0]
+        if first.clusters is not None:
+            clusters = torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]).to(device)
+            chosen = Selection.of_clusters(clusters, first.left[number])
+            early = (*self.plan.pixel_stages, *self.plan.encoder_stages)
+            decisions.append(Decision(" >> ".join(map(repr, early)), total, chosen))
+            visuals, total = visuals.take(chosen), chosen
+            levels = [chosen.apply(level) for level in levels]
+        for stage in self.plan.input_stages:
+            k = stage.budget(visuals.n)
+            read = prompt.scores is not None and stage is self.plan.input_stages[-1]
+            if k == visuals.n and not read:
+                continue
+            chosen = choose(stage, replace(visuals, k=k))
+            if read:
+                if chosen.scores is None:
+                    raise NotImplementedError(f"{stage!r} gives no scores, which a later stage of the plan reads")
+                given = gather(chosen.scores.float(), chosen.keep)
+            before, total = total, total.then(chosen, tokens)
+            by = None if chosen.scores is None else chosen.scores.detach()
+            decisions.append(Decision(repr(stage), before, total, by))
+            visuals = visuals.take(chosen)
+            levels = [chosen.apply(level) for level in levels]
+            remade = remade or chosen.merges
+        for i, span in enumerate(spans):
+            span.selection, span.selection_row, span.decisions = total, i, decisions
+        slots = gather(at, total.keep)
+        at_slots = (rows.expand_as(slots), slots)
+        prompt.places = prompt.places.index_put(at_slots, slots.sort(dim=1).values)
+        if prompt.scores is not None and given is not None:
+            prompt.scores = prompt.scores.index_put(at_slots, given)
+        if remade:
+            prompt.embeds = prompt.embeds.index_put(at_slots, visuals.features.to(prompt.embeds.dtype))
+            prompt.levels = [
+                level.index_put(at_slots, new.to(level.dtype)) for level, new in zip(prompt.levels, levels, strict=True)
+            ]
+
+    def _visuals(
+        self, call: Call, spans: list[Span], rows: Tensor, at: Tensor, embeds: Tensor, tap: PromptTap | None
+    ) -> Visuals:
+        """The visuals at the slots `at` [V, N] of `rows` [V, 1], with all signals that the stages read."""
+        device = embeds.device
+        origin = [call.origin(span) for span in spans]
+        signals = {
+            name: torch.stack([encoded.signals[name][i] for encoded, i in origin]).to(device)
+            for name in origin[0][0].signals
+        }
+        if self.reads_text:
+            text = torch.stack([span.text for span in spans]).to(device)
+            signals["text_embeddings"] = embeds[rows, text]
+            if tap is not None:
+                signals |= {name: tap.signal(name, rows, at, text).to(device) for name in self.of_prompt}
+        if self.clip is not None:
+            signals |= self.clip.text(self.of_clip, call, spans, device)
+        return Visuals(embeds[rows, at], spans[0].layout, spans[0].kept, signals, road=self.adapter.project)
