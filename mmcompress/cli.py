@@ -17,7 +17,7 @@ from rich.table import Table
 from . import cli_explain, cli_learn
 from .assets import CLIP, MODELS, model_path
 from .eval import explain_train
-from .eval.cli import bench, evaluate, tune
+from .eval.cli import add_load_options, bench, evaluate, tune
 
 WIDTH = 160
 """Columns of what goes into a file or a pipe, where nothing says how wide it may be: tables are readable there too."""
@@ -68,8 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--positions", choices=("keep", "reindex"), help="position ids of kept tokens (default: the method's)"
     )
     run.add_argument("--max-new-tokens", type=int, default=64)
-    run.add_argument("--device", default=None, help="default: cuda where there is one")
-    run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add_load_options(run)
     run.add_argument("--out", type=Path, help="also write a PNG of the kept tokens")
 
     command("methods", _methods, "all methods with kind, paper and options; `sweep MODEL --plan all` measures them")

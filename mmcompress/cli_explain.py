@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from .assets import MODELS
-from .eval.cli import Command, Load, OpenImage
+from .eval.cli import Command, Load, OpenImage, add_load_options
 
 NAMES = ("token-activation-map", "attention-rollout", "last-layer-attention", "gradient-relevance", "grad-cam")
 """What `--method` takes, in the order of `mmcompress.explain.EXPLANATIONS`."""
@@ -42,8 +42,7 @@ def add(command: Command, load: Load, open_image: OpenImage) -> None:
     explain.add_argument(
         "--out", type=Path, default=Path("explain_output"), help="folder for the page and the pictures"
     )
-    explain.add_argument("--device", default=None, help="default: cuda where there is one")
-    explain.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add_load_options(explain)
 
 
 def run(options: argparse.Namespace, console: Console, load: Load, open_image: OpenImage) -> None:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from mmcompress.assets import CLIP, model_path
 from mmcompress.eval.synthetic import scenes
+from mmcompress.eval.synthetic.benchmark import load
 from mmcompress.eval.synthetic.clip import caption
 from mmcompress.eval.synthetic.scenes import draw
 
 import mmcompress as mm
-from mmcompress.demo import load
 
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip")
 

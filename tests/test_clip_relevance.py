@@ -424,7 +424,7 @@ def test_a_need_without_a_substitute_says_what_to_give() -> None:
 @pytest.fixture(scope="module")
 def embedded() -> tuple[Any, Any]:
     pytest.importorskip("open_clip", reason="needs open_clip")
-    from mmcompress.demo import load
+    from mmcompress.eval.synthetic.benchmark import load
 
     return load(model_path())
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 from mmcompress.assets import MODELS, model_path
 from mmcompress.eval.synthetic import items
-from mmcompress.eval.synthetic.benchmark import prompt, takes_any_shape
+from mmcompress.eval.synthetic.benchmark import load, prompt, takes_any_shape
 from torch import Tensor
 
 import mmcompress as mm
 from mmcompress.budget import resolve
-from mmcompress.demo import load
 from mmcompress.ops.transitions import transition, transition_value
 from mmcompress.runtime.cache import PrunedLayer, is_pruned
 

@@ -13,7 +13,7 @@ import torch
 from mmcompress.assets import CLIP, MODELS, model_path, weights_path
 from mmcompress.eval.cost import midsize
 from mmcompress.eval.synthetic import CHANCE, KINDS, draw, evaluate, items, make_scene, prepare, scenes
-from mmcompress.eval.synthetic.benchmark import prompt, takes_any_shape
+from mmcompress.eval.synthetic.benchmark import load, prompt, takes_any_shape
 from mmcompress.eval.synthetic.data import Encoder, patch_labels, small_picture
 from mmcompress.eval.synthetic.families import FAMILIES
 from mmcompress.eval.synthetic.model import GRID, make_tokenizer
@@ -22,7 +22,6 @@ from PIL import Image
 
 import mmcompress as mm
 from mmcompress.cli import main
-from mmcompress.demo import load
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,11 @@ from mmcompress.eval.evaluator import Setup, bucketed, evaluate, load_record, ro
 from mmcompress.eval.journal import Journal
 from mmcompress.eval.prompts import conversation, question_text
 from mmcompress.eval.synthetic import items
+from mmcompress.eval.synthetic.benchmark import load
 from mmcompress.eval.tasks import task_of
 
 import mmcompress as mm
 from mmcompress.cli import main
-from mmcompress.demo import load
 
 PLAN = "divprune(keep=0.1)"
 SETUP = Setup("exact", suffix="", batch_size=4, new_tokens=8)
@@ -92,7 +92,7 @@ def test_killed_and_restarted(
 ) -> None:
     """A process is really killed (SIGKILL) while it answers; the rest is answered here; all is as in an unbroken run."""
     code = (
-        "import sys; from mmcompress.assets import model_path; from mmcompress.demo import load; "
+        "import sys; from mmcompress.assets import model_path; from mmcompress.eval.synthetic.benchmark import load; "
         "from mmcompress.eval.data import read_questions; from mmcompress.eval.evaluator import Setup, evaluate; "
         "import time; show = lambda now: time.sleep(0.3); "
         "evaluate(*load(model_path()), read_questions('exact', sys.argv[1]), "

@@ -15,6 +15,7 @@ from mmcompress.eval.cost.counts import count
 from mmcompress.eval.cost.midsize import build as midsize
 from mmcompress.eval.cost.midsize import one_image_prompt
 from mmcompress.eval.explain_train import Labels, Recipe, training_questions
+from mmcompress.eval.synthetic.benchmark import load
 from torch import Tensor
 
 import mmcompress as mm
@@ -87,10 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded() -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(model_path(), dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(model_path())
+    return load(model_path())
 
 
 def test_the_command_writes_weights_that_fit_the_model(folder: Path) -> None:

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcompress.assets import model_path
 from mmcompress.eval.synthetic import items
+from mmcompress.eval.synthetic.benchmark import load
 from mmcompress.eval.synthetic.faithful import Faithfulness, compare, drawn_f1, record, rows_of, thing_box, truth
 from mmcompress.eval.synthetic.rank_order import FORMS, agreement, rank_agreement
 from PIL import Image
 from torch import Tensor
 
 import mmcompress as mm
-from mmcompress.demo import load
 from mmcompress.explain import EXPLANATIONS, panes
 from mmcompress.explain.curves import answer_probabilities, insertion_deletion
 from mmcompress.explain.faithfulness import OUTSIDE, Scores, explanation_scores, fill_missing, seen_in, word_scores

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .test_kernel_diverse import DEVICE, poisoned
-from .watch import NoWaiting
+from .watch import NoWaiting, in_a_graph
 
 KINDS = ["random", "coarse", "twins", "shuffled", "zeros", "equal"]
 ALL = ["naive", "blocked", "triton"]
@@ -166,14 +166,12 @@ def test_triton_makes_exactly_the_picks_of_the_twin(kind: str, u: int, r: int, n
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_on_a_gpu_and_in_a_graph() -> None:
     x = torch.randn(1, 2880, 256, device=DEVICE)
-    for _ in range(2):  # compile before the capture
+
+    def both() -> tuple[Tensor, Tensor]:
         table = soft_coverage(x, x, 0.2)
-        picks = max_coverage(table, 288)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        table = soft_coverage(x, x, 0.2)
-        picks = max_coverage(table, 288)
-    graph.replay()
+        return table, max_coverage(table, 288)
+
+    table, picks = in_a_graph(both)
     assert torch.allclose(table, soft_coverage(x, x, 0.2, implementation="naive"), rtol=1e-4)
     assert torch.equal(picks.cpu(), max_coverage(table.cpu(), 288, implementation="naive"))
 

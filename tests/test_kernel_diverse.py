@@ -21,7 +21,7 @@ from mmcompress.kernels.diverse import blocked, greedy_map, lazy, max_min, naive
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .watch import NoWaiting
+from .watch import NoWaiting, in_a_graph
 
 MARGIN = 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -293,12 +293,7 @@ def test_on_a_gpu_and_in_a_graph() -> None:
     log_quality = torch.rand(1, 2880).log() / 8
     twins = max_min(x, 288, implementation="naive"), greedy_map(x, log_quality, 100, implementation="naive")
     on, quality = x.cuda(), log_quality.cuda()
-    for _ in range(2):  # compile before the capture
-        picks, order = max_min(on, 288), greedy_map(on, quality, 100)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        picks, order = max_min(on, 288), greedy_map(on, quality, 100)
-    graph.replay()
+    picks, order = in_a_graph(lambda: (max_min(on, 288), greedy_map(on, quality, 100)))
     check(picks.cpu(), twins[0], [distances(x[0], None)])
     check(order.cpu(), twins[1], [determinants(x[0], log_quality[0])])
 

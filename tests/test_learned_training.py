@@ -12,12 +12,12 @@ import pytest
 import torch
 from mmcompress.assets import model_path
 from mmcompress.eval.synthetic import items, prepare
+from mmcompress.eval.synthetic.benchmark import load
 from mmcompress.eval.synthetic.learned import RECIPES, Learning, asked, inputs_of
 from mmcompress.eval.synthetic.scenes import draw, scenes
 
 import mmcompress as mm
 from mmcompress.cli import main
-from mmcompress.demo import load
 from mmcompress.weights import Saved
 
 from .families import build, prompts

@@ -23,11 +23,10 @@ from mmcompress.eval.lmms import CompressedModel, base, model_arguments, plan_di
 from mmcompress.eval.lmms import run as command_run
 from mmcompress.eval.lmms.records import reply_of
 from mmcompress.eval.synthetic import Item, items
-from mmcompress.eval.synthetic.benchmark import prompt, same
+from mmcompress.eval.synthetic.benchmark import load, prompt, same
 
 import mmcompress as mm
 from mmcompress.cli import main
-from mmcompress.demo import load
 
 from .test_evaluator import TWO_ON_A_CPU
 

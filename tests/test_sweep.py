@@ -20,12 +20,12 @@ from mmcompress.eval.sweep.examples import worst
 from mmcompress.eval.sweep.retained import Standing, front, standings
 from mmcompress.eval.sweep.run import load_sweep, points, read_tasks
 from mmcompress.eval.synthetic import Item, items
+from mmcompress.eval.synthetic.benchmark import load
 from mmcompress.eval.tasks import Row
 from mmcompress.eval.tuning import answers, batches
 
 import mmcompress as mm
 from mmcompress.cli import main
-from mmcompress.demo import load
 from mmcompress.spending import read_budget, spent
 from mmcompress.tune import tune
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 from mmcompress.assets import model_path
 from mmcompress.eval.synthetic import items
+from mmcompress.eval.synthetic.benchmark import load
 from PIL import Image
 
 import mmcompress as mm
 from mmcompress.cli import main
 from mmcompress.cli_explain import NAMES, explained
-from mmcompress.demo import load
 from mmcompress.explain import EXPLANATIONS, Token, Word
 from mmcompress.visualize import page, write_all
 

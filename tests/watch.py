@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,3 +33,15 @@ class NoWaiting(TorchDispatchMode):
         if word.startswith("index"):
             assert all(i is None or i.dtype != torch.bool for i in (args[1] if isinstance(args[1], list) else []))
         return func(*args, **(kwargs or {}))
+
+
+def in_a_graph(run: Callable[[], Any]) -> Any:
+    """What a CUDA graph of `run` leaves when it is replayed; it runs twice before, so that everything is compiled."""
+    for _ in range(2):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import Command, Load, lmms, sweep
+from . import Command, Load, add_load_options, lmms, sweep
 
 
 def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
@@ -58,8 +58,7 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     measure.add_argument("--batch-size", type=int, help="default 8 (lmms: 1); 1 for numbers to publish (no padding)")
     measure.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
     measure.add_argument("--out", type=Path, default=Path("eval_output"), help="folder of predictions and records")
-    measure.add_argument("--device", default=None, help="default: cuda where there is one")
-    measure.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add_load_options(measure)
 
     lmms.add_options(measure)
     sweep.add_command(command, load, models)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import Command, Load
+from . import Command, Load, add_load_options
 
 KEEPS = (0.5, 0.25, 0.1)
 
@@ -43,8 +43,7 @@ def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
     sweep.add_argument("--repeats", type=int, default=5, help="rounds of the costs (default 5; 0: no costs)")
     sweep.add_argument("--examples", type=int, default=3, help="worst examples of each plan and task (default 3)")
     sweep.add_argument("--out", type=Path, default=Path("sweep_output"), help="folder of everything")
-    sweep.add_argument("--device", default=None, help="default: cuda where there is one")
-    sweep.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add_load_options(sweep)
 
 
 def run(options: argparse.Namespace, console: Console, load: Load) -> None:

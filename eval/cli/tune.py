@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import Command, Load, OpenImage
+from . import Command, Load, OpenImage, add_load_options
 
 HELD_OUT = 8_000_000
 """Scenes from this seed on are for tuning: the benchmark does not ask about them."""
@@ -61,8 +61,7 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
     tune.add_argument(
         "--out", type=Path, default=Path("plan.json"), help="plan file; trials go beside it as .trials.jsonl"
     )
-    tune.add_argument("--device", default=None, help="default: cuda where there is one")
-    tune.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add_load_options(tune)
 
 
 def run(options: argparse.Namespace, console: Console, load: Load, open_image: OpenImage) -> None:

@@ -265,9 +265,8 @@ class Engine:
             counts[span.row] += span.kept - len(span.patches)
             call.patch_counts[span.row] += span.kept
             call.text_counts[span.row] = len(span.text)
-        prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds))
-        if "input_scores" in self.layer_kinds:
-            prompt.scores = torch.zeros(places.shape, device=device)
+        scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
+        prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds), scores)
         tap = None
         if self.inputs.of_prompt:
             tap = PromptTap(self.adapter, call, kwargs, self._given_positions(call, kwargs, embeds), valid)

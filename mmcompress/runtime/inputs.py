@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class Prompt:
 
     places: Tensor
     embeds: Tensor
-    levels: list[Tensor] = field(default_factory=list)
-    scores: Tensor | None = None
+    levels: list[Tensor]
+    scores: Tensor | None
 
 
 class InputStages:
@@ -59,19 +59,24 @@ class InputStages:
             tokens = stage.budget(tokens)
         return tokens
 
-    def select(self, call: Call, spans: list[Span], prompt: Prompt, tap: PromptTap | None = None) -> None:
+    def select(self, call: Call, spans: list[Span], prompt: Prompt, tap: PromptTap | None) -> None:
         """Run everything on visuals of one layout, write it into `prompt`, and what was decided into the spans."""
         device = prompt.embeds.device
         rows = torch.tensor([span.row for span in spans], device=device)[:, None]
         at = torch.stack([span.patches for span in spans]).to(device)
-        visuals = self._visuals(call, spans, rows, at, prompt.embeds, tap)
+        origin = [call.origin(span) for span in spans]
+        first, number = origin[0]
+        signals = {
+            name: torch.stack([encoded.signals[name][i] for encoded, i in origin]).to(device) for name in first.signals
+        }
+        signals |= self._of_text(call, spans, rows, at, prompt.embeds, tap)
+        features, layout = prompt.embeds[rows, at], spans[0].layout
+        visuals = Visuals(features, layout, spans[0].kept, signals, road=self.adapter.project)
         levels = [level[rows, at] for level in prompt.levels]
         tokens = visuals.n
         total = Selection(torch.arange(tokens, device=device).expand(len(spans), -1))
         decisions: list[Decision] = []
         remade, given = False, None
-        origin = [call.origin(span) for span in spans]
-        first, number = origin[0]
         if first.clusters is not None:
             clusters = torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]).to(device)
             chosen = Selection.of_clusters(clusters, first.left[number])
@@ -100,7 +105,8 @@ class InputStages:
         slots = gather(at, total.keep)
         at_slots = (rows.expand_as(slots), slots)
         prompt.places = prompt.places.index_put(at_slots, slots.sort(dim=1).values)
-        if prompt.scores is not None and given is not None:
+        if prompt.scores is not None:
+            assert given is not None  # a plan whose cuts read scores has a stage before them
             prompt.scores = prompt.scores.index_put(at_slots, given)
         if remade:
             prompt.embeds = prompt.embeds.index_put(at_slots, visuals.features.to(prompt.embeds.dtype))
@@ -108,21 +114,16 @@ class InputStages:
                 level.index_put(at_slots, new.to(level.dtype)) for level, new in zip(prompt.levels, levels, strict=True)
             ]
 
-    def _visuals(
+    def _of_text(
         self, call: Call, spans: list[Span], rows: Tensor, at: Tensor, embeds: Tensor, tap: PromptTap | None
-    ) -> Visuals:
-        """The visuals at the slots `at` [V, N] of `rows` [V, 1], with all signals that the stages read."""
-        device = embeds.device
-        origin = [call.origin(span) for span in spans]
-        signals = {
-            name: torch.stack([encoded.signals[name][i] for encoded, i in origin]).to(device)
-            for name in origin[0][0].signals
-        }
+    ) -> dict[str, Tensor]:
+        """Signals of visuals at the slots `at` [V, N] of `rows` [V, 1] that depend on the text beside them."""
+        signals: dict[str, Tensor] = {}
         if self.reads_text:
-            text = torch.stack([span.text for span in spans]).to(device)
+            text = torch.stack([span.text for span in spans]).to(embeds.device)
             signals["text_embeddings"] = embeds[rows, text]
             if tap is not None:
-                signals |= {name: tap.signal(name, rows, at, text).to(device) for name in self.of_prompt}
+                signals |= {name: tap.signal(name, rows, at, text).to(embeds.device) for name in self.of_prompt}
         if self.clip is not None:
-            signals |= self.clip.text(self.of_clip, call, spans, device)
-        return Visuals(embeds[rows, at], spans[0].layout, spans[0].kept, signals, road=self.adapter.project)
+            signals |= self.clip.text(self.of_clip, call, spans, embeds.device)
+        return signals
