@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose call is running in this thread: the one place where the state of a call is found.
+
+Hooks know the module that is called, not the call that calls it. Several threads may run one model at once, so nothing that
+belongs to a call may live on the model, an engine or a tap: it lives in a scope, and scopes stand on a stack of the thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+FORWARD, ENCODE = "forward", "encode"
+
+
+class Scope:
+    """One forward pass of a model, or one call of its vision encoder, in one thread.
+
+    owner  the engine that opened it. part: FORWARD or ENCODE.
+    state  what taps and facades keep during it; each uses itself as the key.
+    """
+
+    def __init__(self, owner: Any, part: str = FORWARD) -> None:
+        self.owner, self.part = owner, part
+        self.state: dict[Any, Any] = {}
+
+
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
+
+
+_STACK = _Stack()
+
+
+def enter(scope: Scope) -> Scope:
+    """Open `scope`. What an interrupted call of the same owner and part left open is closed before: neither can contain itself."""
+    leave(scope.owner, scope.part)
+    _STACK.scopes.append(scope)
+    return scope
+
+
+def leave(owner: Any, part: str = FORWARD) -> None:
+    """Close the scope of `owner` and all that was opened inside it. Nothing happens if there is none."""
+    for i, scope in enumerate(_STACK.scopes):
+        if scope.owner is owner and scope.part == part:
+            del _STACK.scopes[i:]
+            return
+
+
+def current(owner: Any, part: str = FORWARD) -> Scope | None:
+    """The open scope of `owner` in this thread, None if there is none."""
+    for scope in reversed(_STACK.scopes):
+        if scope.owner is owner and scope.part == part:
+            return scope
+    return None
