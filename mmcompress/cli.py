@@ -107,18 +107,9 @@ def _demo(options: argparse.Namespace, console: Console) -> None:
 
 
 def _open_image(path: Path) -> Any:
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from .pictures import open_picture
 
-    if not path.is_file():
-        raise UserError(f"--image {path}: no such file")
-    try:
-        picture = ImageOps.exif_transpose(Image.open(path))
-        if picture.mode.startswith("I"):  # 16 bits: converting would clip, not scale
-            picture = Image.fromarray((np.asarray(picture).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
-        return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"--image {path}: not a readable picture ({error})") from error
+    return open_picture(path, f"--image {path}")
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:

@@ -23,7 +23,7 @@ FOLDERS = {
 FLOORS = [
     ("kernels",),
     ("ops",),
-    ("budget", "visuals", "selection", "stage", "plan", "weights"),
+    ("budget", "visuals", "selection", "stage", "plan", "weights", "pictures"),
     ("methods",),
     ("runtime",),
     ("adapters",),

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from ...pictures import PictureError, open_picture, picture_size
+
+__all__ = ["Picture", "PictureError", "Question", "check_questions", "digest", "open_picture", "picture_size"]
 
 Picture: TypeAlias = "Path | bytes | Callable[[], Image.Image]"
 """A file, the bytes of one, or what draws it."""
-
-
-class PictureError(ValueError):
-    """A picture that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +37,6 @@ class Question:
     kind: str = ""
     group: str = ""
     extra: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-
-def open_picture(source: Picture) -> Image.Image:
-    """The picture upright and in RGB; raises PictureError that says which and why."""
-    try:
-        if callable(source):
-            return source()
-        picture = ImageOps.exif_transpose(Image.open(source if isinstance(source, Path) else io.BytesIO(source)))
-        if picture.mode.startswith("I"):  # 16 bits: converting would clip, not scale
-            picture = Image.fromarray((np.asarray(picture).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
-        return picture.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        name = str(source) if isinstance(source, Path) else "a picture in the data file"
-        raise PictureError(f"{name} is not a readable picture ({error})") from error
-
-
-def picture_size(source: Picture) -> tuple[int, int]:
-    """Width and height without decoding; (0, 0) if they cannot be told."""
-    try:
-        if callable(source):
-            return getattr(source, "size", None) or source().size
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
-            return picture.size
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
-        return (0, 0)
 
 
 def check_questions(questions: Sequence[Question], where: Path | str) -> Sequence[Question]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from ...pictures import open_picture
 from .base import Interface
 from .video import read_video
 
@@ -77,7 +78,8 @@ class Reader(Interface):  # type: ignore[misc, valid-type]
                     raise NotImplementedError("the request has audio: mmcompress compresses visual tokens only")
                 content.append({"type": part.type})
                 if part.type == "image":
-                    images.append(load_image(part.url))
+                    fetched = isinstance(part.url, str) and part.url.startswith(("http://", "https://"))
+                    images.append(open_picture(load_image(part.url) if fetched else part.url))
                 else:
                     videos.append(read_video(part.url, self.frames, self.fps, part.start_time, part.end_time))
             turns.append({"role": message.role, "content": content})

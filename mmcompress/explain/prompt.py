@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..pictures import is_picture, open_picture
 from ..runtime.adapter import Adapter
 from ..visuals import Layout
 
@@ -65,33 +64,18 @@ def make_prompt(
 
 def _pictures(visuals: Any, video: bool) -> list[tuple[Any, ...]]:
     """Every visual as the tuple of its pictures."""
-    if isinstance(visuals, (str, Path, Image.Image)) or (hasattr(visuals, "ndim") and visuals.ndim == 3):
+    if is_picture(visuals):
         visuals = [visuals]
     if hasattr(visuals, "ndim") and visuals.ndim == 4 and not video:
         raise ValueError(
             "an array of four dimensions: say video=True if these are the frames of one video, or give a list of images"
         )
-    found = [] if visuals is None else [_picture(one) for one in visuals]
+    found = [] if visuals is None else [open_picture(one) for one in visuals]
     if not found:
         raise ValueError(
             "no image to explain: give an image, a list of images, or the frames of a video with video=True"
         )
     return [tuple(found)] if video else [(one,) for one in found]
-
-
-def _picture(one: Any) -> Image.Image:
-    if isinstance(one, (str, Path)):
-        one = Image.open(one)
-    if not isinstance(one, Image.Image):
-        values = one.detach().cpu().numpy() if isinstance(one, Tensor) else np.asarray(one)
-        if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3):
-            values = values.transpose(1, 2, 0)
-        if values.ndim != 3 or values.shape[2] != 3 or values.dtype != np.uint8:
-            raise ValueError(
-                f"an image of shape {values.shape} and type {values.dtype}: give PIL images, paths, or uint8 [height, width, 3]"
-            )
-        one = Image.fromarray(values)
-    return one.convert("RGB")
 
 
 def _places_from_end(tokenizer: Any, text: str, question: str) -> list[int]:

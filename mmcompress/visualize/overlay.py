@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..explain.panes import Pane
+from ..pictures import to_rgb
 from .colours import DIM, KEPT_EDGE, SEAM, TINT, cluster_colour, heat
 from .fates import DROPPED, KEPT, Step
 
@@ -24,7 +25,7 @@ def fate_overlay(picture: Image.Image, pane: Pane, step: Step, first: int = 0) -
     """`picture` behind a stage: dropped cells are dark, those of a merged token have the colour of their cluster and a line around
     it, kept ones are as they were, with a white frame. first: number of the visual's first cell in `step`."""
     cells = first + pane.cells
-    bright = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    bright = np.asarray(to_rgb(picture), dtype=np.float32)
     at = _cell_at(pane, picture.size)
     fate = _spread(step.fate[cells], at, DROPPED)
     owner = _spread(step.stands[cells], at, -1)
@@ -97,7 +98,7 @@ def scaled(picture: Image.Image, side: int) -> Image.Image:
     """With `side` pixels along the longer side."""
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    return to_rgb(picture).resize(size, Image.Resampling.BICUBIC)
 
 
 def cell_box(pane: Pane, row: int, column: int, size: tuple[int, int]) -> tuple[int, int, int, int]:

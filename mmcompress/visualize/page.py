@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from ..explain import Explanation
+from ..pictures import to_rgb
 from .colours import DIM, HEAT, KEPT_EDGE, SEAM, TINT
 from .payload import payload
 
@@ -62,7 +63,7 @@ def page(found: Sequence[Explanation], title: str = "") -> Page:
 def embedded(picture: Image.Image) -> str:
     """A picture as a data URI, made smaller if need be: PNG, or JPEG where that is smaller by far (photographs)."""
     scale = min(1.0, _LARGEST / max(picture.size))
-    small = picture.convert("RGB").resize([max(1, round(side * scale)) for side in picture.size])  # type: ignore[arg-type]
+    small = to_rgb(picture).resize([max(1, round(side * scale)) for side in picture.size])  # type: ignore[arg-type]
     files = {}
     for kind, options in (("png", {}), ("jpeg", {"quality": 88})):
         held = io.BytesIO()

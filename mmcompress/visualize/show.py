@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
 from ..explain import Explanation, Seen
+from ..pictures import is_picture, open_picture, to_rgb
 from ..trace import Trace
 from .fates import KEPT, steps
 from .page import Page, page
@@ -21,7 +21,8 @@ def show(what: Trace | Explanation | Sequence[Explanation], pictures: Any = (), 
 
     The result shows itself at the end of a notebook cell (an HTML frame that needs no network), and `save(path)` writes it.
 
-    pictures  for a trace: of each visual the picture (PIL or path) or a list of frames; grey without. row: which row of the batch.
+    pictures  for a trace: of each visual the picture (path, bytes, PIL or array) or a list of frames; grey without.
+    row       which row of the batch.
     """
     if isinstance(what, Trace):
         return page([of_trace(what, pictures, row)], title=repr(what.plan))
@@ -39,7 +40,7 @@ def of_trace(trace: Trace, pictures: Any = (), row: int = 0) -> Explanation:
         raise ValueError(
             f"row={row}: this batch row has no visuals; rows with visuals: {sorted({v.row for v in trace.visuals})}"
         )
-    given = [pictures] if isinstance(pictures, (str, Path, Image.Image)) else list(pictures)
+    given = [pictures] if is_picture(pictures) else list(pictures)
     if given and len(given) != len(visuals):
         raise ValueError(f"{len(given)} pictures for {len(visuals)} visuals: give one (or a list of frames) for each")
     last = steps(trace, row)[-1]
@@ -55,5 +56,6 @@ def of_trace(trace: Trace, pictures: Any = (), row: int = 0) -> Explanation:
 
 
 def _frames(given: Any) -> tuple[Image.Image, ...]:
-    frames = [given] if isinstance(given, (str, Path, Image.Image)) else list(given)
-    return tuple((Image.open(one) if isinstance(one, (str, Path)) else one).convert("RGB") for one in frames)
+    """Files are opened upright; images and arrays are shown as they are, which is how a processor takes them."""
+    frames = [given] if is_picture(given) else list(given)
+    return tuple(to_rgb(one) if isinstance(one, Image.Image) else open_picture(one) for one in frames)
