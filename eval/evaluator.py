@@ -21,9 +21,10 @@ from transformers import BatchFeature
 
 import mmcompress as mm
 
+from ..records import RecordError, write_text
 from .data import Question, digest
 from .data.question import PictureError, open_picture, picture_size
-from .journal import Journal, file_name, fingerprint
+from .journal import Journal, answers_in, file_name, fingerprint
 from .machine import machine, synchronize
 from .metrics import Protocol, check_protocol
 from .prompts import conversation, new_tokens, question_text
@@ -161,7 +162,7 @@ def evaluate(
         failed = team.together(failed)
         record = _record(task, setup.protocol, questions, settings, journals(path), failed, name)
     if not team.rank:
-        _write(record, path)
+        write_record(path, record)
     team.wait()
     return record
 
@@ -170,7 +171,7 @@ def journals(path: Path) -> dict[str, dict[str, Any]]:
     """All answers of a record that is or will be at `path`: those of one process, and those of others launched beside it."""
     parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.part*.jsonl"))
     return {
-        name: answer for part in (path.with_suffix(".jsonl"), *parts) for name, answer in Journal.peek(part).items()
+        name: answer for part in (path.with_suffix(".jsonl"), *parts) for name, answer in answers_in(part).items()
     }
 
 
@@ -393,13 +394,11 @@ def _record(
     }
 
 
-def _write(record: dict[str, Any], path: Path) -> None:
-    """The record, its rows one to a line; in one step, so that there is never half a file."""
+def write_record(path: Path | str, record: dict[str, Any]) -> Path:
+    """Write a record in one step, its rows one to a line; returns the path."""
     head = json.dumps({key: value for key, value in record.items() if key != "rows"}, indent=1, ensure_ascii=False)
     lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in record["rows"])
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-    unfinished.replace(path)
+    return write_text(path, f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
 
 
 def record_path(folder: Path | str, record: dict[str, Any]) -> Path:
@@ -418,10 +417,10 @@ def read_record(path: Path, kind: str, version: int, missing: str, other: str) -
         raise ValueError(f"{path}: no such file{missing}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("mmcompress") != kind or record.get("format") != version:
-        raise ValueError(f"{path} {other}")
+        raise RecordError(f"{path} {other}")
     return record
 
 

@@ -23,7 +23,7 @@ FOLDERS = {
 FLOORS = [
     ("kernels",),
     ("ops",),
-    ("budget", "visuals", "selection", "stage", "plan", "weights", "pictures"),
+    ("budget", "visuals", "selection", "stage", "plan", "weights", "pictures", "records"),
     ("methods",),
     ("runtime",),
     ("adapters",),

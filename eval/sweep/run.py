@@ -14,12 +14,12 @@ import torch
 import mmcompress as mm
 
 from ...plan import as_pipeline, methods
+from ...records import RecordError, write_text
 from ..comparison import compare
 from ..cost.record import conditions, costs, prompt_inputs
 from ..data import Question, open_picture, read_questions
 from ..data.question import PictureError
 from ..evaluator import STOCK, Prepared, Progress, Setup, evaluate, read_record, record_path, shapes_questions
-from ..journal import JournalError
 from ..statistics import RIGHT
 from ..tasks import task_of
 from ..team import Team
@@ -135,7 +135,7 @@ def sweep(
                     None if show is None else lambda now, point=point, work=work: show(work.name, point.plan, now), prepared,
                 )  # fmt: skip
             except (NotImplementedError, ValueError) as error:
-                if point.plan == STOCK or isinstance(error, JournalError | PictureError):
+                if point.plan == STOCK or isinstance(error, RecordError | PictureError):
                     raise
                 point.refused = str(error)
                 runs.remove(point)
@@ -232,14 +232,12 @@ def _brief(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content, rounded, a line for each point; in one step, so that there is never half a file. Returns what is written."""
+    """The content, rounded, a line for each point. Returns what is written."""
     content = _rounded(content)
     parts = {key: json.dumps(value, ensure_ascii=False) for key, value in content.items()}
     parts["points"] = "[\n" + ",\n".join("  " + json.dumps(point) for point in content["points"]) + "\n ]"
     text = ",\n".join(f" {json.dumps(key)}: {part}" for key, part in parts.items())
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, f"{{\n{text}\n}}\n")
     return content
 
 
