@@ -23,11 +23,12 @@ import mmcompress as mm
 
 from ..records import RecordError, write_text
 from .data import Question, digest
-from .data.question import PictureError, open_picture, picture_size
+from .data.question import picture_size
+from .inputs import AskError, beyond, context_of, inputs_of, is_refusal, texts_of, told
 from .journal import Journal, answers_in, file_name, fingerprint
 from .machine import machine, synchronize
 from .metrics import Protocol, check_protocol
-from .prompts import conversation, new_tokens, question_text
+from .prompts import new_tokens
 from .synthetic import items
 from .synthetic.benchmark import takes_any_shape
 from .tasks import Row, Task, by_kind, known, task_of
@@ -132,9 +133,9 @@ def evaluate(
     Answers go to FOLDER/task_protocol_plan_fingerprint.jsonl, the record beside it as .json. A run that was killed goes on
     where it was: no answer is lost or made twice, and other settings, other questions or another model get other files. In
     `accelerate launch` each process answers its part of the batches into a file of its own, and all return the whole record.
-    Questions whose picture cannot be read are left out, counted and named, or raise PictureError with setup.strict. prepared:
-    inputs shared with evaluations of the same questions by other plans. Raises ValueError if the model is compressed already:
-    say plan=.
+    Questions that cannot be asked are left out, counted and named: a picture that cannot be read, what processor or model refuse,
+    a prompt longer than the context. If that is all of them, or with setup.strict, AskError is raised. prepared: inputs shared
+    with evaluations of the same questions by other plans. Raises ValueError if the model is compressed already: say plan=.
     """
     if "_mmcompress_engine" in getattr(model, "__dict__", {}):
         raise ValueError("this model is compressed: call mmcompress.uncompress(model) and give plan= instead")
@@ -143,23 +144,24 @@ def evaluate(
         task.row(question, "", setup.protocol)  # what cannot be judged fails now, not at the end
     pipeline = None if plan == STOCK else mm.as_pipeline(plan)
     settings = _settings(model, processor, questions, setup, repr(pipeline) if pipeline else STOCK, name)
-    texts = [
-        conversation(processor, question_text(task, q, setup.protocol, setup.suffix), len(q.images), setup.template)
-        for q in questions
-    ]
+    texts, failed = texts_of(processor, task, questions, setup.protocol, setup.suffix, setup.template)
+    if failed and setup.strict:
+        raise AskError(strictly(*next(iter(failed.items()))))
     path, team = folder / f"{file_name(settings)}.json", Team.here()
     answers = journals(path)
     team.wait()  # nobody writes before all know what is there
-    failed: dict[str, str] = {}
     plain: AbstractContextManager[Any] = nullcontext()
     mine = path.with_suffix(f".part{team.rank}.jsonl" if team.rank else ".jsonl")
     with Journal(mine, settings) as journal:
-        with mm.compressed(model, pipeline) if pipeline else plain, _padded_left(processor):
+        with mm.compressed(model, pipeline) if pipeline else plain, padded_left(processor):
             _answer(
                 model, processor, questions, texts, settings, setup.strict, journal, answers, failed, show,
                 prepared or Prepared(0), team,
             )  # fmt: skip
         failed = team.together(failed)
+        if len(failed) == len(questions):
+            name_, reason = next(iter(failed.items()))
+            raise AskError(f"none of the {len(questions)} questions can be asked; {name_!r}: {reason}")
         record = _record(task, setup.protocol, questions, settings, journals(path), failed, name)
     if not team.rank:
         write_record(path, record)
@@ -170,9 +172,7 @@ def evaluate(
 def journals(path: Path) -> dict[str, dict[str, Any]]:
     """All answers of a record that is or will be at `path`: those of one process, and those of others launched beside it."""
     parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.part*.jsonl"))
-    return {
-        name: answer for part in (path.with_suffix(".jsonl"), *parts) for name, answer in answers_in(part).items()
-    }
+    return {name: answer for part in (path.with_suffix(".jsonl"), *parts) for name, answer in answers_in(part).items()}
 
 
 def _settings(
@@ -210,7 +210,7 @@ def weights_digest(model: nn.Module) -> str:
     return found.hexdigest()[:12]
 
 
-class _padded_left:
+class padded_left:
     """The tokenizer pads on the left for a block: what generation needs."""
 
     def __init__(self, processor: Any) -> None:
@@ -265,48 +265,52 @@ def _answer(
         for batch in bucketed(questions, texts, settings["batch_size"], takes_any_shape(model))
         if any(questions[i].id not in answers for i in batch)
     ][team.rank :: team.size]
-    before = len(answers)
-
+    before, made, spent, context = len(answers), 0, 0.0, context_of(model)
     key = fingerprint({name: value for name, value in settings.items() if name != "plan"})
 
-    def make(batch: list[int]) -> tuple[list[int], Any, dict[str, str]]:
-        pictures: dict[int, list[Any]] = {}
-        wrong: dict[str, str] = {}
-        for i in batch:
-            try:
-                pictures[i] = [open_picture(image) for image in questions[i].images]
-            except PictureError as error:
-                wrong[questions[i].id] = str(error)
-        shown = [picture for found in pictures.values() for picture in found]
-        asked = [texts[i] for i in pictures]
-        inputs = processor(images=shown or None, text=asked, padding=True, return_tensors="pt") if asked else None
-        return list(pictures), inputs, wrong
-
-    def prepare(batch: list[int]) -> tuple[list[int], Any]:
-        asked, inputs, wrong = prepared.get(key, batch, lambda: make(batch))
-        for name, reason in wrong.items():
-            if strict:
-                raise PictureError(f"question {name}: {reason}; without --strict it is left out and counted")
+    def leave_out(name: str, reason: str) -> None:
+        if strict:
+            raise AskError(strictly(name, reason))
+        if name not in answers:
             failed[name] = reason
+
+    def prepare(batch: Sequence[int]) -> tuple[list[int], Any]:
+        batch = [i for i in batch if texts[i]]
+        asked, inputs, wrong = prepared.get(key, batch, lambda: inputs_of(model, processor, questions, texts, batch))
+        for name, reason in wrong.items():
+            leave_out(name, reason)
         done = all(questions[i].id in answers for i in asked)
         return ([], None) if done else (asked, BatchFeature(dict(inputs)))  # a copy: .to changes it
 
-    made, spent = 0, 0.0
+    def answered(asked: list[int], inputs: Any) -> tuple[list[int], _Replies]:
+        """The replies to those questions of a batch that the model does not refuse."""
+        try:
+            return asked, _generate(model, processor, inputs.to(model.device, model.dtype), settings["new_tokens"])
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            if len(asked) == 1:
+                leave_out(questions[asked[0]].id, told("the model", error))
+                return [], _Replies()
+            good = [i for i in asked if answered([i], prepare([i])[1])[0]]
+            if good == asked:
+                raise
+            return answered(good, prepare(good)[1]) if good else ([], _Replies())
+
     if show:
         show(Progress(before, len(questions), 0.0))
     for asked, inputs in _ahead(todo, prepare):
         if asked:
-            synchronize()
-            start = time.perf_counter()
-            replies, counts, visual = _generate(
-                model, processor, inputs.to(model.device, model.dtype), settings["new_tokens"]
-            )
-            synchronize()
-            seconds = time.perf_counter() - start
-            made, spent = made + sum(counts), spent + seconds
+            asked, found = answered(asked, inputs)
+            made, spent = made + sum(found.counts), spent + found.seconds
             records = []
-            for i, reply, count, tokens in zip(asked, replies, counts, visual, strict=True):
-                record = {"id": questions[i].id, "reply": reply, "new_tokens": count, "seconds": seconds / len(asked)}
+            rows = zip(asked, found.texts, found.counts, found.lengths, found.visual, strict=True)
+            for i, reply, count, length, tokens in rows:
+                if context is not None and length + count - 1 > context:  # the last token is not read
+                    leave_out(questions[i].id, f"with its answer it has {length + count} tokens, {beyond(context)}")
+                    continue
+                record = {"id": questions[i].id, "reply": reply, "new_tokens": count}
+                record["seconds"] = found.seconds / len(asked)
                 records.append(record | ({"visual": tokens} if tokens else {}))
             records = [record for record in records if record["id"] not in answers]
             journal.append(records)
@@ -314,6 +318,11 @@ def _answer(
         if show:
             rate, new = made / spent if spent else 0.0, len(answers) - before + len(failed)
             show(Progress(min(len(questions), before + team.size * new), len(questions), team.size * rate))
+
+
+def strictly(name: str, reason: str) -> str:
+    """What --strict says of a question that cannot be asked."""
+    return f"question {name}: {reason}; without --strict it is left out and counted"
 
 
 def _ahead(batches: Sequence[list[int]], prepare: Callable[[list[int]], Any]) -> Iterator[Any]:
@@ -327,14 +336,31 @@ def _ahead(batches: Sequence[list[int]], prepare: Callable[[list[int]], Any]) ->
             yield ready
 
 
-def _generate(model: Any, processor: Any, inputs: Any, most: int) -> tuple[list[str], list[int], list[list[float]]]:
-    """Replies, numbers of new tokens, and visual tokens of each row: of the prompt, entering the LLM, mean over its layers."""
+@dataclass(frozen=True)
+class _Replies:
+    """Of each row the reply, the number of its tokens, that of the prompt, and visual tokens: of the prompt, entering the LLM, mean
+    over its layers; and the seconds of all."""
+
+    texts: Sequence[str] = ()
+    counts: Sequence[int] = ()
+    lengths: Sequence[int] = ()
+    visual: Sequence[list[float]] = ()
+    seconds: float = 0.0
+
+
+def _generate(model: Any, processor: Any, inputs: Any, most: int) -> _Replies:
+    synchronize()
+    start = time.perf_counter()
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     out = model.generate(**inputs, **greedy, max_new_tokens=most)[:, inputs["input_ids"].shape[1] :]
+    synchronize()
+    seconds = time.perf_counter() - start
     ends = model.generation_config.eos_token_id
     ended = torch.isin(out, torch.tensor([] if ends is None else ends, device=out.device, dtype=out.dtype))
     counts = torch.where(ended.any(1), ended.long().argmax(1) + 1, out.shape[1]).tolist()
-    return processor.batch_decode(out, skip_special_tokens=True), counts, _visual_tokens(model, inputs["input_ids"])
+    replies = processor.batch_decode(out, skip_special_tokens=True)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    return _Replies(replies, counts, lengths, _visual_tokens(model, inputs["input_ids"]), seconds)
 
 
 def _visual_tokens(model: Any, ids: Tensor) -> list[list[float]]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,9 +31,9 @@ from ..runtime.relevance import MODES
 from ..weights import TENSORS, base_of
 from .cli import Command
 from .data import Question, digest, read_questions
-from .data.question import PictureError, open_picture
-from .evaluator import Setup, _padded_left, evaluate, shapes_questions
-from .prompts import conversation, new_tokens, question_text
+from .evaluator import Setup, evaluate, padded_left, shapes_questions
+from .inputs import inputs_of, texts_of
+from .prompts import new_tokens
 from .synthetic.benchmark import takes_any_shape
 from .synthetic.questions import KINDS, ask
 from .synthetic.scenes import Scene, draw, scenes
@@ -139,25 +140,19 @@ class Labels:
         return pairs, right
 
     def _batch(self, batch: Sequence[Question]) -> dict[str, torch.Tensor]:
-        pictures = []
-        for question in batch:
-            try:
-                pictures.append([open_picture(image) for image in question.images])
-            except PictureError:
-                pictures.append([])
-        asked = [(q, p) for q, p in zip(batch, pictures, strict=True) if p]
+        texts, _ = texts_of(self.processor, self.task, batch, self.setup.protocol, None, "chat")
+        shown = [i for i, question in enumerate(batch) if question.images and texts[i]]
+        with padded_left(self.processor):
+            numbers, inputs, wrong = inputs_of(self.model, self.processor, batch, texts, shown)
+        for name, why in wrong.items():
+            warnings.warn(f"question {name!r} is left out: {why}", stacklevel=2)
+        asked = [batch[i] for i in numbers]
         right, attention, relevance = [], [], []
         if asked:
-            texts = [
-                conversation(self.processor, question_text(self.task, q, self.setup.protocol), len(p)) for q, p in asked
-            ]
-            shown = [picture for _, p in asked for picture in p]
-            with _padded_left(self.processor):
-                inputs = self.processor(images=shown, text=texts, padding=True, return_tensors="pt")
             most = self.recipe.new_tokens or new_tokens(self.task, self.setup.protocol)
             answers = self._answers(inputs, most)
             replies = self.processor.batch_decode(answers, skip_special_tokens=True)
-            rows = [self.task.row(q, text, self.setup.protocol) for (q, _), text in zip(asked, replies, strict=True)]
+            rows = [self.task.row(q, text, self.setup.protocol) for q, text in zip(asked, replies, strict=True)]
             right = [(row.value or 0.0) >= RIGHT for row in rows]
             if any(right):  # what is wrong gets no backward pass
                 given = [answer if good else [] for answer, good in zip(answers, right, strict=True)]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..tune import Objective
-from .data import Question, open_picture
-from .evaluator import bucketed
+from .data import Question
+from .evaluator import bucketed, padded_left
+from .inputs import AskError, inputs_of, texts_of
 from .metrics import Protocol
-from .prompts import conversation, new_tokens, question_text
+from .prompts import new_tokens
 from .synthetic.benchmark import takes_any_shape
 from .tasks import task_of
 
@@ -33,21 +35,26 @@ class Batch:
 def batches(
     model: Any, processor: Any, task: str, questions: Sequence[Question], protocol: Protocol = "official", size: int = 8
 ) -> list[Batch]:
-    """Questions with pictures as model inputs on its device, like ones together; asked as the evaluator asks them."""
+    """Questions with pictures as model inputs on its device, like ones together; asked as the evaluator asks them. What cannot be
+    asked is left out with a warning; AskError if that is all."""
     shown = [question for question in questions if question.images]
     if not shown:
         raise ValueError("none of the questions has a picture: there is nothing to compress")
     kind = task_of(task)
-    texts = [conversation(processor, question_text(kind, q, protocol), len(q.images), "chat") for q in shown]
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    texts, wrong = texts_of(processor, kind, shown, protocol, None, "chat")
     found = []
-    for batch in bucketed(shown, texts, size, takes_any_shape(model)):
-        inputs = processor(
-            images=[open_picture(image) for i in batch for image in shown[i].images],
-            text=[texts[i] for i in batch], padding=True, padding_side="left", return_tensors="pt",
-        )  # fmt: skip
-        found.append(Batch(inputs.to(model.device, model.dtype), [shown[i] for i in batch]))
+    with padded_left(processor):
+        for batch in bucketed(shown, texts, size, takes_any_shape(model)):
+            asked, inputs, refused = inputs_of(model, processor, shown, texts, [i for i in batch if texts[i]])
+            wrong |= refused
+            if asked:
+                found.append(Batch(inputs.to(model.device, model.dtype), [shown[i] for i in asked]))
+    if wrong:
+        name, reason = next(iter(wrong.items()))
+        said = f"{len(wrong)} of {len(shown)} questions are left out; {name!r}: {reason}"
+        if not found:
+            raise AskError(said)
+        warnings.warn(said, stacklevel=2)
     return found
 
 

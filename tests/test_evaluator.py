@@ -19,8 +19,8 @@ from mmcompress.assets import model_path
 from mmcompress.eval import evaluator
 from mmcompress.eval.comparison import compare, retention
 from mmcompress.eval.data import Question, read_questions
-from mmcompress.eval.data.question import PictureError
 from mmcompress.eval.evaluator import Setup, bucketed, evaluate, load_record, rows_of, shapes_questions, weights_digest
+from mmcompress.eval.inputs import AskError
 from mmcompress.eval.journal import Journal
 from mmcompress.eval.prompts import conversation, question_text
 from mmcompress.eval.synthetic import items
@@ -243,7 +243,7 @@ def test_pictures_that_cannot_be_read(loaded: tuple[Any, Any], table: Path, tmp_
     found = evaluate(*loaded, questions, SETUP, "stock", tmp_path / "out")
     assert list(found["failed"]) == ["q2"] and "broken.png is not a readable picture" in found["failed"]["q2"]
     assert found["answered"] == 5 and [row["id"] for row in found["rows"]] == ["q0", "q1", "q3", "q4", "q5"]
-    with pytest.raises(PictureError, match=r"broken\.png"):
+    with pytest.raises(AskError, match=r"broken\.png"):
         evaluate(*loaded, questions, replace(SETUP, strict=True), "stock", tmp_path / "strict")
     again = evaluate(*loaded, questions, SETUP, "stock", tmp_path / "out")
     assert again["failed"] == found["failed"] and again["rows"] == found["rows"]

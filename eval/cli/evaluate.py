@@ -150,13 +150,11 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
         if record["without_gold_answer"]:
             console.print(f"{plan}: {record['without_gold_answer']} questions have no gold answer", highlight=False)
         console.print(f"record: {runs.record_path(options.out, record)}", markup=False, highlight=False)
-    failed = records[0]["failed"]
+    failed = {key: reason for record in reversed(records) for key, reason in record["failed"].items()}
     for key, reason in list(failed.items())[:5]:
-        console.print(f"left out: question {key}: {reason}", markup=False, highlight=False)
+        console.print(f"left out: question {key}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if failed:
-        console.print(
-            f"{len(failed)} of {len(questions)} questions were left out: their pictures cannot be read (--strict stops)"
-        )
+        console.print(f"{len(failed)} of {len(questions)} questions were left out (--strict stops)", highlight=False)
     console.print(f"task: {task.title}", markup=False, highlight=False)
 
 

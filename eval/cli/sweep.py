@@ -99,6 +99,5 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
         for key, reason in list(about["failed"].items())[:5]:
             console.print(f"left out: {task}, question {key}: {reason}", markup=False, highlight=False)
         if failed := len(about["failed"]):
-            console.print(f"{task}: {failed} of {about['questions']} questions were left out: their pictures cannot be read "
-                          f"(--strict stops)")  # fmt: skip
+            console.print(f"{task}: {failed} of {about['questions']} questions were left out (--strict stops)")
     console.print(f"record: {options.out / FILE}; report: {report}", markup=False, highlight=False)

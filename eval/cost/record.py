@@ -118,11 +118,16 @@ def giga(value: float) -> str:
     )
 
 
-def prompt_inputs(model: Any, processor: Any, picture: Any, question: str) -> Any:
-    """One picture and a question as inputs on the model's device, in the checkpoint's chat format."""
+def prompt_text(processor: Any, question: str) -> str:
+    """The prompt of a question about one picture, in the checkpoint's chat format."""
     from ..synthetic.benchmark import prompt
 
     if getattr(processor, "chat_template", None) is None:
         raise ValueError("the checkpoint has no chat template, so there is no way to know its prompt format")
-    inputs = processor(images=[picture], text=[prompt(processor, question)], return_tensors="pt")
+    return prompt(processor, question)
+
+
+def prompt_inputs(model: Any, processor: Any, picture: Any, question: str) -> Any:
+    """One picture and a question as inputs on the model's device."""
+    inputs = processor(images=[picture], text=[prompt_text(processor, question)], return_tensors="pt")
     return inputs.to(model.device, model.dtype)

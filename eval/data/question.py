@@ -62,5 +62,5 @@ def digest(questions: Iterable[Question]) -> str:
                 words.append(f"{image.name} {image.stat().st_size}")
             elif isinstance(image, bytes):
                 words.append(hashlib.sha256(image).hexdigest())
-        found.update("\x1f".join(words).encode() + b"\x1e")
+        found.update("\x1f".join(words).encode("utf-8", "surrogatepass") + b"\x1e")
     return found.hexdigest()[:16]

@@ -16,10 +16,10 @@ import mmcompress as mm
 from ...plan import as_pipeline, methods
 from ...records import RecordError, write_text
 from ..comparison import compare
-from ..cost.record import conditions, costs, prompt_inputs
-from ..data import Question, open_picture, read_questions
-from ..data.question import PictureError
+from ..cost.record import conditions, costs, prompt_text
+from ..data import Question, read_questions
 from ..evaluator import STOCK, Prepared, Progress, Setup, evaluate, read_record, record_path, shapes_questions
+from ..inputs import AskError, inputs_of
 from ..statistics import RIGHT
 from ..tasks import task_of
 from ..team import Team
@@ -135,7 +135,7 @@ def sweep(
                     None if show is None else lambda now, point=point, work=work: show(work.name, point.plan, now), prepared,
                 )  # fmt: skip
             except (NotImplementedError, ValueError) as error:
-                if point.plan == STOCK or isinstance(error, RecordError | PictureError):
+                if point.plan == STOCK or isinstance(error, RecordError | AskError):
                     raise
                 point.refused = str(error)
                 runs.remove(point)
@@ -143,6 +143,7 @@ def sweep(
             if base is None:
                 base, machine = record, record["machine"]
                 tasks[work.name] = _about(record)
+            tasks[work.name]["failed"] = record["failed"] | tasks[work.name]["failed"]
             point.tasks[work.name] = summary(base, record) | {"record": record_path(folder, record).name}
     about: dict[str, Any] = {}
     if repeats:
@@ -155,15 +156,17 @@ def sweep(
 
 
 def _prompt(model: Any, processor: Any, works: Sequence[Work]) -> Any:
-    """Inputs of the first question whose picture can be read: what plans are tried and timed on."""
-    failed = None
+    """Inputs of the first question with a picture that can be asked: what plans are tried and timed on."""
+    wrong: dict[str, str] = {}
     for question in (question for work in works for question in work.questions if question.images):
-        try:
-            return prompt_inputs(model, processor, open_picture(question.images[0]), question.text)
-        except PictureError as error:
-            failed = failed or error
-    if failed:
-        raise ValueError(f"no picture can be read: {failed}")
+        one = replace(question, images=question.images[:1])
+        _, inputs, failed = inputs_of(model, processor, [one], [prompt_text(processor, question.text)], [0])
+        if inputs is not None:
+            return inputs.to(model.device, model.dtype)
+        wrong |= failed
+    if wrong:
+        name, reason = next(iter(wrong.items()))
+        raise AskError(f"none of the {len(wrong)} questions with pictures can be asked; {name!r}: {reason}")
     raise ValueError("no question has a picture: there is nothing to compress")
 
 
@@ -182,13 +185,14 @@ def _about(record: Mapping[str, Any]) -> dict[str, Any]:
 def summary(base: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """What is worth keeping of a record, without its answers.
 
-    marks: by type one character per question in order, 1 right, 0 wrong, - without a gold answer; visual: visual tokens of a
-    prompt, entering the LLM, and mean over its layers; against: the comparison with the stock model.
+    marks: by type one character per question of the stock model's in order, 1 right, 0 wrong, - without a gold answer or left out;
+    visual: visual tokens of a prompt, entering the LLM, and mean over its layers; against: the comparison with the stock model.
     """
+    values = {row["id"]: row["value"] for row in record["rows"]}
     marks: dict[str, str] = {}
-    for row in record["rows"]:
-        mark = "-" if row["value"] is None else str(int(row["value"] >= RIGHT))
-        marks[row["kind"]] = marks.get(row["kind"], "") + mark
+    for row in base["rows"]:
+        value = values.get(row["id"])
+        marks[row["kind"]] = marks.get(row["kind"], "") + ("-" if value is None else str(int(value >= RIGHT)))
     return {
         "scores": record["scores"], "marks": marks, "answered": record["answered"], "empty": record["empty"],
         "visual": {name: value["mean"] for name, value in record["visual_tokens"].items()},
