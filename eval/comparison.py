@@ -12,8 +12,9 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from .evaluator import rows_of
+from .evaluator import STOCK, rows_of
 from .statistics import (
+    TOO_FEW,
     Difference,
     Flips,
     bootstrap,
@@ -63,19 +64,20 @@ class Comparison:
         made = {field.name: values[field.name] for field in fields(Comparison)}
         for name in ("base_score", "score", "retention", "above_chance"):
             made[name] = math.nan if made[name] is None else made[name]
-        made["change"] = made["change"] and Difference(**made["change"])
         flips_ = made["flips"]
         made["flips"] = Flips(*(flips_[field.name] for field in fields(Flips)))
+        # records from before there were verdicts of sameness do not say of how many clusters they are
+        made["change"] = made["change"] and Difference(**{"clusters": made["questions"], **made["change"]})
         made["by_kind"] = {
-            kind: (one["questions"], one["base"], one["score"], Difference(**one["change"]))
+            kind: (n := one["questions"], one["base"], one["score"], Difference(**{"clusters": n, **one["change"]}))
             for kind, one in made["by_kind"].items()
         }
         return Comparison(**{**made, "notes": tuple(made["notes"])})
 
 
-def compare(base: dict[str, Any], other: dict[str, Any], draws: int = 2000) -> Comparison:
-    """Compare two records of `evaluate`. Raises ValueError if they are of different tasks or protocols, or have no question in
-    common; other differences in the settings are noted."""
+def compare(base: dict[str, Any], other: dict[str, Any], draws: int = 2000, force: bool = False) -> Comparison:
+    """Compare two records of `evaluate`. Raises ValueError if they are of different tasks or protocols, have no question in
+    common, or differ in another setting than the plan; the last, with `force`, is noted instead."""
     one, two = base["settings"], other["settings"]
     for what in ("task", "protocol"):
         if one[what] != two[what]:
@@ -86,7 +88,13 @@ def compare(base: dict[str, Any], other: dict[str, Any], draws: int = 2000) -> C
     first, second = paired(rows_of(base), rows_of(other))
     if not first:
         raise ValueError(f"the two records of {one['task']} have no question in common")
-    notes = [f"{what}: {one[what]} and {two[what]}" for what in one if what not in ("plan",) and one[what] != two[what]]
+    asked = [what for what in {**one, **two} if what != "plan" and one.get(what) != two.get(what)]
+    notes = [f"{what}: {one.get(what)!r} and {two.get(what)!r}" for what in asked]
+    if notes and not force:
+        raise ValueError(
+            f"{one['plan']} and {two['plan']} were asked with different settings, so that what differs may be due to these; "
+            f"{'; '.join(notes)}: with --force they are compared all the same"
+        )
     most = max(base["answered"], other["answered"])
     if len(first) < most:
         notes.append(f"{len(first)} of {most} questions are in both")
@@ -115,9 +123,9 @@ def _values(rows: Sequence[Row]) -> np.ndarray:
     return np.array([row.value or 0.0 for row in rows])
 
 
-def retention(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
-    """RelAcc, OP, OG and OL of (base, other) records, one pair for each benchmark."""
-    found = {other["settings"]["task"]: compare(base, other, draws=2) for base, other in pairs}
+def retention(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], force: bool = False) -> dict[str, float]:
+    """RelAcc, OP, OG and OL of (base, other) records, one pair for each benchmark; force: as of `compare`."""
+    found = {other["settings"]["task"]: compare(base, other, 2, force) for base, other in pairs}
     if len(found) < len(pairs):
         raise ValueError("give one pair of records for each benchmark")
     return retained(found)
@@ -139,15 +147,37 @@ def shown(value: float, percent: bool) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f} %" if percent else f"{value:.1f}"
 
 
-def summary_table(base: dict[str, Any], others: Sequence[dict[str, Any]]) -> Table:
-    """One line for the base and one for each other record of the same questions."""
+def stock_first(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records with the first of the stock model, what plans are compared with, before the others; as they are without one."""
+    return sorted(records, key=lambda record: record["settings"]["plan"] != STOCK)
+
+
+def by_chance(record: Mapping[str, Any]) -> str:
+    """What is to be said of a score that guessing would give too: not two standard errors above it, or less than a tenth of the
+    way to the full score; nothing of others."""
+    task, judged = task_of(record["settings"]["task"]), known(rows_of(dict(record)))
+    if not judged:
+        return ""
+    full = sum(scale for scale, _, _ in task.terms(judged, record["settings"]["protocol"]))
+    score, chance = record["scores"][record["headline"]], record["chance"]
+    error = full * math.sqrt(chance / full * (1 - chance / full) / len(judged))
+    if score - chance > max(2 * error, 0.1 * (full - chance)):
+        return ""
+    return (
+        f"{record['settings']['plan']}: {shown(score, task.percent)} of {len(judged)} questions is hardly more than guessing "
+        f"({shown(chance, task.percent)}): look at the prompt and the reply above, and whether --task reads such replies"
+    )
+
+
+def summary_table(base: dict[str, Any], others: Sequence[dict[str, Any]], force: bool = False) -> Table:
+    """One line for the base and one for each other record of the same questions; force: as of `compare`."""
     task = task_of(base["settings"]["task"])
     scale = 100 if task.percent else 1
     settings = base["settings"]
     table = Table(
         title=f"{settings['model']} on {task.title}: {base['answered']} questions, protocol {settings['protocol']}",
         caption="tokens: visual tokens of a prompt, mean over the LLM layers; agreement: the parser reads the same in both "
-        "replies; difference: with the 95 % interval of a paired bootstrap",
+        "replies; difference: with the 95 % interval of a paired bootstrap; same: surely within one point either way",
     )
     gains = ("of base", "above chance", "agreement", "right>wrong", "wrong>right", "difference")
     for heading in ("plan", "tokens", base["headline"], *gains):
@@ -155,7 +185,7 @@ def summary_table(base: dict[str, Any], others: Sequence[dict[str, Any]]) -> Tab
     score = base["scores"].get(base["headline"], math.nan)
     table.add_row(escape(settings["plan"]), _tokens(base), shown(score, task.percent), *[""] * 6)
     for record in others:
-        found = compare(base, record)
+        found = compare(base, record, force=force)
         change = found.change
         table.add_row(
             escape(_label(record, base)),
@@ -169,6 +199,14 @@ def summary_table(base: dict[str, Any], others: Sequence[dict[str, Any]]) -> Tab
             _change(change, scale) if change else "-",
         )
     return table
+
+
+def outlook(found: Comparison) -> str:
+    """Of a comparison that tells nothing, how many questions would; nothing of others."""
+    change = found.change
+    if change is None or change.verdict != TOO_FEW:
+        return ""
+    return f"{found.other}: {TOO_FEW}: {change.outlook(found.questions)}"
 
 
 def _label(record: dict[str, Any], base: dict[str, Any]) -> str:

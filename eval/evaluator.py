@@ -192,7 +192,7 @@ def _settings(
         "attention": getattr(model.config, "_attn_implementation", None),
         "processor": hashlib.sha256(f"{shown} {template}".encode()).hexdigest()[:12],
         "template": setup.template,
-        "suffix": setup.suffix,
+        "suffix": "" if setup.suffix is None and task_of(setup.task).own else setup.suffix,
         "new_tokens": setup.new_tokens or new_tokens(task_of(setup.task), setup.protocol),
         "batch_size": setup.batch_size,
         "questions": len(questions),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .data import Question
@@ -39,11 +40,11 @@ def new_tokens(task: Task, protocol: Protocol) -> int:
 
 
 def instruction(task: Task, question: Question, protocol: Protocol) -> str:
-    """The sentence behind the question, with the line breaks before it."""
+    """The sentence behind the question, with the line breaks before it: none for the tables of users, who ask as they wish."""
     lmms = protocol == "lmms"
-    if task.name in ("shapes", "ocrbench", "realworldqa", "hallusionbench") or (
-        task.name == "mme" and protocol == "official"
-    ):
+    if task.own or task.name in ("shapes", "ocrbench", "realworldqa", "hallusionbench"):
+        return ""
+    if task.name == "mme" and protocol == "official":
         return ""
     if task.name == "vizwiz" or (task.name == "okvqa" and lmms):
         return f"\n{UNANSWERABLE}"
@@ -53,7 +54,7 @@ def instruction(task: Task, question: Question, protocol: Protocol) -> str:
         return f"\n{LETTER.rstrip('.')}"
     if task.name == "mmmu":
         return f"\n\n{LETTER if question.options else SHORT}"
-    if question.options or task.name in ("mmstar", "letter"):
+    if question.options or task.name == "mmstar":
         return f"\n\n{LETTER}" if task.name == "mmbench" and lmms else f"\n{LETTER}"
     return f"\n{SHORT}"
 
@@ -90,3 +91,17 @@ def conversation(processor: Any, text: str, images: int, template: str = "chat")
             "the checkpoint has no chat template, so there is no way to know its prompt format; or --template vicuna"
         )
     return chat_prompt(processor, text, images)
+
+
+def unknown_words(processor: Any, texts: Iterable[str]) -> str:
+    """What is to be said of words that the tokenizer cannot read (embedded models know only a few); nothing if there are none."""
+    tokenizer = processor.tokenizer
+    words = list(dict.fromkeys(word for text in texts for word in text.split()))
+    if tokenizer.unk_token_id is None or not words:
+        return ""
+    read = tokenizer(words, add_special_tokens=False)["input_ids"]
+    unknown = [word for word, ids in zip(words, read, strict=True) if tokenizer.unk_token_id in ids]
+    if not unknown:
+        return ""
+    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+    return f"words that this model does not know, and reads as {tokenizer.unk_token}: {', '.join(unknown[:8])}{more}"

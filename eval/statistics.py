@@ -15,27 +15,64 @@ from .tasks import Row, Task, Terms, evaluate_terms
 RIGHT = 0.5
 """From this value on an answer counts as right where answers can be partly right (flips)."""
 FEWEST = 6
+"""Of fewer changed answers the sign test is not below 5 %, even if all went one way."""
+POINT = 0.01
+"""The part of the full score that counts as no difference, and that a benchmark should be able to show."""
+SAME, BETTER, WORSE, TOO_FEW = VERDICTS = ("same", "better", "worse", "too few questions to tell")
 
 
 @dataclass(frozen=True)
 class Difference:
     """The score of `other` minus that of `base` on the same questions, with a bootstrap interval (95 % by default) and standard
-    error. changed: clusters whose answers count differently. tie: the interval has 0 in it, the difference is below two standard
-    errors, or fewer than six clusters changed (even if all went one way, the sign test is not below 5 %)."""
+    error. changed: of the `clusters` those whose answers count differently; full: the highest score there is."""
 
     value: float
     low: float
     high: float
     error: float
     changed: int
+    clusters: int
+    full: float = 1.0
 
     @property
-    def tie(self) -> bool:
-        return self.low <= 0 <= self.high or abs(self.value) < 2 * self.error or self.changed < FEWEST
+    def spread(self) -> float:
+        """The standard error as if one cluster more had changed, by the full score: that none of a few changed shows little."""
+        return math.hypot(self.error, self.full / self.clusters)
 
     @property
     def verdict(self) -> str:
-        return "tie" if self.tie else "better" if self.value > 0 else "worse"
+        """same: interval and two spreads within one point; better, worse: the interval without 0, at least two errors, and at
+        least six clusters changed; else too few questions to tell."""
+        if max(-self.low, self.high, abs(self.value) + 2 * self.spread) <= POINT * self.full:
+            return SAME
+        clear = not self.low <= 0 <= self.high and abs(self.value) >= 2 * self.error
+        return TOO_FEW if not clear or self.changed < FEWEST else BETTER if self.value > 0 else WORSE
+
+    def needed(self, size: float) -> int:
+        """About how many clusters show a difference of `size`: so many that it is two spreads."""
+        return math.ceil(round(self.clusters * (2 * self.spread / size) ** 2, 6))
+
+    def outlook(self, questions: int) -> str:
+        """What is told where the `questions`, of one or more in a cluster, are too few: how many would do."""
+        each = questions / self.clusters
+        what = "answers" if self.clusters == questions else "groups of answers"
+        sizes = {f"a difference of {points(self.full)}": self.needed(POINT * self.full)}
+        if self.changed and abs(self.value) > POINT * self.full:
+            most = max(self.needed(abs(self.value)), -(-self.clusters * FEWEST // self.changed), self.clusters + 1)
+            sizes = {"a difference as large as this one": most, **sizes}
+        shown = ", ".join(f"about {about(each * n)} for {size}" for size, n in sizes.items())
+        return f"{self.changed} of {self.clusters} {what} count differently; questions needed: {shown}"
+
+
+def points(full: float) -> str:
+    """One point of a full score, as scores are printed: in percent, or of more than 1 in its own unit."""
+    return "1 point" if full <= 1 else f"{POINT * full:g} points"
+
+
+def about(number: float) -> str:
+    """A number of questions, rounded up to two digits."""
+    step = 10 ** max(0, math.floor(math.log10(max(1.0, number))) - 1)
+    return f"{math.ceil(round(number / step, 6)) * step:,}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +163,8 @@ def bootstrap(
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     value = evaluate_terms(other) - evaluate_terms(base)
     changed = int(((top != top2) | (bottom != bottom2)).any(1).sum())
-    return Difference(value, float(low), float(high), float(found.std(ddof=1)) if draws > 1 else 0.0, changed)
+    error = float(found.std(ddof=1)) if draws > 1 else 0.0
+    return Difference(value, float(low), float(high), error, changed, len(names), float(scales.sum()))
 
 
 def _ratio(scales: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

@@ -216,7 +216,7 @@ def test_a_batch_of_which_a_part_was_written(
 def test_settings_never_mix(loaded: tuple[Any, Any], table: Path, tmp_path: Path) -> None:
     model, processor = loaded
     questions = read_questions("exact", table)[:2]
-    setups = [SETUP, replace(SETUP, protocol="lmms"), replace(SETUP, suffix=None), replace(SETUP, new_tokens=4)]
+    setups = [SETUP, replace(SETUP, protocol="lmms"), replace(SETUP, suffix="Be brief."), replace(SETUP, new_tokens=4)]
     setups += [replace(SETUP, batch_size=1), replace(SETUP, task="soft")]
     for setup in setups:
         evaluate(model, processor, questions, setup, "stock", tmp_path)
@@ -318,16 +318,18 @@ def test_comparison(whole: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     lost = sum(a["value"] > b["value"] for a, b in zip(stock["rows"], less["rows"], strict=True))
     assert found.flips.right_to_wrong == lost and found.flips.agreement < 1
     assert found.retention == pytest.approx(found.score / found.base_score)
-    assert compare(stock, stock).change.verdict == "tie" and compare(stock, stock).flips.agreement == 1  # type: ignore[union-attr]
+    assert found.change.verdict == "too few questions to tell" and found.change.clusters == COUNT
+    same = compare(stock, stock)  # that none of 14 changed shows little
+    assert same.change is not None and same.change.verdict == "too few questions to tell" and same.flips.agreement == 1
     json.dumps(found.to_dict())
     nothing = {**stock, "rows": [{**row, "value": 0.0} for row in stock["rows"]]}
     with pytest.raises(ValueError, match="base score of exact is 0"):
         retention([(nothing, less)])
     moved = {**less, "settings": {**less["settings"], "model": "other"}}
-    assert (
-        compare(stock, moved).other == f"other: {PLAN}"
-        and "model: llava-shapes and other" in compare(stock, moved).notes
-    )
+    with pytest.raises(ValueError, match=r"model: 'llava-shapes' and 'other': with --force"):
+        compare(stock, moved)
+    forced = compare(stock, moved, force=True)
+    assert (forced.other, forced.notes) == (f"other: {PLAN}", ("model: 'llava-shapes' and 'other'",))
     sums = retention([(stock, less)])
     assert sums["RelAcc"] == pytest.approx(100 * found.retention) == sums["OP"] and sums["OG"] == 0
     assert sums["OL"] == pytest.approx(100 * found.flips.agreement)
@@ -363,14 +365,48 @@ def test_the_commands(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*told, "--plan", PLAN, "--plan", "uniform(keep=0.5)"]) == 0
     text = capsys.readouterr().out
     assert "divprune" in text and "agreement" in text and text.count("record:") == 3
+    first = read_questions("exact", table)[0]
+    prompt = conversation(load(model_path())[1], first.text, 1)
+    assert f"question q0 as it was asked (--suffix and --template change that):\n{prompt}\n" in text
+    assert f"stock replied {first.answers[0]!r}\n" in text and f"right: {first.answers[0]!r}\n" in text
+    assert "do not know" not in text and "guessing" not in text
     stock, less = (str(next(out.glob(f"exact_official_{name}*.json"))) for name in ("stock", "divprune"))
-    assert main(["compare", stock, less, "--flips", "2", "--out", str(tmp_path / "c.json")]) == 0
+    assert main(["compare", less, stock, "--flips", "2", "--out", str(tmp_path / "c.json")]) == 0  # stock is the base
     text = capsys.readouterr().out
-    assert "RelAcc" in text and "by question type" in text
-    assert json.loads((tmp_path / "c.json").read_text())[0]["questions"] == 7
+    assert "RelAcc" in text and "by question type" in text and "tie" not in text.split()
+    (found,) = json.loads((tmp_path / "c.json").read_text())
+    assert (found["questions"], found["base"], found["other"]) == (7, "stock", PLAN)
+    if found["verdict"] == "too few questions to tell":
+        assert f"{PLAN}: too few questions to tell: " in text
+    assert main(["compare", stock, less, "--base", less, "--out", str(tmp_path / "c.json")]) == 0
+    assert json.loads((tmp_path / "c.json").read_text())[0]["base"] == PLAN
+    other = [
+        *told[:8],
+        "--suffix",
+        "What is the dog doing ?",
+        "--no-stock",
+        "--plan",
+        PLAN,
+        "--questions",
+        "7",
+        "--out",
+    ]
+    assert main([*other, str(tmp_path / "other")]) == 0
+    assert (
+        "words that this model does not know, and reads as <unk>: " not in capsys.readouterr().out
+    )  # of questions alone
+    asked = str(next((tmp_path / "other").glob("*.json")))
+    assert main(["compare", stock, asked]) == 2
+    assert "suffix: '' and 'What is the dog doing ?': with --force" in capsys.readouterr().err
+    assert main(["compare", stock, asked, "--force"]) == 0
+    assert capsys.readouterr().out.startswith("NOT ALIKE, exact: suffix: '' and 'What is the dog doing ?'")
     for arguments, message in (
         ([*told[:2], "--task", "nope"], "--task nope: choose one of"),
         ([*told[:2], "--task", "gqa"], "--task gqa needs --data"),
+        (
+            ["eval", "llava-shapes", "--data", str(table)],
+            "for a table of your own one of exact, soft, anls, relaxed, letter, yesno",
+        ),
         ([*told, "--no-stock"], "--no-stock needs a --plan"),
         ([*told, "--protocol", "mine"], "protocol='mine'"),
         ([*told, "--questions", "0"], "--questions 0: at least 1"),

@@ -17,7 +17,7 @@ from mmcompress.eval.readme import methods
 from mmcompress.eval.statistics import Difference, Flips
 from mmcompress.eval.sweep import run as sweeping
 from mmcompress.eval.sweep.examples import worst
-from mmcompress.eval.sweep.retained import Standing, front, standings
+from mmcompress.eval.sweep.retained import Standing, front, standings, unsettled
 from mmcompress.eval.sweep.run import load_sweep, points, read_tasks
 from mmcompress.eval.synthetic import Item, items
 from mmcompress.eval.synthetic.benchmark import load
@@ -152,7 +152,7 @@ def test_a_comparison_in_plain_values() -> None:
     """Also one without gold answers, where most of it is not known."""
     flips = Flips(4, 3, 1, 0)
     nan = math.nan
-    change = Difference(0.1, 0.0, 0.2, 0.05, 3)
+    change = Difference(0.1, 0.0, 0.2, 0.05, 3, 4)
     known = Comparison(
         "exact", "stock", "p", 4, 0.5, 0.6, 1.2, 1.3, change, flips, {"a": (4, 0.5, 0.6, change)}, ("note",)
     )
@@ -160,6 +160,24 @@ def test_a_comparison_in_plain_values() -> None:
     for one in (known, blind):
         plain = json.loads(json.dumps(one.to_dict(), allow_nan=False))
         assert repr(Comparison.from_dict(plain)) == repr(one)
+
+
+def test_how_many_questions_a_sweep_would_need() -> None:
+    flips = Flips(100, 90, 6, 4)
+
+    def row(plan: str, change: Difference) -> Standing:
+        one = Comparison("shapes", "stock", plan, 100, 0.9, 0.9 + change.value, 1.0, 1.0, change, flips, {}, ())
+        return Standing(plan, plan, None, 97.0, 1.0, 97.0, 0.0, 90.0, {"shapes": one}, {})
+
+    rows = [
+        row("a", Difference(-0.02, -0.08, 0.04, 0.03, 10, 100)), row("b", Difference(-0.01, -0.03, 0.01, 0.01, 1, 100)),
+        row("c", Difference(-0.3, -0.4, -0.2, 0.05, 40, 100)),
+    ]  # fmt: skip
+    assert [one.verdict for one in rows] == ["too few questions to tell"] * 2 + ["worse"]
+    assert unsettled(rows) == [
+        "shapes: too few questions to tell for 2 of 3 plans; needed for a difference of 1 point: about 800 to 4,000, there are 100"
+    ]
+    assert unsettled(rows[2:]) == []
 
 
 def test_pictures_are_processed_once(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

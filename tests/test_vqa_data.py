@@ -7,6 +7,7 @@ import base64
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from mmcompress.eval.data import Question, digest, open_picture, read_questions
 from mmcompress.eval.data.question import PictureError
 from mmcompress.eval.prompts import VICUNA, conversation, instruction, new_tokens, question_text
-from mmcompress.eval.tasks import task_of
+from mmcompress.eval.tasks import TASKS, task_of
 from PIL import Image
 
 SHORT = "Answer the question using a single word or phrase."
@@ -317,7 +318,7 @@ def test_plain_tables(tmp_path: Path) -> None:
     )
     found = read_questions("letter", tmp_path / "mine.csv")
     assert [q.answers for q in found] == [("B",), ("B",)] and found[0].options == (("A", "cat"), ("B", "dog"))
-    assert ask("letter", found[0], "official") == f"What?\nA. cat\nB. dog\n{LETTER}"
+    assert ask("letter", found[0], "official") == "What?\nA. cat\nB. dog"
     hub = [{"question": "Q", "answer": 1, "choices": ["0", "1"], "image": {"bytes": png("blue"), "path": None}}] * 2
     for shard in range(2):
         parquet.write_table(pyarrow.Table.from_pylist(hub), tmp_path / f"test-0000{shard}-of-00002.parquet")
@@ -398,5 +399,12 @@ def test_conversation_and_limits() -> None:
     question = Question("1", "Q", (), ("a",))
     assert question_text(task_of("exact"), question, "official", "Be brief.") == "Q\nBe brief."
     assert question_text(task_of("exact"), question, "official", "") == "Q"
+    options = replace(question, options=(("A", "x"), ("B", "y")), answers=("A",))
+    for task in TASKS.values():  # nobody's own table is asked otherwise than it is written
+        if task.own:
+            assert question_text(task, question, task.protocols[0]) == "Q"
+            assert question_text(task, options, task.protocols[0]) == "Q\nA. x\nB. y"
+    own = [name for name, task in TASKS.items() if task.own]
+    assert own == [name for name, task in TASKS.items() if task.title.startswith("a table")]
     assert instruction(task_of("mmstar"), question, "lmms") == f"\n{LETTER[:-1]}"
     assert instruction(task_of("mmstar"), question, "official") == f"\n{LETTER}"

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcompress.eval import metrics as vqa
+from mmcompress.eval.comparison import Comparison, by_chance, compare, stock_first
 from mmcompress.eval.cost.vision_flops import mlp_projector_flops, vit_flops
 from mmcompress.eval.data import Question
 from mmcompress.eval.statistics import (
+    Difference,
+    about,
     bootstrap,
     corrected,
     difference,
@@ -184,14 +189,14 @@ def test_retention_is_that_of_published_rows() -> None:
         relative_accuracy({"a": 1.0}, {"b": 1.0})
 
 
-def test_bootstrap_calls_ties_ties() -> None:
+def test_verdicts() -> None:
     rng = np.random.default_rng(0)
     before = (rng.random(400) < 0.7).astype(float)
     worse = before * (rng.random(400) > 0.1)
     rows, lost = ([_row(str(i), v) for i, v in enumerate(values)] for values in (before, worse))
     task = task_of("exact")
     same = difference(task, "official", rows, rows, draws=200)
-    assert (same.value, same.low, same.high, same.verdict) == (0.0, 0.0, 0.0, "tie")
+    assert (same.value, same.low, same.high, same.verdict) == (0.0, 0.0, 0.0, "same")
     found = difference(task, "official", rows, lost, draws=1000)
     drops = worse - before
     assert found.value == pytest.approx(drops.mean()) and found.verdict == "worse"
@@ -203,9 +208,127 @@ def test_bootstrap_calls_ties_ties() -> None:
     wrong = [_row(str(i), 0.0) for i in range(6)]
     right = [_row(str(i), 1.0) for i in range(6)]
     assert difference(task, "official", right, wrong).verdict == "worse"
-    assert difference(task, "official", right[:5], wrong[:5]).verdict == "tie"  # 5 of 5 may be chance
+    assert (
+        difference(task, "official", right[:5], wrong[:5]).verdict == "too few questions to tell"
+    )  # 5 of 5 may be chance
     few = difference(task, "official", rows[:20], [*lost[:19], rows[19]], draws=300)
-    assert few.verdict == "tie"
+    assert few.verdict == "too few questions to tell"
+    unchanged = [(n, difference(task, "official", rows[:n], rows[:n]).verdict) for n in (14, 199, 200)]
+    assert [verdict for n, verdict in unchanged] == ["too few questions to tell", "too few questions to tell", "same"]
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "outlook"),
+    [  # 4 of 14 wrong now: the interval leaves 0 out, but the sign test has p = 0.125
+        (
+            Difference(-0.286, -0.502, -0.071, 0.1207, 4, 14),
+            "too few questions to tell",
+            "4 of 14 answers count differently; questions needed: about 21 for a difference as large as this one, about 12,000 "
+            "for a difference of 1 point",
+        ),
+        (
+            Difference(-0.02, -0.05, 0.01, 0.015, 40, 400),
+            "too few questions to tell",
+            "40 of 400 answers count differently; questions needed: about 930 for a difference as large as this one, about "
+            "3,700 for a difference of 1 point",
+        ),
+        (
+            Difference(0.0, 0.0, 0.0, 0.0, 0, 100),
+            "too few questions to tell",
+            "0 of 100 answers count differently; questions needed: about 400 for a difference of 1 point",
+        ),
+        (Difference(-0.002, -0.009, 0.005, 0.0035, 20, 2000), "same", ""),
+        (Difference(-0.004, -0.007, -0.001, 0.0015, 20, 2000), "same", ""),  # sure, and less than a point
+        (Difference(-0.004, -0.0101, 0.002, 0.0025, 20, 2000), "too few questions to tell", ""),
+        (Difference(-0.02, -0.03, -0.01, 0.005, 60, 2000), "worse", ""),
+        (Difference(0.02, 0.01, 0.03, 0.005, 60, 2000), "better", ""),
+        (Difference(0.02, 0.01, 0.03, 0.0101, 60, 2000), "too few questions to tell", ""),
+        (Difference(-10.0, -24.0, 4.0, 7.0, 60, 1000, 2800.0), "same", ""),  # MME: 28 of 2800 points
+        (Difference(-60.0, -80.0, -40.0, 10.0, 5, 1000, 2800.0), "too few questions to tell", ""),
+        (Difference(-60.0, -80.0, -40.0, 10.0, 6, 1000, 2800.0), "worse", ""),
+    ],
+)
+def test_verdicts_and_how_many_questions_would_tell(change: Difference, verdict: str, outlook: str) -> None:
+    assert change.verdict == verdict
+    if outlook:
+        assert change.outlook(change.clusters) == outlook
+    if change.full > 1:
+        assert "for a difference of 28 points" in change.outlook(2 * change.clusters)
+        assert f"of {change.clusters} groups of answers" in change.outlook(2 * change.clusters)
+
+
+def test_a_comparison_that_will_show_at_the_number_foretold() -> None:
+    """Four times the questions halve the spread; at the number that `needed` names a point is two spreads."""
+    change = Difference(-0.02, -0.05, 0.01, 0.015, 40, 400)
+    n = change.needed(0.01)
+    then = replace(change, clusters=n, error=change.error * math.sqrt(400 / n))
+    assert 2 * then.spread == pytest.approx(0.01, rel=0.02)
+    assert change.needed(0.02) == pytest.approx(n / 4, abs=1)
+    assert [about(x) for x in (1, 9.2, 20.5, 99, 101, 4321, 123456)] == [
+        "1",
+        "10",
+        "21",
+        "99",
+        "110",
+        "4,400",
+        "130,000",
+    ]
+
+
+def test_the_interval_holds_95_of_100() -> None:
+    """Its ends are 1.96 standard errors away, those of a 90 % interval 1.645."""
+    rng = np.random.default_rng(5)
+    values, ones = rng.normal(size=400), np.ones(400)
+    terms, nothing = [(1.0, values, ones)], [(1.0, np.zeros(400), ones)]
+    names = [str(i) for i in range(400)]
+    for level, reach in ((0.95, 1.96), (0.9, 1.645)):
+        given = {} if level == 0.95 else {"level": level}
+        found = bootstrap(nothing, terms, names, 20000, **given)
+        assert (found.high - found.low) / 2 / found.error == pytest.approx(reach, rel=0.02)
+        assert found.error == pytest.approx(values.std() / 20, rel=0.03)
+        assert found.value == pytest.approx(values.mean()) and (found.clusters, found.full) == (400, 1.0)
+
+
+def test_a_comparison_tells_before_from_after_by_kind_and_above_chance() -> None:
+    """Values, not signs: yes or no questions, of which guessing gets half; colours gain, shapes lose."""
+
+    def record(plan: str, right: dict[str, list[int]]) -> dict[str, Any]:
+        rows = [
+            Row(f"{kind}{i}", kind, f"{kind}{i}", ("yes",), "", "yes" if hit else "no", float(hit), 0.5)
+            for kind, hits in right.items()
+            for i, hit in enumerate(hits)
+        ]
+        settings = {"task": "yesno", "protocol": "official", "plan": plan, "model": "m", "weights": "w", "suffix": None}
+        score = sum(row.value or 0 for row in rows) / len(rows)
+        return {
+            "settings": settings, "answered": len(rows), "rows": [{**vars(row), "answers": list(row.answers)} for row in rows],
+            "headline": "accuracy", "scores": {"accuracy": score}, "chance": 0.5, "visual_tokens": {},
+        }  # fmt: skip
+
+    base = record("stock", {"color": [1] * 8 + [0] * 12, "shape": [1] * 20})
+    other = record("p", {"color": [1] * 18 + [0] * 2, "shape": [1] * 5 + [0] * 15})
+    found = compare(base, other)
+    assert (found.base_score, found.score) == (0.7, 0.575) and found.change is not None
+    assert found.change.value == pytest.approx(-0.125) and found.retention == pytest.approx(0.575 / 0.7)
+    assert found.above_chance == pytest.approx(0.075 / 0.2)  # of what stock has above the half that guessing gets
+    color, shape = found.by_kind["color"], found.by_kind["shape"]
+    assert color[:3] == (20, 0.4, 0.9) and shape[:3] == (20, 1.0, 0.25)
+    assert color[3].value == pytest.approx(0.5) and shape[3].value == pytest.approx(-0.75)
+    assert (color[3].verdict, shape[3].verdict) == ("better", "worse")
+    assert color[3].error == pytest.approx(0.112, rel=0.1) and (color[3].changed, color[3].clusters) == (10, 20)
+    assert 0.2 < color[3].low < 0.35 and 0.65 < color[3].high < 0.8
+    assert -1 < shape[3].low < -0.85 and -0.65 < shape[3].high < -0.5
+    back = Comparison.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert repr(back) == repr(found)
+    sixes = found.to_dict() | {"change": {"value": 0.1, "low": 0.0, "high": 0.2, "error": 0.05, "changed": 3}}
+    assert Comparison.from_dict(sixes).change.clusters == 40  # type: ignore[union-attr]  # records of before
+    assert "half" not in by_chance(base) and by_chance(base) == ""
+    text = by_chance(record("stock", {"color": [1] * 11 + [0] * 9}))
+    assert "stock: 55.0 % of 20 questions is hardly more than guessing (50.0 %): look at the prompt" in text
+    assert by_chance(record("stock", {"color": [1] * 15 + [0] * 5})) == ""
+    assert stock_first([other, base]) == [base, other] and stock_first([other]) == [other]
+    with pytest.raises(ValueError, match=r"suffix: None and 'Be brief.': with --force"):
+        compare(base, {**other, "settings": {**other["settings"], "suffix": "Be brief."}})
 
 
 def test_bootstrap_draws_clusters() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     measure.add_argument(
         "--template", default="chat", help="chat (the checkpoint's, default) or vicuna (LLaVA-1.5's scripts)"
     )
-    measure.add_argument("--suffix", help="instruction behind each question instead of the protocol's; '' for none")
+    measure.add_argument(
+        "--suffix",
+        help="instruction behind each question, '' for none (default: that of the protocol; for a table of your own none)",
+    )
     measure.add_argument("--max-new-tokens", type=int, help="default: the protocol's")
     measure.add_argument("--batch-size", type=int, help="default 8 (lmms: 1); 1 for numbers to publish (no padding)")
     measure.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
@@ -64,11 +68,18 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     sweep.add_command(command, load, models)
 
     against = command(
-        "compare", _compare, "records of `mmcompress eval` side by side: retention, agreement, flips, ties called ties"
+        "compare",
+        _compare,
+        "records of `mmcompress eval` side by side: retention, agreement, flips, and same, better, worse or too few to tell",
     )
-    against.add_argument("base", type=Path, help="record (.json) of the model to compare with")
+    against.add_argument("records", type=Path, nargs="+", help="records (.json), of one task or of several")
     against.add_argument(
-        "other", type=Path, nargs="+", help="other records; with several tasks the first of each is its base"
+        "--base",
+        type=Path,
+        help="record to compare the others of its task with (default: that of the stock model, else the first)",
+    )
+    against.add_argument(
+        "--force", action="store_true", help="also compare records whose settings (prompt, questions, model) differ"
     )
     against.add_argument(
         "--flips", type=int, default=0, metavar="N", help="show N answers that were right and are wrong"
@@ -93,9 +104,10 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
 
     from ...plan import as_pipeline
     from .. import evaluator as runs
-    from ..comparison import summary_table
+    from ..comparison import by_chance, compare, outlook, summary_table
     from ..data import read_questions
     from ..metrics import check_protocol
+    from ..prompts import unknown_words
     from ..tasks import task_of
     from ..team import Team
 
@@ -118,10 +130,7 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
         as_pipeline(plan)
     if options.questions is not None and options.questions < 1:
         raise ValueError(f"--questions {options.questions}: at least 1")
-    if (options.data is None) != (options.task == "shapes"):
-        raise ValueError(
-            f"--task {options.task} needs --data" if options.data is None else "--task shapes has its own data"
-        )
+    check_data(options.task, options.data)
     asked = None if options.data is None else read_questions(options.task, options.data, options.images, options.split)
     model, processor, _ = load(options)
     questions = runs.shapes_questions(options.questions or 210, model) if asked is None else asked[: options.questions]
@@ -141,6 +150,10 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
             record = runs.evaluate(model, processor, questions, setup, plan, options.out, options.model, show)
             records.append(record)
     console.print(summary_table(records[0], records[1:]))
+    for other in records[1:]:
+        _print(console, outlook(compare(records[0], other)))
+    _print(console, *asked_and_answered(processor, questions, records))
+    _print(console, by_chance(records[0]), unknown_words(processor, (question.text for question in questions)))
     for record in records:
         plan = record["settings"]["plan"]
         if record["empty"]:
@@ -158,34 +171,75 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
     console.print(f"task: {task.title}", markup=False, highlight=False)
 
 
+def check_data(task: str, data: Path | None) -> None:
+    """Raise ValueError unless a benchmark has its data, and the embedded one its own."""
+    if data is None and task != "shapes":
+        raise ValueError(f"--task {task} needs --data")
+    if data is not None and task == "shapes":
+        from ..tasks import TASKS
+
+        own = ", ".join(name for name, one in TASKS.items() if one.own)
+        raise ValueError(
+            f"--data {data} needs a --task, which says how replies are judged: for a table of your own one of {own}, or the name "
+            f"of a benchmark; shapes, the default, has its own data"
+        )
+
+
+def asked_and_answered(processor: Any, questions: Sequence[Any], records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One whole prompt as the model gets it, what was replied to it, and what is right."""
+    from ..evaluator import rows_of
+    from ..prompts import conversation, question_text
+    from ..tasks import task_of
+
+    settings, known = records[0]["settings"], {question.id: question for question in questions}
+    for row in rows_of(records[0])[:1]:
+        question = known[row.id]
+        text = question_text(task_of(settings["task"]), question, settings["protocol"], settings["suffix"])
+        yield f"question {row.id} as it was asked (--suffix and --template change that):"
+        yield conversation(processor, text, len(question.images), settings["template"])
+        for record in records:
+            replies = [other.reply for other in rows_of(record) if other.id == row.id]
+            yield from (f"{record['settings']['plan']} replied {reply!r}" for reply in replies)
+        yield f"right: {', '.join(map(repr, row.answers[:3])) or 'not known'}"
+
+
+def _print(console: Console, *lines: str) -> None:
+    for line in lines:
+        if line:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _compare(options: argparse.Namespace, console: Console) -> None:
-    from ..comparison import compare, kind_table, retention, summary_table
+    from ..comparison import compare, kind_table, outlook, retention, stock_first, summary_table
     from ..evaluator import load_record, rows_of
     from ..statistics import RIGHT, paired
 
-    records = [load_record(path) for path in (options.base, *options.other)]
+    told = [] if options.base is None else [load_record(options.base)]
+    others = [load_record(path) for path in options.records if path != options.base]
     tasks: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
+    for record in (*told, *stock_first(others)):
         tasks.setdefault(record["settings"]["task"], []).append(record)
     if alone := [name for name, found in tasks.items() if len(found) < 2]:
         raise ValueError(f"{alone[0]}: one record alone, nothing to compare it with")
     found, pairs = [], {}
     for name, (base, *others) in tasks.items():
-        console.print(summary_table(base, others))
-        for other in others:
-            one = compare(base, other)
+        compared = [compare(base, other, force=options.force) for other in others]
+        for note in dict.fromkeys(note for one in compared for note in one.notes):
+            console.print(f"NOT ALIKE, {name}: {note}", markup=False, highlight=False, style="bold red")
+        console.print(summary_table(base, others, options.force))
+        for one, other in zip(compared, others, strict=True):
             found.append(one)
             pairs.setdefault(one.other, []).append((base, other))
             if len(one.by_kind) > 1:
                 console.print(f"{one.base} and {one.other}:", markup=False, highlight=False)
                 console.print(kind_table(one))
-            for note in one.notes:
-                console.print(f"note: {name}: {note}", markup=False, highlight=False)
+            _print(console, outlook(one))
             if one.flips.right_to_wrong + one.flips.wrong_to_right:
-                text = (
-                    f"{one.other}: flips by chance alone at least as uneven with p = {one.flips.p:.2g} (McNemar, exact)"
+                _print(
+                    console,
+                    f"{one.other}: if it flipped answers both ways alike, flips as uneven as these would still come in "
+                    f"{100 * one.flips.p:.2g} % of such runs (McNemar, exact)",
                 )
-                console.print(text, markup=False, highlight=False)
             lost = [
                 (a, b)
                 for a, b in zip(*paired(rows_of(base), rows_of(other)), strict=True)
@@ -196,7 +250,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
                 console.print(line, markup=False, highlight=False)
     for plan, both in pairs.items():
         try:
-            sums = retention(both)
+            sums = retention(both, options.force)
         except ValueError as error:  # a base score of 0
             console.print(f"note: {plan}: no retention: {error}", markup=False, highlight=False)
             continue

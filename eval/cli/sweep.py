@@ -57,7 +57,7 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
     from ..sweep.examples import examples
     from ..sweep.pareto import plot
     from ..sweep.report import write_report
-    from ..sweep.retained import standings, table
+    from ..sweep.retained import standings, table, unsettled
     from ..sweep.run import FILE, points, read_tasks, sweep
 
     if options.questions is not None and options.questions < 1:
@@ -87,6 +87,8 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
         )  # fmt: skip
     rows = standings(content)
     console.print(table(content, rows))
+    for line in unsettled(rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     picture = None
     if content["cost"]:
         picture = plot({options.model: rows}, f"on {', '.join(content['tasks'])}", options.out / "pareto.png")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..comparison import Comparison, retained, shown
 from ..evaluator import STOCK
+from ..statistics import POINT, TOO_FEW, VERDICTS, about, points
 from ..tasks import task_of
 
 AXES = {
@@ -48,9 +49,9 @@ class Standing:
 
     @property
     def verdict(self) -> str:
-        """tie, better or worse; with several tasks how many of each."""
+        """same, better, worse or too few questions to tell; with several tasks how many of each."""
         each = [one.change.verdict for one in self.comparisons.values() if one.change]
-        kinds = [kind for kind in ("better", "tie", "worse") if kind in each]
+        kinds = [kind for kind in VERDICTS if kind in each]
         return ", ".join(f"{each.count(kind)} {kind}" if len(each) > 1 else kind for kind in kinds)
 
 
@@ -128,13 +129,33 @@ def table(content: dict[str, Any], rows: Sequence[Standing]) -> Table:
         box=SIMPLE_HEAD,
         title=escape(f"{content['model']} on {', '.join(content['tasks'])}"),
         caption="RelAcc: mean over tasks of score / stock score in %, ± one standard error of a paired bootstrap; OP: root mean "
-        "square of it; agreement: the parser reads the same in both replies; verdict: ties called ties (95 %); FLOPs: % of stock",
+        "square of it; agreement: the parser reads the same in both replies; verdict: against the stock model (95 %), same: within "
+        "one point; FLOPs: % of stock",
     )
     for heading in HEADINGS:
         made.add_column(heading, justify="left" if heading in ("plan", "verdict") else "right")
     for row in rows:
         made.add_row(*map(escape, cells(row)))
     return made
+
+
+def unsettled(rows: Sequence[Standing]) -> list[str]:
+    """For each task on which some plans cannot be told from the stock model: how many questions would show a point."""
+    found = []
+    for task in dict.fromkeys(name for row in rows for name in row.comparisons):
+        every = [row.comparisons[task] for row in rows if task in row.comparisons]
+        few = [one for one in every if one.change and one.change.verdict == TOO_FEW]
+        counts = sorted(
+            one.change.needed(POINT * one.change.full) * one.questions / one.change.clusters
+            for one in few
+            if one.change
+        )
+        if few:
+            found.append(
+                f"{task}: {TOO_FEW} for {len(few)} of {len(every)} plans; needed for a difference of "
+                f"{points(few[0].change.full)}: about {about(counts[0])} to {about(counts[-1])}, there are {few[0].questions}"
+            )
+    return found
 
 
 def task_lines(rows: Sequence[Standing]) -> list[list[str]]:
