@@ -5,6 +5,9 @@ A layer has two lengths. Logical: the tokens that the caller has fed, which `gen
 Physical: the rows that are really stored. Mask builders are told (physical + new, dropped), which is the contract of a
 sliding-window layer: `dropped` tokens are gone from the front. The layers of a cache are replaced in place, so that the
 user's cache object keeps its identity, and all state lives in the cache: several conversations can be open at once.
+
+A cache stands on its own. It pickles, and a model that is not compressed reads it right where a mask of logical width says
+all that there is to say; elsewhere its layers raise.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
+
+from .scope import running
 
 if TYPE_CHECKING:
     from .packing import Group
@@ -36,12 +41,14 @@ class Ledger:
     valid    [B, P] bool for the first P physical rows, later ones are valid; None: all are.
     floor    logical position behind the last dropped token; the cache cannot be cropped below it.
     shift    [B] int64: what position ids are ahead of those in use (stages that reindex); None: nothing.
+    bound    why a model that is not compressed would read the layers wrong; "": it reads them right.
     """
 
     dropped: int = 0
     valid: Tensor | None = None
     floor: int = 0
     shift: Tensor | None = None
+    bound: str = ""
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to everything that has one row per sequence of the batch."""
@@ -49,7 +56,7 @@ class Ledger:
         self.shift = change(self.shift) if self.shift is not None else None
 
     def clear(self) -> None:
-        self.dropped, self.valid, self.floor, self.shift = 0, None, 0, None
+        self.dropped, self.valid, self.floor, self.shift, self.bound = 0, None, 0, None, ""
 
 
 class PrunedLayer:
@@ -68,18 +75,32 @@ class PrunedLayer:
         if self.leads:
             self.ledger.rows(change)
 
+    def __reduce__(self) -> Any:
+        return _blank, (_stock_class(self),), self.__dict__  # the class is made when it is needed, in every process
+
     @property
     def physical(self) -> Any:
         return super().get_seq_length()  # type: ignore[misc]
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        bound = self.ledger.bound or (self.state and "its attention is rewritten")
+        if bound and not running():
+            raise RuntimeError(
+                f"this cache was made by a compressed model, and the one that reads it is not compressed: {bound}. Call "
+                f"mmcompress.compress(model, plan) again before its next turn, or start again from the prompt without a cache"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self) -> Any:
         return super().get_seq_length() + self.ledger.dropped  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
-        if isinstance(self, StaticLayer):
-            length, offset = super().get_mask_sizes(query_length)  # type: ignore[misc]
-            return length, offset + self.ledger.dropped
-        return self.physical + query_length, self.ledger.dropped
+        if (
+            _stock_class(self).get_mask_sizes is DynamicLayer.get_mask_sizes
+        ):  # asks for the length, which is logical here
+            return self.physical + query_length, self.ledger.dropped
+        length, offset = super().get_mask_sizes(query_length)  # type: ignore[misc]
+        return length, offset + self.ledger.dropped
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -116,6 +137,17 @@ def _pruned_class(cls: type) -> type:
     return type(f"Pruned{cls.__name__}", (PrunedLayer, cls), {})
 
 
+def _blank(cls: type) -> Any:
+    """A pruned layer of class `cls`, still without any state."""
+    made = _pruned_class(cls)
+    return made.__new__(made)
+
+
+def _stock_class(layer: Any) -> Any:
+    """The class that a cache layer has in transformers."""
+    return type(layer).__bases__[1] if isinstance(layer, PrunedLayer) else type(layer)
+
+
 def cache_of(given: Any) -> Any:
     """The cache among the keywords of a call, or on an output; None if there is none."""
     return given.get(CACHE) if type(given) is dict else getattr(given, CACHE, None)
@@ -127,7 +159,7 @@ def is_pruned(cache: Cache | None) -> bool:
 
 def is_plain(layer: Any) -> bool:
     """Whether `layer.keys` holds all keys as they are (a quantised cache has only the newest there)."""
-    return type(layer).update in (DynamicLayer.update, StaticLayer.update)
+    return _stock_class(layer).update in (DynamicLayer.update, StaticLayer.update)
 
 
 def ledger_of(cache: Cache | None, index: int) -> Ledger | None:
@@ -141,11 +173,13 @@ def ledger_of(cache: Cache | None, index: int) -> Ledger | None:
     return layer.ledger
 
 
-def book(cache: Cache, group_of: Callable[[int], Group], past_valid: Tensor | None, batch: int) -> None:
+def book(
+    cache: Cache, group_of: Callable[[int], Group], past_valid: Tensor | None, batch: int, hidden: int = 0
+) -> None:
     """Write down, after a forward pass that dropped or padded tokens, what each layer now holds.
 
     group_of(i): the tokens of this call that layer i received. past_valid [B, P]: validity of what an unpruned cache held
-    before.
+    before. hidden: how many tokens of the call there are up to the last one that the caller's mask hides in any row.
     """
     books: dict[tuple[int, int], Ledger] = {}
     shifts: dict[tuple[int, int], Tensor | None] = {}
@@ -164,18 +198,20 @@ def book(cache: Cache, group_of: Callable[[int], Group], past_valid: Tensor | No
             pair = (id(before), id(group.gone))
             if pair not in shifts:  # layers that are shifted alike share the tensor, and so rotary tables
                 shifts[pair] = before if group.gone is None else group.gone if before is None else before + group.gone
-            books[key] = _updated(old or Ledger(valid=past_valid), group, stored, batch, shifts[pair])
+            books[key] = _updated(old or Ledger(valid=past_valid), group, stored, batch, shifts[pair], hidden)
         if old is None:  # same state, new type: assigning __class__ fails where the object layouts differ
-            cls: Any = _pruned_class(type(layer))
-            pruned = cls.__new__(cls)
+            pruned = _blank(type(layer))
             pruned.__dict__.update(layer.__dict__, state={})
             cache.layers[i] = layer = pruned
         layer.ledger, layer.leads = books[key], leads  # type: ignore[attr-defined]
+    if len(books) > 1:
+        for ledger in books.values():
+            ledger.bound = "its layers hold different tokens"
 
 
-def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor | None) -> Ledger:
+def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor | None, hidden: int) -> Ledger:
     """The ledger after `group`; `stored` rows are in the layer, this call's included."""
-    new = Ledger(old.dropped, old.valid, old.floor, shift)
+    new = Ledger(old.dropped, old.valid, old.floor, shift, old.bound)
     if old.valid is not None or group.valid is not None:
         device = (group.valid if group.valid is not None else old.valid).device  # type: ignore[union-attr]
 
@@ -186,7 +222,12 @@ def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor |
         past = torch.cat([past, ones(stored - group.physical - past.shape[1])], 1)
         new.valid = past if group.valid is None else torch.cat([past, group.valid], 1)
     gone = group.logical - group.physical
+    past = stored - group.physical + old.dropped
     if gone:
-        new.floor = stored + old.dropped + gone - group.tail
+        new.floor = past + group.logical - group.tail
         new.dropped = old.dropped + gone
+    if new.shift is not None:
+        new.bound = "its position ids are numbered anew"
+    elif new.dropped and (new.valid is not None or (hidden and past + hidden > new.dropped)):
+        new.bound = "there is padding among its tokens"
     return new

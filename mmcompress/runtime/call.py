@@ -57,6 +57,7 @@ class Call:
     """One forward pass of the base model.
 
     past, past_valid  logical length of the cache before the call, and which tokens of an unpruned cache are real.
+    hidden            how many tokens there are up to the last one that the caller's mask hides in any row.
     groups            the tokens of the call, from the first layer on and after each cut.
     patches, texts    [B, physical] bool: which slots of the last group hold patch tokens, and the instruction (where a layer
                       stage reads it); patch_counts, text_counts: how many per row.
@@ -76,6 +77,7 @@ class Call:
     batch: int = 0
     past: int = 0
     past_valid: Tensor | None = None
+    hidden: int = 0
     groups: list[Group] = field(default_factory=list)
     patches: Tensor | None = None
     texts: Tensor | None = None

@@ -48,6 +48,7 @@ from .pixels import PixelFacade
 from .prompt import PromptTap
 from .record import CallRecord, Span
 from .rotary import layer_tables, shifted
+from .scope import Scope, enter, leave
 from .signals import VisionTap, kind_of
 
 CALL = "mmcompress_call"
@@ -121,6 +122,7 @@ class Engine:
 
     def remove(self) -> None:
         """Take everything out again; the model is as it was."""
+        leave(self)
         for handle in self.handles:
             handle.remove()
         for name, before in self.wrapped:
@@ -136,6 +138,7 @@ class Engine:
         outputs = {m: o for m, o in (given.get("mm_encoder_outputs") or {}).items() if o is not None}
         encoded = [self._encoded_before(modality, output) for modality, output in outputs.items()]
         self.call = Call(given.get("input_ids"), given.get("inputs_embeds"), encoded)
+        enter(Scope(self))
 
     def _encoded_before(self, modality: str, output: Any) -> Encoded:
         """The record of features that `generate` encoded before the forward pass."""
@@ -153,6 +156,7 @@ class Engine:
 
     def _base_post(self, module: Any, args: tuple, output: Any) -> None:
         self.call = None
+        leave(self)
         self.encoded_last.clear()
         self.cutter.clear()  # also after a call that failed half-way
 
@@ -239,6 +243,7 @@ class Engine:
         for span in spans:
             span.kept = self.inputs.budget(call, span)
         counts = host_valid.sum(1).tolist()
+        call.hidden = int((~host_valid * torch.arange(1, embeds.shape[1] + 1)).max())
         call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
         call.record.seconds = {"vision": self.vision_seconds, "select": 0.0}
         if self.facade is not None:
@@ -361,7 +366,7 @@ class Engine:
         compressed = last.source is not None
         held = compressed or call.sight is not None or any(group.valid is not None for group in call.groups)
         if cache is not None and held:
-            book(cache, call.group_of, call.past_valid, call.batch)
+            book(cache, call.group_of, call.past_valid, call.batch, call.hidden)
         if cache is not None:
             keep_notes(cache, call)
         if compressed:

@@ -54,3 +54,8 @@ def current(owner: Any, part: str = FORWARD) -> Scope | None:
         if scope.owner is owner and scope.part == part:
             return scope
     return None
+
+
+def running() -> bool:
+    """Whether a forward pass of a compressed model runs in this thread."""
+    return any(scope.part == FORWARD for scope in _STACK.scopes)
