@@ -63,7 +63,7 @@ class Task:
         parsed, value = self.judge(self, question, said, protocol)
         return Row(
             question.id, question.kind, _cluster(self.name, question), question.answers, reply, parsed,
-            float(value) if question.answers else None, _chance(self.name, question), question.extra.get("L2-category", ""),
+            float(value) if question.answers else None, _chance(self.name, question), question.extra.get("l2_category", ""),
         )  # fmt: skip
 
     def terms(self, rows: Sequence[Row], protocol: Protocol) -> Terms:

@@ -138,7 +138,7 @@ def test_textvqa_with_and_without_the_words_of_llava(tmp_path: Path) -> None:
 
 
 def test_pope_reads_all_splits(tmp_path: Path) -> None:
-    for split in ("random", "popular"):
+    for split in ("random", "popular", "adversarial"):
         lines = [
             {
                 "question_id": i,
@@ -152,8 +152,8 @@ def test_pope_reads_all_splits(tmp_path: Path) -> None:
         (tmp_path / f"coco/coco_pope_{split}.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     picture(tmp_path / "val2014/COCO_val2014_000000310196.jpg")
     found = read_questions("pope", tmp_path)
-    assert [q.id for q in found] == ["popular/1", "popular/2", "random/1", "random/2"]
-    assert found[0].kind == "popular" and found[1].answers == ("no",)
+    ids = [f"{part}/{i}" for part in ("adversarial", "popular", "random") for i in (1, 2)]
+    assert [q.id for q in found] == ids and found[2].kind == "popular" and found[1].answers == ("no",)
     assert len(read_questions("pope", tmp_path, split="random")) == 2
     assert len(read_questions("pope", tmp_path / "coco/coco_pope_random.json", tmp_path / "val2014")) == 2
 
@@ -222,7 +222,7 @@ def test_mmbench(tmp_path: Path) -> None:
     first, second = read_questions("mmbench", tmp_path)
     assert first.options == (("A", "cat"), ("B", "dog")) and first.hint == "" and first.kind == "attribute"
     assert second.images == first.images and open_picture(first.images[0]).size == (8, 6)
-    assert first.extra["L2-category"] == "logic"
+    assert first.extra["l2_category"] == "logic"
     assert ask("mmbench", second, "llava") == f"a\nhint\nWhich is it?\nA. dog\nB. cat\n{LETTER}"
     assert ask("mmbench", first, "lmms") == f"Which is it?\nThere are several options:\nA. cat\nB. dog\n\n{LETTER}"
     rows_ = [task_of("mmbench").row(q, q.answers[0], "official") for q in (first, second)]
@@ -367,14 +367,14 @@ def test_errors_say_what_is_wrong_and_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n{broken\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is not JSON"):
         read_questions("exact", tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"row 0: no question.*it has frage"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 1: no column one of question.*it has frage"):
         read_questions("exact", write(tmp_path / "a.jsonl", [{"frage": "?"}]))
-    with pytest.raises(ValueError, match="expected a list of objects"):
+    with pytest.raises(ValueError, match=r"row 1: expected an object with a value for each column, got 1"):
         read_questions("exact", write(tmp_path / "a.jsonl", [1, 2]))
     with pytest.raises(ValueError, match="none of the options A: cat, B: dog"):
         read_questions("letter", write(tmp_path / "a.jsonl", [{**row, "options": ["cat", "dog"]}]))
     write(tmp_path / "b.jsonl", [row])
-    with pytest.raises(ValueError, match="several tables, say which by --data FILE"):
+    with pytest.raises(ValueError, match="several tables of exact, say which by --data FILE"):
         read_questions("exact", tmp_path)
     with pytest.raises(ValueError, match=r"--images .*no such folder"):
         read_questions("exact", tmp_path / "b.jsonl", tmp_path / "nowhere")

@@ -1,82 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders of a benchmark on disk: finding them, reading tables, and saying what is missing."""
+"""Files and folders of a benchmark on disk: finding them, telling splits and shards apart, and saying what is missing."""
 
 from __future__ import annotations
 
-import csv
-import json
+import base64
+import binascii
 import os
-import sys
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote
+
+from .tables import TABLES, is_table
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
 _DEPTH = 5
+_SHARD = re.compile(r"(.+?)[-_.](\d+)-of-(\d+)(?:-[0-9a-f]+)?")
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
-def load_json(path: Path) -> Any:
-    """The content of a JSON file; a list if each line is one value. Raises ValueError that names the file and the line."""
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    if path.suffix != ".jsonl":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            if not error.msg.startswith("Extra data"):
-                raise ValueError(f"{path} is not JSON: {error}") from error
-    values = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                values.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    return values
+def is_split(name: str, split: str) -> bool:
+    """Whether a file's name says that it is of a split: the word itself, perhaps with a year (val2014), between other words;
+    "test" is neither testdev nor test-dev."""
+    return re.search(rf"(?:^|[_. ]){re.escape(split)}\d*(?:$|[_. ])", name, re.IGNORECASE) is not None
 
 
-def load_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl, .json (a list of objects), .csv, .tsv or .parquet file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install 'mmcompress[eval]'") from error
-        rows = parquet.read_table(path).to_pylist()
-    elif path.suffix in (".csv", ".tsv"):
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # pictures in base64
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    elif path.suffix in (".json", ".jsonl"):
-        rows = load_json(path)
-        if isinstance(rows, dict):
-            lists = [value for value in rows.values() if isinstance(value, list)]
-            if len(lists) != 1:
-                raise ValueError(
-                    f"{path}: expected a list of questions, found an object with {', '.join(list(rows)[:8])}"
-                )
-            rows = lists[0]
+@dataclass(frozen=True)
+class Part:
+    """The files of one table, several if it comes in shards. name: the split, say."""
+
+    name: str
+    folder: Path
+    paths: tuple[Path, ...]
+    sharded: bool
+
+    def of(self, split: str) -> bool:
+        return self.name.lower() == split.lower() or (not self.sharded and is_split(self.name, split))
+
+
+def parts(paths: Sequence[Path]) -> list[Part]:
+    """Tables of which the files are shards (NAME-00000-of-00003, or 0000, 0001, ... in a folder NAME) or the whole. Raises
+    ValueError if a shard is missing or there twice."""
+    found: dict[tuple[Path, str, str], dict[int, list[Path]]] = {}
+    sizes: dict[tuple[Path, str, str], set[int]] = {}
+    for path in paths:
+        shard = _SHARD.fullmatch(path.stem)
+        number = path.stem.isdigit() and len(path.stem) > 3
+        name = shard[1] if shard else path.parent.name if number else path.stem
+        key = (path.parent, name, path.suffix.lower() if shard or number else path.name)
+        found.setdefault(key, {}).setdefault(int(shard[2] if shard else path.stem if number else 0), []).append(path)
+        sizes.setdefault(key, set()).add(int(shard[3]) if shard else 0)
+    made = []
+    for (folder, name, kind), shards in found.items():
+        size = max(sizes[folder, name, kind])
+        twice = [path.name for same in shards.values() for path in same[1:]]
+        first = min(shards) if size and min(shards) == 1 and max(shards) == size else 0
+        missing = sorted(set(range(first, first + (size or max(shards) + 1))) - set(shards))
+        if twice or len(sizes[folder, name, kind]) > 1 or missing:
+            what = f"shard {missing[0]:05d} is missing" if missing else f"{(twice or ['shards of another number'])[0]} is one too many"
+            raise ValueError(
+                f"{folder}: of {name}, {what} (there are {_names([p for same in shards.values() for p in same])}); a part would "
+                "count as the whole. To ask a part on purpose, copy it under a name of its own"
+            )
+        made.append(Part(name, folder, tuple(shards[i][0] for i in sorted(shards)), bool(size)))
+    return made
+
+
+def choose(what: str, found: Sequence[Part], split: str | None, root: Path) -> Part:
+    """The one table that is meant. Raises ValueError that lists them if several may be."""
+    if split:
+        exact = [part for part in found if part.name.lower() == split.lower()]
+        matching = exact or [part for part in found if part.of(split)]
     else:
-        raise ValueError(f"{path}: can read {', '.join(TABLES)}")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of objects, one for each question")
-    if not rows:
-        raise ValueError(f"{path}: no rows in it")
-    return rows
-
-
-def need(row: dict[str, Any], key: str, path: Path, number: int) -> Any:
-    """row[key], or an error that says what the row has instead."""
-    if row.get(key) is None:
-        raise ValueError(f"{path}, row {number}: no {key!r} in it; it has {', '.join(row)}")
-    return row[key]
+        matching = list(found)
+    if not matching:
+        there = ", ".join(dict.fromkeys(part.name for part in found)) or "no table"
+        raise ValueError(f"{root}: no questions of {what} for --split {split}: there are {there}; or give --data FILE")
+    if len(matching) > 1:
+        named = ", ".join(str(part.paths[0].relative_to(root)) for part in matching[:8])
+        raise ValueError(f"{root}: several tables of {what}, say which by --data FILE or --split: {named}")
+    return matching[0]
 
 
 class Folder:
@@ -96,8 +101,8 @@ class Folder:
             self.files += [Path(here) / name for name in sorted(names) if not name.lower().endswith(PICTURES)]
 
     def matching(self, *patterns: str) -> list[Path]:
-        """Files whose name matches one of the patterns, in the order of the patterns."""
-        return [path for pattern in patterns for path in self.files if fnmatch(path.name, pattern)]
+        """Files whose name matches one of the patterns (whatever the case), in the order of the patterns."""
+        return [path for pattern in patterns for path in self.files if fnmatch(path.name.lower(), pattern.lower())]
 
     def main(self, what: str, patterns: Sequence[str], split: str | None = None) -> Path:
         """The file with the questions: the one that was given, else the one that matches the first pattern that any does, with
@@ -107,7 +112,7 @@ class Folder:
             found = found or [
                 path
                 for path in self.matching(pattern)
-                if path == (self.file or path) and (split is None or split in path.name)
+                if path == (self.file or path) and (split is None or is_split(path.stem, split))
             ]
         if not found:
             wanted = " or ".join(patterns) + (f" with {split!r} in its name" if split else "")
@@ -128,6 +133,22 @@ class Folder:
             raise ValueError(f"{self.root}: {what} is missing: looked for {' or '.join(patterns)}")
         return found[0]
 
+    def tables(self, what: str) -> list[Part]:
+        """The file that was given; else Parquet files, wherever they are; else tables in the folder itself."""
+        if self.file:
+            beside = [path for path in self.files if path.parent == self.root and is_table(path)]
+            if not is_table(self.file):
+                raise ValueError(f"{self.file}: no table of questions of {what}: can read {', '.join(TABLES)}")
+            own = next(part for part in parts([p for p in beside if _kin(p, self.file)]) if self.file in part.paths)
+            if len(own.paths) > 1:
+                raise ValueError(
+                    f"{self.file} is one of {len(own.paths)} shards: give the folder (and --split {own.name}), or copy it under a "
+                    "name of its own to ask this part alone"
+                )
+            return [own]
+        hub = self.matching("*.parquet")
+        return parts(hub or [path for path in self.files if path.parent == self.root and is_table(path)])
+
     def inventory(self) -> str:
         """A few names of what is there."""
         return _names(self.files) if self.files else "no files but pictures" if any(self.root.iterdir()) else "nothing"
@@ -135,6 +156,12 @@ class Folder:
 
 def _names(paths: Sequence[Path]) -> str:
     return ", ".join(path.name for path in paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
+
+
+def _kin(path: Path, other: Path) -> bool:
+    """Whether two files may be shards of one table."""
+    shards = _SHARD.fullmatch(path.stem), _SHARD.fullmatch(other.stem)
+    return path == other or (None not in shards and shards[0][1] == shards[1][1])  # type: ignore[index]
 
 
 class Images:
@@ -154,25 +181,58 @@ class Images:
             if path.parts[-len(Path(name).parts) :] == Path(name).parts
         ]
         self.roots = [given] if given else list(dict.fromkeys([*below, folder.root]))
-        self.missing: list[str] = []
+        self.missing: list[tuple[str, str]] = []
         self.wanted = 0
         self._known: dict[str, Path] = {}
+        self._decoded: dict[str, bytes | None] = {}
 
-    def find(self, *names: str) -> Path:
-        """The first of the names (of one picture) that is in one of the folders."""
+    def find(self, *names: str, place: str = "") -> Path:
+        """The first of the names (of one picture) that is in one of the folders. place: of the row that wants it."""
         if names[0] not in self._known:
             self.wanted += 1
-            found = next((root / name for name in names for root in self.roots if (root / name).is_file()), None)
+            found = next((root / name for name in names for root in self.roots if _is_file(root / name)), None)
             if found is None:
-                self.missing.append(names[0])
+                self.missing.append((names[0], place))
             self._known[names[0]] = found or self.roots[0] / names[0]
         return self._known[names[0]]
+
+    def decoded(self, text: str) -> bytes | None:
+        """`from_base64`, once for each text."""
+        if text not in self._decoded:
+            self._decoded[text] = from_base64(text)
+        return self._decoded[text]
 
     def check(self) -> None:
         """Raises ValueError if a picture was not found."""
         if self.missing:
             shown: Iterable[Path] = self.roots[:4]
+            name, place = self.missing[0]
             raise ValueError(
-                f"{len(self.missing)} of {self.wanted} pictures are missing, the first is {self.missing[0]!r}: looked in "
+                f"{len(self.missing)} of {self.wanted} pictures are missing, the first is {name[:200]!r} ({place}): looked in "
                 f"{', '.join(map(str, shown))}; say where they are by --images FOLDER"
             )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def from_base64(text: str) -> bytes | None:
+    """The bytes of a picture in base64, plain or URL-safe, wrapped or without padding, or in a data URI; None for other texts.
+
+    A short text is told from a path by what it decodes to: the first bytes of a picture.
+    """
+    uri = re.match(r"data:[^,]{0,100};base64,", text)
+    if uri:
+        text = unquote(text[uri.end() :])
+    packed = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    if len(packed) < 16 or not re.fullmatch("[A-Za-z0-9+/]+", packed):
+        return None
+    try:
+        found = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except binascii.Error:
+        return None
+    return found if uri or len(packed) > 512 or found.startswith(_SIGNATURES) else None

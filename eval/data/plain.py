@@ -3,142 +3,172 @@
 
 from __future__ import annotations
 
-import ast
-import base64
-import binascii
-import json
+import re
 import string
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from .files import Images
 from .question import Picture, Question
+from .rows import COLUMNS, MISSING, Row, absent
 
-COLUMNS = {
-    "id": ("id", "question_id", "questionId", "index", "uid", "qid"),
-    "text": ("question", "text", "prompt", "query"),
-    "answers": ("answers", "answer", "label", "gt_answer", "gold", "target"),
-    "image": ("image", "images", "image_path", "img", "imgname", "image_1", "file_name", "filename"),
-    "options": ("options", "choices", "option", "candidates"),
-    "hint": ("hint", "context"),
-    "kind": ("kind", "type", "category", "question_type", "answer_type", "types"),
-}
-"""What a column may be called, the first that a row has counts."""
-
-
+YESNO = ("pope", "mme", "yesno")
+NUMBERED = ("ai2d", "scienceqa")
+"""Benchmarks whose gold answers are yes or no; and those where "2" is the number of an option from 0, never its text."""
+PICTURED = ("scienceqa", "hallusionbench")
+"""Benchmarks of which the questions without a picture are left out."""
 _TOLD = {name for what in ("text", "answers", "image", "options", "hint") for name in COLUMNS[what]}
+_LETTERS = tuple(string.ascii_lowercase)
 
 
-def table_questions(rows: list[dict[str, Any]], path: Path, finder: Images, numbered: bool = False) -> list[Question]:
+def table_questions(rows: Sequence[Row], finder: Images, task: str = "exact") -> list[Question]:
     """Questions of the rows of a table. Columns: `COLUMNS`; options also as A, B, C, ... or choice_a, choice_b, ...; pictures as
     paths, as bytes (hub datasets) or in base64, several as a list or as image_1, image_2, ...; all other short columns are
-    kept as extra. numbered: a gold answer like "2" is the number of an option from 0, not its text."""
-    cache: dict[str, Picture] = {}
+    kept as extra. Gold answers are read as `task` has them.
+
+    Raises ValueError that names file, row and column of what cannot be used.
+    """
     found = []
     for number, row in enumerate(rows):
-        text = _get(row, "text")
-        if text is None:
-            raise ValueError(
-                f"{path}, row {number}: no question: a column {', '.join(COLUMNS['text'])} is needed; it has {', '.join(row)}"
-            )
-        options = _options(row)
-        answers = _answers(_get(row, "answers"), options, numbered)
-        hint, kind, key = _get(row, "hint"), _get(row, "kind"), _get(row, "id")
-        extra = {
-            name: str(value)
-            for name, value in row.items()
-            if isinstance(value, (str, int, float)) and name not in _TOLD and len(name) > 1 and len(str(value)) < 200
-        }
+        if task == "seedbench" and row.label("data_type") not in ("", "image"):
+            continue
+        pictures = _pictures(row)
+        if not pictures and task in PICTURED:
+            continue
+        column = row.column(*COLUMNS["id"])
+        options = options_of(row)
         found.append(
             Question(
-                id=str(number if key is None else key),
-                text=str(text),
-                images=tuple(_picture(value, finder, cache) for value in _pictures(row)),
-                answers=answers,
+                id=row.text(column) if column else str(number),
+                text=row.text(*COLUMNS["text"]),
+                images=tuple(_picture(row, name, value, finder) for name, value in pictures),
+                answers=golds(row, options, task),
                 options=options,
-                hint="" if hint is None or str(hint).lower() == "nan" else str(hint),
-                kind=str((kind[0] if isinstance(kind, list) and kind else kind) or ""),
-                group=str(row.get("group") or ""),
-                extra=extra,
+                hint=row.maybe(*COLUMNS["hint"]),
+                kind=row.label(*COLUMNS["kind"]),
+                group=row.maybe(*COLUMNS["group"]),
+                extra=_extra(row),
+                place=row.place,
             )
+        )
+    if found and not any(question.images for question in found):
+        raise ValueError(
+            f"{found[0].place}: no picture in any row; a column {', '.join(COLUMNS['image'])} is needed, there are "
+            f"{', '.join(rows[0].names.values())}"
         )
     finder.check()
     return found
 
 
-def _get(row: dict[str, Any], what: str) -> Any:
-    return next((row[name] for name in COLUMNS[what] if row.get(name) not in (None, "")), None)
+def _extra(row: Row) -> dict[str, str]:
+    row.column(*COLUMNS["domain"])
+    return {
+        row.names[name] if name not in COLUMNS["domain"] else name: str(value)
+        for name, value in row.fields.items()
+        if isinstance(value, (str, int, float)) and name not in _TOLD and len(name) > 1 and len(str(value)) < 200
+    }
 
 
-def as_list(value: Any) -> list[Any]:
-    """A list, also if it is written as text ("['a', 'b']") or is a single value."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                made = read(value)
-            except (ValueError, SyntaxError):
-                continue
-            if isinstance(made, list):
-                return made
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _options(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    given = _get(row, "options")
-    if isinstance(given, dict) and set(given) <= set(string.ascii_uppercase):
-        return tuple((letter, str(text)) for letter, text in sorted(given.items()))
-    if given is not None:
-        return tuple(zip(string.ascii_uppercase, (str(text) for text in as_list(given)), strict=False))
-    for form in ("{}", "choice_{}", "option_{}"):
-        letters = string.ascii_uppercase if form == "{}" else string.ascii_lowercase
-        columns = [letter for letter in letters[:10] if row.get(form.format(letter)) not in (None, "")]
-        if len(columns) > 1:
-            texts = ((letter.upper(), str(row[form.format(letter)])) for letter in columns)
-            return tuple((letter, text) for letter, text in texts if text.lower() != "nan")
+def options_of(row: Row) -> tuple[tuple[str, str], ...]:
+    """(letter, text) of each option, from a list, an object by letters, or a column for each."""
+    value = row.value(*COLUMNS["options"])
+    if value is not None:
+        column = row.column(*COLUMNS["options"]) or ""
+        given = row.listed(column, value)
+        letters = [key.upper() for key in given] if isinstance(given, dict) else list(string.ascii_uppercase[: len(given)])
+        entries = list(given.values()) if isinstance(given, dict) else given
+        if len(entries) != len(letters) or sorted(letters) != list(string.ascii_uppercase[: len(letters)]):
+            raise row.wrong(column, value, "a list of at most 26 options, or an object with A, B, C, ... is needed")
+        if len(entries) == 1 and isinstance(value, str):
+            raise row.wrong(column, value, "a list of several options is needed, as [\"red\", \"blue\"]")
+        return tuple(sorted((letter, row.as_text(column, entry, MISSING)) for letter, entry in zip(letters, entries, strict=True)))
+    for form in ("choice_{}", "option_{}", "{}"):
+        columns = [name for name in row.fields if re.fullmatch(form.format("[a-z]"), name)]
+        if form == "{}":
+            if not {"a", "b"} & set(columns):
+                continue  # x and y, say
+            if others := [row.names[name] for name in row.fields if len(name) == 1 and name not in _LETTERS]:
+                raise ValueError(f"{row.place}, column {others[0]}: no letter, beside options by letter; give it a longer name")
+        chosen = row.series(form, _LETTERS)
+        if len(chosen) == 1:
+            raise row.wrong(form.format("a"), chosen[0][1], "but there is no second option")
+        if chosen:
+            return tuple((letter.upper(), row.as_text(form.format(letter), text, row.marks)) for letter, text in chosen)
     return ()
 
 
-def _answers(value: Any, options: tuple[tuple[str, str], ...], numbered: bool) -> tuple[str, ...]:
-    """Gold answers as strings; of a multiple choice as letters, also if the file has its number or its text."""
-    if value is None:
+def golds(row: Row, options: Sequence[tuple[str, str]], task: str = "exact") -> tuple[str, ...]:
+    """Gold answers as texts, () if the row has none: of a multiple choice letters, also if the file has its number or its text;
+    yes or no where the task wants that. Raises ValueError for what is neither."""
+    value = row.value(*COLUMNS["answers"])
+    column = row.column(*COLUMNS["answers"])
+    if column is None or value is None or value == []:
         return ()
-    given = [entry.get("answer") if isinstance(entry, dict) else entry for entry in as_list(value)]
-    answers = tuple(str(entry) for entry in given if entry is not None)
+    if task in YESNO:
+        return (row.yesno(column, value),)
+    if task == "hallusionbench":
+        said = {"yes": "1", "no": "0"}.get(str(value).strip().lower()) or row.text(column)
+        if said not in ("0", "1"):
+            raise row.wrong(column, value, "0 (no) or 1 (yes) is needed")
+        return (said,)
+    if isinstance(value, bool):
+        raise row.wrong(column, value, "a text is needed: write yes or no (--task yesno takes true and false too)")
+    texts = row.texts(column)
     if not options:
-        return answers
+        return texts
+    numbers = [isinstance(entry, int) for entry in row.listed(column, value)]
+    return tuple(
+        letter_of(row, column, text, options, task in NUMBERED, number) for text, number in zip(texts, numbers, strict=True)
+    )
+
+
+def letter_of(
+    row: Row, column: str, answer: str, options: Sequence[tuple[str, str]], numbered: bool = False, number: bool = False
+) -> str:
+    """The letter of a gold answer. numbered: digits are the number of an option from 0; number: so they are, if they are not
+    the text of another as well."""
     letters, texts = [letter for letter, _ in options], [text for _, text in options]
-
-    def letter_of(answer: str) -> str:
-        if answer.strip().upper().rstrip(".") in letters:
-            return answer.strip().upper().rstrip(".")
-        index = answer.isdigit() and int(answer) < len(letters)
-        if answer in texts and not (index and (numbered or isinstance(value, int))):
-            return letters[texts.index(answer)]
-        if index:
-            return letters[int(answer)]
-        raise ValueError(f"the answer {answer!r} is none of the options {', '.join(map(': '.join, options))}")
-
-    return tuple(letter_of(answer) for answer in answers)
-
-
-def _pictures(row: dict[str, Any]) -> list[Any]:
-    if row.get("image_1") is not None:
-        return [row[f"image_{i}"] for i in range(1, 20) if row.get(f"image_{i}") is not None]
-    value = _get(row, "image")
-    return [] if value is None else as_list(value)
+    wrong = row.wrong(column, answer, f"which is none of the options {', '.join(map(': '.join, options))}: its letter, number from 0 or text")
+    index = int(answer) if re.fullmatch("[0-9]{1,2}", answer) and int(answer) < len(letters) else None
+    if numbered and index is not None:
+        return letters[index]
+    same = [letter for letter, text in options if text == answer]
+    letter = answer.strip().upper().removesuffix(".")
+    if letter in letters and len(answer) < 3 and not (answer != letter and same and letter not in same):
+        return letter
+    if len(same) > 1 or letter in letters or (number and index is not None and same and same != [letters[index]]):
+        raise row.wrong(column, answer, f"which may be any of {', '.join(map(': '.join, options))}: give its letter")
+    if same:
+        return same[0]
+    if index is None or not texts:
+        raise wrong
+    return letters[index]
 
 
-def _picture(value: Any, finder: Images, cache: dict[str, Picture]) -> Picture:
+def _pictures(row: Row) -> list[tuple[str, Any]]:
+    """(column, value) of each picture of a row."""
+    if "image_1" in row.fields or "image_2" in row.fields:
+        return [(f"image_{i}", value) for i, value in row.series("image_{}", map(str, range(1, 20)))]
+    value = row.value(*COLUMNS["image"])
+    if absent(value):
+        return []
+    column = row.column(*COLUMNS["image"]) or ""
+    if isinstance(value, (dict, bytes)):
+        return [(column, value)]
+    entries = row.listed(column, value)
+    if isinstance(entries, dict) or not all(isinstance(entry, (str, dict, bytes)) for entry in entries):
+        raise row.wrong(column, value, "a picture or a list of pictures is needed")
+    return [(column, entry) for entry in entries]
+
+
+def _picture(row: Row, column: str, value: Any, finder: Images) -> Picture:
     if isinstance(value, dict):  # the hub's Image feature
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
+    if isinstance(value, bytes) and value:
         return value
-    text = str(value)
-    if len(text) > 512:
-        if text not in cache:
-            try:
-                cache[text] = base64.b64decode(text, validate=True)
-            except binascii.Error as error:
-                raise ValueError(f"a picture is neither a path nor base64: {text[:40]}...") from error
-        return cache[text]
-    return finder.find(text)
+    if not isinstance(value, str) or absent(value) or "\0" in value:
+        raise row.wrong(column, value, "a path, the bytes of a picture, or these in base64 are needed")
+    found = finder.decoded(value)
+    if found is None and value.startswith("data:"):
+        raise row.wrong(column, value, "which is no data URI in base64")
+    return found or finder.find(value, place=f"{row.place}, column {row.names[column]}")

@@ -25,7 +25,7 @@ class Question:
 
     text: as the file has it, without the instruction that a protocol adds; answers: all that are right (of a multiple
     choice its letter), none if they are not known; options: (letter, text); kind: for the breakdown by question type;
-    group: questions that are judged together; extra: what only one benchmark has.
+    group: questions that are judged together; extra: what only one benchmark has; place: file and row, for messages.
     """
 
     id: str
@@ -37,17 +37,20 @@ class Question:
     kind: str = ""
     group: str = ""
     extra: Mapping[str, str] = field(default_factory=dict, hash=False)
+    place: str = field(default="", repr=False, compare=False)
 
 
 def check_questions(questions: Sequence[Question], where: Path | str) -> Sequence[Question]:
     """Raises ValueError if there are none or two of one id."""
     if not questions:
         raise ValueError(f"{where}: no questions in it")
-    seen: set[str] = set()
+    seen: dict[str, Question] = {}
     for question in questions:
-        if question.id in seen:
-            raise ValueError(f"{where}: the id {question.id!r} is there twice; ids have to be unique")
-        seen.add(question.id)
+        if (first := seen.setdefault(question.id, question)) is not question:
+            raise ValueError(
+                f"{question.place or where}: the id {question.id!r} is there twice (also in {first.place or where}); ids have to be "
+                "unique"
+            )
     return questions
 
 
