@@ -10,7 +10,16 @@ import warnings
 from typing import Any
 
 _TOKEN = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:'"]+)(\s*)""", re.DOTALL)
-_WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "nan": math.nan, "NaN": math.nan}
+_WORDS = {
+    "true": True,
+    "True": True,
+    "false": False,
+    "False": False,
+    "null": None,
+    "None": None,
+    "nan": math.nan,
+    "NaN": math.nan,
+}
 
 
 def looks_like_list(text: str) -> bool:

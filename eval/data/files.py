@@ -59,7 +59,8 @@ def parts(paths: Sequence[Path]) -> list[Part]:
         first = min(shards) if size and min(shards) == 1 and max(shards) == size else 0
         missing = sorted(set(range(first, first + (size or max(shards) + 1))) - set(shards))
         if twice or len(sizes[folder, name, kind]) > 1 or missing:
-            what = f"shard {missing[0]:05d} is missing" if missing else f"{(twice or ['shards of another number'])[0]} is one too many"
+            extra = f"{twice[0]} is one too many" if twice else "the names tell of different numbers of shards"
+            what = f"shard {missing[0]:05d} is missing" if missing else extra
             raise ValueError(
                 f"{folder}: of {name}, {what} (there are {_names([p for same in shards.values() for p in same])}); a part would "
                 "count as the whole. To ask a part on purpose, copy it under a name of its own"

@@ -39,7 +39,9 @@ def all_parts(what: str, wanted: Iterable[str], found: Iterable[str], root: Path
             "--data FILE"
         )
     if others := [name for name in found if name not in wanted]:
-        raise ValueError(f"{root}: {what} has the parts {', '.join(wanted)}, and {', '.join(others)} is none; say --data FILE")
+        raise ValueError(
+            f"{root}: {what} has the parts {', '.join(wanted)}, and {', '.join(others)} is none; say --data FILE"
+        )
 
 
 def _coco(what: str) -> Reader:
@@ -155,7 +157,9 @@ def _textvqa(folder: Folder, images: Path | None, split: str | None) -> list[Que
         )
     without = [question for question in found if "ocr" not in question.extra]
     if 0 < len(without) < len(found):
-        raise ValueError(f"{without[0].place}: LLaVA's file of OCR words beside it does not have this question, but others")
+        raise ValueError(
+            f"{without[0].place}: LLaVA's file of OCR words beside it does not have this question, but others"
+        )
     finder.check()
     return found
 
@@ -258,7 +262,9 @@ def _mme(folder: Folder, images: Path | None, split: str | None) -> list[Questio
             raise ValueError(f"{path}: {len(lines)} lines, but there are two questions about each picture of MME")
         for i, (line, content) in enumerate(lines):
             text, _, answer = content.rstrip().partition("\t")
-            row = Row(f"{path}, row {i + 1} (line {line})", {"question": text.strip(), "answer": answer.strip()}, typed=False)
+            row = Row(
+                f"{path}, row {i + 1} (line {line})", {"question": text.strip(), "answer": answer.strip()}, typed=False
+            )
             found.append(
                 Question(
                     id=f"{home.name}/{picture.name}/{i}",
@@ -290,8 +296,8 @@ def _mmbench(folder: Folder, images: Path | None, split: str | None) -> list[Que
     for row in rows:
         if "image" not in row.fields:
             raise ValueError(
-                f"{row.place}: no column 'image' with pictures in base64; it has {', '.join(row.names.values())}. A table with paths is "
-                "read under a name of its own, not mmbench_*.tsv"
+                f"{row.place}: no column 'image' with pictures in base64; it has {', '.join(row.names.values())}. A table with "
+                "paths is read under a name of its own, not mmbench_*.tsv"
             )
     pictures = {row.text("index"): row.text("image") for row in rows}
     for row in rows:

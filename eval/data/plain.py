@@ -75,20 +75,28 @@ def options_of(row: Row) -> tuple[tuple[str, str], ...]:
     if value is not None:
         column = row.column(*COLUMNS["options"]) or ""
         given = row.listed(column, value)
-        letters = [key.upper() for key in given] if isinstance(given, dict) else list(string.ascii_uppercase[: len(given)])
+        letters = (
+            [key.upper() for key in given] if isinstance(given, dict) else list(string.ascii_uppercase[: len(given)])
+        )
         entries = list(given.values()) if isinstance(given, dict) else given
         if len(entries) != len(letters) or sorted(letters) != list(string.ascii_uppercase[: len(letters)]):
             raise row.wrong(column, value, "a list of at most 26 options, or an object with A, B, C, ... is needed")
         if len(entries) == 1 and isinstance(value, str):
-            raise row.wrong(column, value, "a list of several options is needed, as [\"red\", \"blue\"]")
-        return tuple(sorted((letter, row.as_text(column, entry, MISSING)) for letter, entry in zip(letters, entries, strict=True)))
+            raise row.wrong(column, value, 'a list of several options is needed, as ["red", "blue"]')
+        return tuple(
+            sorted(
+                (letter, row.as_text(column, entry, MISSING)) for letter, entry in zip(letters, entries, strict=True)
+            )
+        )
     for form in ("choice_{}", "option_{}", "{}"):
         columns = [name for name in row.fields if re.fullmatch(form.format("[a-z]"), name)]
         if form == "{}":
             if not {"a", "b"} & set(columns):
                 continue  # x and y, say
             if others := [row.names[name] for name in row.fields if len(name) == 1 and name not in _LETTERS]:
-                raise ValueError(f"{row.place}, column {others[0]}: no letter, beside options by letter; give it a longer name")
+                raise ValueError(
+                    f"{row.place}, column {others[0]}: no letter, beside options by letter; give it a longer name"
+                )
         chosen = row.series(form, _LETTERS)
         if len(chosen) == 1:
             raise row.wrong(form.format("a"), chosen[0][1], "but there is no second option")
@@ -118,7 +126,8 @@ def golds(row: Row, options: Sequence[tuple[str, str]], task: str = "exact") -> 
         return texts
     numbers = [isinstance(entry, int) for entry in row.listed(column, value)]
     return tuple(
-        letter_of(row, column, text, options, task in NUMBERED, number) for text, number in zip(texts, numbers, strict=True)
+        letter_of(row, column, text, options, task in NUMBERED, number)
+        for text, number in zip(texts, numbers, strict=True)
     )
 
 
@@ -128,7 +137,7 @@ def letter_of(
     """The letter of a gold answer. numbered: digits are the number of an option from 0; number: so they are, if they are not
     the text of another as well."""
     letters, texts = [letter for letter, _ in options], [text for _, text in options]
-    wrong = row.wrong(column, answer, f"which is none of the options {', '.join(map(': '.join, options))}: its letter, number from 0 or text")
+    listed = ", ".join(map(": ".join, options))
     index = int(answer) if re.fullmatch("[0-9]{1,2}", answer) and int(answer) < len(letters) else None
     if numbered and index is not None:
         return letters[index]
@@ -137,11 +146,11 @@ def letter_of(
     if letter in letters and len(answer) < 3 and not (answer != letter and same and letter not in same):
         return letter
     if len(same) > 1 or letter in letters or (number and index is not None and same and same != [letters[index]]):
-        raise row.wrong(column, answer, f"which may be any of {', '.join(map(': '.join, options))}: give its letter")
+        raise row.wrong(column, answer, f"which may be more than one of {listed}: give its letter")
     if same:
         return same[0]
     if index is None or not texts:
-        raise wrong
+        raise row.wrong(column, answer, f"none of the options {listed}: give its letter, its number from 0 or its text")
     return letters[index]
 
 

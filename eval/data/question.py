@@ -48,8 +48,8 @@ def check_questions(questions: Sequence[Question], where: Path | str) -> Sequenc
     for question in questions:
         if (first := seen.setdefault(question.id, question)) is not question:
             raise ValueError(
-                f"{question.place or where}: the id {question.id!r} is there twice (also in {first.place or where}); ids have to be "
-                "unique"
+                f"{question.place or where}: the id {question.id!r} is there twice (also in {first.place or where}); ids have "
+                "to be unique"
             )
     return questions
 

@@ -182,7 +182,9 @@ class Row:
                 value = parse_list(value)
             except (ValueError, RecursionError) as error:
                 raise self.wrong(
-                    column, value, f"which begins like a list but is none ({error}); a text that begins so is given as a list of one"
+                    column,
+                    value,
+                    f"a list that cannot be read ({error}); a text that begins so is given as a list of one",
                 ) from error
         if isinstance(value, Twice):
             raise self.wrong(column, dict(value), f"in which {value.key!r} is there twice")

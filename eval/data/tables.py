@@ -197,7 +197,9 @@ def _delimited(path: Path, delimiter: str) -> list[Row]:
             for name, cell in list(zip(names, cells, strict=True))[1:]:
                 if not name.strip() and cell.strip():
                     raise ValueError(f"{place}: {cell[:40]!r} stands in a column without a name")
-            rows.append(Row(place, {name: cell for name, cell in zip(names, cells, strict=True) if name.strip()}, False))
+            rows.append(
+                Row(place, {name: cell for name, cell in zip(names, cells, strict=True) if name.strip()}, False)
+            )
     except csv.Error as error:
         what = "a quote is opened and never closed" if "end of data" in str(error) else str(error)
         raise ValueError(f"{path}, row {len(rows) + (names is not None)} (from line {line} on): {what}") from error
