@@ -11,6 +11,7 @@ import torch
 
 from . import methods as _registers_all_methods  # noqa: F401
 from .adapters import adapter_for
+from .flops import counted
 from .ops.sinks import outlying
 from .plan import as_pipeline
 from .runtime.adapter import Adapter
@@ -169,17 +170,35 @@ def trace(model: Any) -> Trace:
         raise ValueError("a vision model without language model has no trace: see mmcompress.report(model)")
     if engine.last is None:
         raise ValueError("no call with visuals yet: run the compressed model on a prompt with an image first")
-    return Trace(engine.last, engine.plan, engine.language_model.config)
+    return Trace(engine.last, engine.plan, engine.language_model)
 
 
-def report(model: Any) -> Report | EncoderReport:
-    """The last call with visuals in numbers; `print` it. Tokens per image and layer, FLOPs, KV bytes, milliseconds; for a
-    vision model without language model the tokens of each block."""
+def report(model: Any, inputs: Mapping[str, Any] | None = None) -> Report | EncoderReport:
+    """The last call with visuals in numbers; `print` it. Tokens per image and layer, FLOPs of the LLM layers, KV bytes,
+    milliseconds; for a vision model without language model the tokens of each block.
+
+    inputs: a prompt as the processor made it. Its prefill runs twice, compressed and stock, and FLOPs of the whole prefill, vision
+    included, are counted too. Raises ValueError if nothing was compressed yet, or `inputs` have no visuals.
+    """
     engine = _engine(model)
     if isinstance(engine, TowerEngine):
         merged = engine.facade.merged
-        if merged is None:
-            raise ValueError("no call yet: run the compressed model on a picture first")
+        if merged is None or inputs is not None:
+            raise ValueError(
+                "no call yet: run the compressed model on a picture first"
+                if inputs is None
+                else "inputs= is for models with a language model: leave it out"
+            )
         return EncoderReport(repr(engine.plan), engine.facade.lengths[0], merged)
-    dtype = next(engine.language_model.parameters()).dtype
-    return trace(model).report(bytes_per_value=dtype.itemsize)
+    if inputs is None:
+        return trace(model).report()
+    stock, last = _stock(model), engine.last
+    now = counted(model, inputs, engine.language_model).total
+    if engine.last is last:
+        raise ValueError("inputs have no image or video, so nothing in them is compressed")
+    _take_out(stock)
+    try:
+        full = counted(model, inputs, engine.language_model).total
+    finally:
+        _put_in(stock, engine)
+    return trace(model).report((now, full))

@@ -168,7 +168,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     if not pictures:
         console.print("no --image: nothing to compress, the stock model ran")
         return
-    console.print(str(api.report(model)), highlight=False, markup=False)
+    console.print(str(api.report(model, inputs)), highlight=False, markup=False)
     if options.out:
         visuals = api.trace(model).visuals
         whole = takes_any_shape(model)  # else the processor may have cut the middle out

@@ -26,7 +26,7 @@ def visual_tokens(call: Trace) -> tuple[float, int, int]:
 
 def spent(call: Trace, unit: str) -> tuple[float, int, int]:
     """Of one call: what is left, what there is without compression, and by how much a plan may be above its budget for rounding:
-    a token per visual. FLOPs are those of the LLM prefill, text included."""
+    a token per visual. FLOPs are those of the LLM layers, text included."""
     if unit == "tokens":
         return visual_tokens(call)
     found = call.report()
@@ -52,7 +52,7 @@ def check(budget: float | None, unit: str) -> None:
     """Refuse what is no budget."""
     _known(unit)
     if budget is not None and (not isinstance(budget, float) or not 0.0 < budget <= 1.0):
-        of = "visual tokens" if unit == "tokens" else "FLOPs of the prefill"
+        of = "visual tokens" if unit == "tokens" else "FLOPs of the LLM layers"
         raise ValueError(f"budget={budget!r}: give the part of the {of} that may be left, a float in (0, 1]")
 
 
@@ -86,6 +86,6 @@ def at_budget(
     if low == 0.0:
         raise ValueError(
             f"budget flops={budget}: {alone.name} keeps the fewest tokens that it can, and {share(kept(high)):.3f} of the FLOPs of "
-            "the prefill are left (the text, and the layers before a cut): give a larger budget"
+            "the LLM layers are left (the text, and the layers before a cut): give a larger budget"
         )
     return kept(low)

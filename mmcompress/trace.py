@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flops import layer_costs
 from .runtime.record import CallRecord, Span
 from .selection import Selection
 from .stage import Pipeline
@@ -27,6 +29,11 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+
+    @staticmethod
+    def dense(config: Any) -> Shape | None:
+        """As `of`; None where the config says that the layers are of another kind."""
+        return Shape.of(config) if isinstance(getattr(config, "intermediate_size", None), int) else None
 
     @staticmethod
     def of(config: Any) -> Shape:
@@ -109,7 +116,11 @@ class Trace:
 
     call: CallRecord
     plan: Pipeline
-    text_config: Any
+    language_model: Any = field(repr=False)
+
+    @property
+    def text_config(self) -> Any:
+        return self.language_model.config
 
     @property
     def visuals(self) -> list[VisualTrace]:
@@ -120,32 +131,53 @@ class Trace:
 
     def tokens_per_layer(self, row: int = 0) -> list[int]:
         """How many tokens of batch row `row` (padding not counted) entered each LLM layer."""
-        layers = self.text_config.num_hidden_layers
-        return [[g for g in self.call.groups if g.start <= i][-1].counts[row] for i in range(layers)]
+        layers = range(len(self.language_model.layers))
+        return [[g for g in self.call.groups if g.start <= i][-1].counts[row] for i in layers]
 
-    def report(self, bytes_per_value: int = 2) -> Report:
-        shape = Shape.of(self.text_config)
-        rows = range(self.call.batch)
+    def report(self, prefill: tuple[int, int] | None = None) -> Report:
+        """The call in numbers. prefill: FLOPs of the whole of it, and of the stock model's, where they were counted."""
+        costs, rows = layer_costs(self.language_model), range(self.call.batch)
         now = [self.tokens_per_layer(row) for row in rows]
-        full = [[self.call.counts[row]] * shape.layers for row in rows]
+        before = self.call.before or [(0, 0)] * len(costs)
+        flops = full = 0
+        for i, (cost, (stored, logical)) in enumerate(zip(costs, before, strict=True)):
+            flops += sum(cost.flops(now[row][i], stored) for row in rows)
+            full += sum(cost.flops(self.call.counts[row], logical) for row in rows)
+        missing = Counter(what for cost in costs for what in cost.missing)
+        held = self.call.held
+        notes = [
+            f"not in the FLOPs of LLM layers: {what}, in {n} of {len(costs)} layers" for what, n in missing.items()
+        ]
+        if held.states:
+            notes.append(
+                f"beside keys and values the cache holds {_si(held.states, 'B')} of states, for any number of tokens"
+            )
         return Report(
             plan=repr(self.plan),
             visuals=[(v.row, v.index, v.modality, v.tokens, v.kept) for v in self.visuals],
-            layers=[sum(row[i] for row in now) for i in range(shape.layers)],
+            layers=[sum(row[i] for row in now) for i in range(len(costs))],
             full_tokens=sum(self.call.counts),
-            flops=sum(prefill_flops(shape, row) for row in now),
-            full_flops=sum(prefill_flops(shape, row) for row in full),
-            kv_bytes=sum(kv_bytes(shape, row, bytes_per_value) for row in now),
-            full_kv_bytes=sum(kv_bytes(shape, row, bytes_per_value) for row in full),
+            flops=flops,
+            full_flops=full,
+            prefill=prefill,
+            kv_bytes=held.now,
+            full_kv_bytes=held.full,
             milliseconds={part: 1000 * s for part, s in self.call.seconds.items() if not math.isnan(s)},
             substitutes={want: got for want, got in self.call.signals.items() if want != got},
+            notes=notes,
         )
 
 
 @dataclass(frozen=True)
 class Report:
-    """A call in numbers. FLOPs (2 per multiply-add) and KV bytes are those of the LLM prefill, computed from the tokens
-    that really entered each layer; `full_...` is the same call without compression. Milliseconds are measured."""
+    """A call in numbers; `full_...` is the same call without compression.
+
+    flops     of the LLM layers (2 per multiply-add), computed from the shapes of their modules and the tokens that really entered
+              each; vision, compression and logits are not in them.
+    prefill   FLOPs of the whole prefill, vision included, and of the stock model's, as torch counts them; None: not counted.
+    kv_bytes  of keys and values that the cache really held behind the call; 0 without a cache.
+    milliseconds are measured.
+    """
 
     plan: str
     visuals: list[tuple[int, int, str, int, int]]
@@ -155,10 +187,12 @@ class Report:
     full_tokens: int
     flops: int
     full_flops: int
+    prefill: tuple[int, int] | None
     kv_bytes: int
     full_kv_bytes: int
     milliseconds: dict[str, float]
     substitutes: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"plan      {self.plan}"]
@@ -167,18 +201,16 @@ class Report:
         steps = [i for i, n in enumerate(self.layers) if i == 0 or n != self.layers[i - 1]]
         shown = ", ".join(f"{self.layers[i]} from layer {i}" for i in steps)
         lines.append(f"layers    {shown} (of {self.full_tokens} tokens, text included)")
-        lines.append(
-            f"prefill   {_si(self.flops, 'FLOP')} of {_si(self.full_flops, 'FLOP')} ({_part(self.flops, self.full_flops)})"
-        )
-        lines.append(
-            f"KV cache  {_si(self.kv_bytes, 'B')} of {_si(self.full_kv_bytes, 'B')} ({_part(self.kv_bytes, self.full_kv_bytes)})"
-        )
+        lines.append(f"FLOPs     LLM layers: {_of(self.flops, self.full_flops, 'FLOP')}")
+        whole = _of(*self.prefill, "FLOP") if self.prefill else "mm.report(model, inputs) counts it"
+        lines.append(f"          whole prefill, vision included: {whole}")
+        lines.append(f"KV cache  {_of(self.kv_bytes, self.full_kv_bytes, 'B') if self.full_kv_bytes else 'none'}")
         if self.milliseconds:
             lines.append("time      " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in self.milliseconds.items()))
         for want, got in self.substitutes.items():
             why = "for which no clip= is given" if want.startswith("clip_") else "which this model cannot give"
             lines.append(f"note      {got} stands for {want}, {why}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)
@@ -194,8 +226,8 @@ class EncoderReport:
         return f"plan      {self.plan}\ntokens    {self.tokens}, after each block {', '.join(map(str, left))}"
 
 
-def _part(value: float, full: float) -> str:
-    return f"{100 * value / full:.1f} %"
+def _of(value: float, full: float, unit: str) -> str:
+    return f"{_si(value, unit)} of {_si(full, unit)} ({100 * value / full:.1f} %)"
 
 
 def _si(value: float, unit: str) -> str:

@@ -27,7 +27,7 @@ FLOORS = [
     ("methods",),
     ("runtime",),
     ("adapters",),
-    ("api", "trace", "dominance"),
+    ("api", "trace", "flops", "dominance"),
     ("explain", "learn", "visualize"),
     ("eval", "cli", "demo", "assets", "spending", "tune", "cli_explain", "cli_learn", "__main__"),
 ]

@@ -8,24 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import mmcompress as mm
 
 from ...adapters import adapter_for
-from ...kernels import coverage, diverse  # noqa: F401 - they define operators
-from ...kernels.dispatch import preferring
-from ...runtime.cache import cache_of
+from ...flops import counted, layer_costs
 from ...trace import CONVENTIONS, Shape, Trace, prefill_flops
 from ..evaluator import STOCK
 
-PICKS = {
-    torch.ops.mmcompress.max_min: lambda x, *_, **__: 2 * x[0] * x[1] ** 2 * x[2],
-    torch.ops.mmcompress.greedy_map: lambda x, quality, k, *_, **__: x[0] * (2 * x[1] ** 2 * x[2] + k**2 * x[1]),
-    torch.ops.mmcompress.soft_coverage: lambda y, x, *_, **__: 2 * x[0] * (x if y is None else y)[1] * x[1] * x[2],
-}
-"""FLOPs of the operators that torch cannot look into, by the shapes of their tensors: their naive implementation."""
 NOTHING_DROPPED = "uniform(keep=1.0)"
 
 
@@ -35,13 +25,14 @@ class Counts:
 
     layers     tokens that entered each LLM layer, text included; text: text tokens of the prompt; visual: visual tokens without
                compression (structural ones, such as newlines, included).
-    flops      convention -> {"full": of all tokens, "visual_only": of visual tokens alone}, of the decoder layers.
+    flops      convention -> {"full": of all tokens, "visual_only": of visual tokens alone}, of the LLM layers: "exact" by the
+               shapes of their modules; those of published totals where the layers are dense, as those presume.
     vision     FLOPs of vision tower and projector; with a stage that acts in them (tome, downsample) what it left of them.
     overhead   FLOPs of compression: signals, similarities, scores, merging. What a stage in the tower does is in `vision`.
                Counted as torch counts: matrix products, of kernels those of their naive implementation (whole N x N tables).
     rotary     FLOPs of the tables of rotary positions; head: of the logits of the last position.
     kv_bytes   of the tensors that the cache really holds after the prefill.
-    notes      signals that stood for others.
+    notes      signals that stood for others; what the formula of the layers leaves out.
     """
 
     plan: str
@@ -58,7 +49,7 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """FLOPs (2 per multiply-add) of the prefill: vision, compression, decoder layers, positions, logits."""
+        """FLOPs (2 per multiply-add) of the whole prefill, vision included: vision, compression, LLM layers, positions, logits."""
         return self.vision + self.overhead + self.flops["exact"]["full"] + self.rotary + self.head
 
     @property
@@ -86,18 +77,28 @@ def count(model: Any, inputs: Mapping[str, Any], plan: str = STOCK, stock: Count
 @torch.no_grad()
 def _count(model: Any, inputs: Mapping[str, Any], plan: str, stock: Counts | None) -> Counts:
     with mm.compressed(model, NOTHING_DROPPED if stock is None else plan):
-        found = _counted(model, inputs)
+        found = counted(model, inputs, language_model(model))
         seen = mm.trace(model)
         notes = [f"{got} stands for {want}" for want, got in mm.report(model).substitutes.items()]
     if stock is None:
-        found, notes = _counted(model, inputs), []
+        found, notes = counted(model, inputs, language_model(model)), []
     layers, text = seen.tokens_per_layer(), text_tokens(seen)
-    shape = Shape.of(seen.text_config)
+    costs = layer_costs(seen.language_model)
     visual = [max(0, n - text) for n in layers]
-    flops = {
-        name: {"full": prefill_flops(shape, layers, name), "visual_only": prefill_flops(shape, visual, name)}
-        for name in CONVENTIONS
-    }
+
+    def exact(tokens: list[int]) -> int:
+        return sum(cost.flops(n) for cost, n in zip(costs, tokens, strict=True))
+
+    flops = {"exact": {"full": exact(layers), "visual_only": exact(visual)}}
+    shape = Shape.dense(seen.text_config)
+    if shape is not None and prefill_flops(shape, layers) == exact(
+        layers
+    ):  # else the published conventions say nothing of it
+        for name in CONVENTIONS[1:]:
+            flops[name] = {
+                kind: prefill_flops(shape, n, name) for kind, n in (("full", layers), ("visual_only", visual))
+            }
+    notes += [f"counted with the overhead: {what}" for what in dict.fromkeys(w for cost in costs for w in cost.missing)]
     head = 2 * model.get_output_embeddings().weight.numel()
     in_tower = bool(seen.plan.encoder_stages or seen.plan.pixel_stages)
     vision = found.before if stock is None or in_tower else stock.vision
@@ -112,58 +113,7 @@ def text_tokens(seen: Trace) -> int:
     return seen.call.counts[0] - sum(len(span.patches) + len(span.structural) for span in spans)
 
 
-@dataclass
-class _Counted:
-    """FLOPs of a prefill as torch counts them: all, those before the language model, those of rotary tables; bytes of the
-    cache."""
-
-    total: int = 0
-    before: int = 0
-    rotary: int = 0
-    held: int = 0
-
-
-def _counted(model: Any, inputs: Mapping[str, Any]) -> _Counted:
-    language, found = language_model(model), _Counted()
-    starts: list[int] = []
-
-    def now() -> int:
-        return int(counter.get_total_flops())
-
-    def enter(*_: Any) -> None:
-        found.before = now()
-
-    def rotary(*_: Any) -> None:
-        starts.append(now())
-
-    def rotated(*_: Any) -> None:
-        found.rotary += now() - starts.pop()
-
-    handles = [
-        language.register_forward_pre_hook(enter, prepend=True),
-        language.rotary_emb.register_forward_pre_hook(rotary),
-        language.rotary_emb.register_forward_hook(rotated),
-    ]
-    try:
-        with (
-            FlopCounterMode(display=False, custom_mapping=PICKS) as counter,
-            sdpa_kernel(SDPBackend.MATH),
-            preferring("naive"),
-        ):
-            out = model(**inputs, use_cache=True, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found.total, found.held = now(), cache_bytes(cache_of(out))
-    return found
-
-
 def language_model(model: Any) -> Any:
     """The decoder stack inside a model, for hooks."""
     inner = getattr(model, "get_base_model", None)
     return adapter_for(inner() if callable(inner) else model).language_model  # type: ignore[union-attr]
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a cache holds."""
-    return sum(part.numel() * part.itemsize for layer in cache.layers for part in (layer.keys, layer.values))

@@ -107,7 +107,8 @@ def conventions(rows: Sequence[Cost]) -> list[list[str]]:
     found = []
     for row in rows:
         if not row.times.subject.attention:
-            found.append([row.label, *(giga(row.counts.flops[name][which]) for name, which in kinds)])
+            told = row.counts.flops
+            found.append([row.label, *(giga(told[name][which]) if name in told else "-" for name, which in kinds)])
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, adapter_for
 from ..api import CONVERTED, _stock, is_compressed
-from ..trace import Shape, kv_bytes, prefill_flops
+from ..flops import layer_costs
 from ..weights import Saved, base_of, load_into
 from .depth import ROUTER, DepthEngine, MixtureOfDepths
 from .gamma_mod import GammaMoD
@@ -69,17 +69,16 @@ class Conversion:
 
     def report(self) -> str:
         """The last prefill in a line: tokens per layer, FLOPs and KV bytes, of what they are without conversion."""
-        config, rows = self.engine.language_model.config, range(len(self.engine.tokens[0]) if self.engine.tokens else 1)
-        shape, now = Shape.of(config), [self.tokens_per_layer(row) for row in rows]
+        rows = range(len(self.engine.tokens[0]) if self.engine.tokens else 1)
+        now, costs = [self.tokens_per_layer(row) for row in rows], layer_costs(self.engine.language_model)
         full = [[row[0]] * len(row) for row in now]  # the first layer runs everything
-        flops, bytes_ = (
-            sum(count(shape, row) for row in now) / sum(count(shape, row) for row in full)
-            for count in (prefill_flops, kv_bytes)
+        flops, full_flops = (
+            sum(cost.flops(n) for row in tokens for cost, n in zip(costs, row, strict=True)) for tokens in (now, full)
         )
+        held = sum(map(sum, now)) / sum(map(sum, full))
         layers = ", ".join(str(sum(row[i] for row in now)) for i in range(len(now[0])))
-        return (
-            f"tokens per layer {layers}; prefill {100 * flops:.1f} % of the FLOPs, {100 * bytes_:.1f} % of the KV cache"
-        )
+        share = 100 * flops / full_flops
+        return f"tokens per layer {layers}; LLM layers {share:.1f} % of the FLOPs, {100 * held:.1f} % of the KV cache"
 
     def changed(self) -> dict[str, Tensor]:
         """The parameters of the model that are not as they were before it was converted, by name."""

@@ -173,6 +173,62 @@ def ledger_of(cache: Cache | None, index: int) -> Ledger | None:
     return layer.ledger
 
 
+STATES = ("conv_states", "recurrent_states")
+"""Tensors of a cache that are as large for any number of tokens."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a cache in use: keys and values `now`, and `full`, had nothing been dropped; `states` of recurrent layers."""
+
+    now: int = 0
+    full: int = 0
+    states: int = 0
+
+
+def held_bytes(cache: Cache | None) -> Held:
+    """What a cache holds, from its tensors. Of a static one, the part that is filled. Waits for the device if it is static."""
+    now = full = states = 0
+    for layer in cache.layers if cache is not None else ():
+        states += sum(_bytes(layer.__dict__.get(name)) for name in STATES)
+        whole = sum(_bytes(value) for name, value in layer.__dict__.items() if name not in (*STATES, "ledger", "state"))
+        stored, logical = _lengths(layer)
+        if not stored:
+            continue
+        if isinstance(layer, StaticLayer):
+            most = layer.max_cache_len
+            columns, stored, logical = most, min(stored, most), min(logical, most) if layer.is_sliding else logical
+        elif layer.is_sliding:
+            columns = stored = layer.keys.shape[-2]
+            logical = max(stored, min(logical, layer.sliding_window - 1))
+        else:
+            columns = stored
+        now += whole * stored // columns
+        full += whole * logical // columns
+    return Held(now, full, states)
+
+
+def lengths(cache: Cache, layers: int) -> list[tuple[int, int]]:
+    """Of each of the model's `layers`, how many tokens its cache layer holds and how many the caller has fed; 0 for states."""
+    return [_lengths(cache.layers[i] if i < len(cache.layers) else None) for i in range(layers)]
+
+
+def _lengths(layer: Any) -> tuple[int, int]:
+    logical = int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0
+    return int(layer.physical) if isinstance(layer, PrunedLayer) else logical, logical
+
+
+def _bytes(value: Any) -> int:
+    """Of all tensors in `value`, however they are packed; numbers and empty ones count nothing."""
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor and hasattr(value, "__tensor_flatten__"):
+            return sum(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.numel() * value.itemsize if value.dim() else 0
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0
+
+
 def book(
     cache: Cache, group_of: Callable[[int], Group], past_valid: Tensor | None, batch: int, hidden: int = 0
 ) -> None:

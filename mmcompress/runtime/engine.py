@@ -27,7 +27,7 @@ from ..kernels.compact import compact
 from ..stage import Pipeline
 from .adapter import Adapter, Encoded
 from .attention import GIVEN, keep_notes, rewriters
-from .cache import book, cache_of, is_pruned, ledger_of
+from .cache import book, cache_of, held_bytes, is_pruned, ledger_of, lengths
 from .call import Call, Sight, alike, locate, placeholder_masks
 from .clip import Clip
 from .cuts import Cutter, words_meant
@@ -246,6 +246,8 @@ class Engine:
         call.hidden = int((~host_valid * torch.arange(1, embeds.shape[1] + 1)).max())
         call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
         call.record.seconds = {"vision": self.vision_seconds, "select": 0.0}
+        if call.cache is not None and int(call.past):
+            call.record.before = lengths(call.cache, len(self.language_model.layers))
         if self.facade is not None:
             call.record.merged = self.facade.merged
         if self.rewriters:
@@ -359,19 +361,26 @@ class Engine:
             return None
         if call.record is not None:
             call.record.seconds["language"] = self._since(call.start) - call.record.seconds["select"]
+        cache = cache_of(output)
         if not call.groups:
+            self._weigh(call, cache)
             return None
         last = call.groups[-1]
-        cache = cache_of(output)
         compressed = last.source is not None
         held = compressed or call.sight is not None or any(group.valid is not None for group in call.groups)
         if cache is not None and held:
             book(cache, call.group_of, call.past_valid, call.batch, call.hidden)
         if cache is not None:
             keep_notes(cache, call)
+        self._weigh(call, cache)
         if compressed:
             output.last_hidden_state = last.restore(output.last_hidden_state)
         return output
+
+    @staticmethod
+    def _weigh(call: Call, cache: Any) -> None:
+        if call.record is not None:
+            call.record.held = held_bytes(cache)
 
     # ------------------------------------------------------------------ decoder layers
     def _layer_pre(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..selection import Selection
 from ..visuals import Layout
+from .cache import Held
 from .packing import Group
 
 
@@ -64,7 +65,8 @@ class Span:
 @dataclass
 class CallRecord:
     """One forward pass with visuals. `groups[i]` holds from layer `groups[i].start` on; `seconds` by part; `merged`: how
-    many tokens each block of the vision encoder merged away, None without an encoder stage."""
+    many tokens each block of the vision encoder merged away, None without an encoder stage; `before`: of each layer, how many
+    tokens its cache held and how many the caller had fed, empty if none; `held`: bytes of the cache behind the call."""
 
     batch: int
     length: int
@@ -74,3 +76,5 @@ class CallRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     signals: dict[str, str] = field(default_factory=dict)
     merged: list[int] | None = None
+    before: list[tuple[int, int]] = field(default_factory=list)
+    held: Held = field(default_factory=Held)
