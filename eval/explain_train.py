@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from ..assets import MODELS, model_path
 from ..explain.compressor import KEEPS, Fitting, Pair, agreement, fit
 from ..explain.relevance import owed
+from ..records import read, replacing, write_json
 from ..runtime.relevance import MODES
 from ..weights import TENSORS, base_of
-from .cli import Command
+from .cli import Command, OutFolder
 from .data import Question, digest, read_questions
 from .evaluator import Setup, evaluate, padded_left, shapes_questions
 from .inputs import inputs_of, texts_of
@@ -100,12 +99,13 @@ class Labels:
         fixed = {name: value for name, value in asdict(recipe).items() if name != "samples"}
         about = {"format": FORMAT, "base": base_of(model), **fixed}
         path = folder / "labels.json"
-        if path.exists() and (known := json.loads(path.read_text())) != about:
+        known = read(path, "labels", lambda value: isinstance(value, dict))
+        if known is not None and known != about:
             other = [name for name in about if known.get(name) != about[name]]
             raise ValueError(
                 f"{folder} holds labels with another {', '.join(other)}: give another --out, or delete the folder"
             )
-        path.write_text(json.dumps(about, indent=1) + "\n")
+        write_json(path, about)
 
     @property
     def batches(self) -> list[list[Question]]:
@@ -123,8 +123,8 @@ class Labels:
             path = self.path(number, batch)
             if not path.exists():
                 tensors = self._batch(batch)
-                save_file(tensors, path.with_suffix(".tmp"))
-                os.replace(path.with_suffix(".tmp"), path)
+                with replacing(path) as part:
+                    save_file(tensors, part)
             found = load_file(path)
             counts = found["counts"].tolist()
             right += int(found["right"].sum())
@@ -244,7 +244,7 @@ def train(
         report["accuracy"] = accuracies(model, processor, tested, recipe, weights, out / "eval", compare, console)
         seconds["accuracy"] = time.perf_counter() - start
         net.saved(model, report).save(weights)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out / "report.json", report)
     console.print(table(report))
     return weights
 
@@ -308,7 +308,7 @@ def add(command: Command) -> None:
         "--task", default="shapes", help="by whose rules answers are judged (default shapes, the synthetic one)"
     )
     made.add_argument(
-        "--out", type=Path, help="default: runs/explain_compress-MODEL; the weights go into its folder weights"
+        "--out", type=OutFolder, help="default: runs/explain_compress-MODEL; the weights go into its folder weights"
     )
     made.add_argument("--samples", type=int, default=10_000, help="questions to ask (default 10000)")
     made.add_argument("--batch", type=int, default=16, help="questions at a time (default 16)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ class Journal(Lines):
         try:
             self._check()
         except BaseException:
-            os.close(self._file)
+            self.close()
             raise
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:

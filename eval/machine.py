@@ -51,6 +51,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError if torch cannot compute on a device: no driver, no such number, no such kind."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).strip().splitlines()[0]}") from error
+
+
 def synchronize() -> None:
     """Wait for the accelerator, where there is one: only then a clock means something."""
     if torch.accelerator.is_available():

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,31 +19,127 @@ from rich.table import Table
 from . import cli_explain, cli_learn
 from .assets import CLIP, MODELS, model_path
 from .eval import explain_train
-from .eval.cli import add_load_options, bench, evaluate, tune
+from .eval.cli import OutFile, OutFolder, OutPicture, add_load_options, bench, check_least, evaluate, tune
+from .eval.machine import check_device
 
 WIDTH = 160
 """Columns of what goes into a file or a pipe, where nothing says how wide it may be: tables are readable there too."""
+
+
+ON = "the same command goes on where it was"
+STOPPED = {
+    "eval": f"every answer so far is in {{out}}; {ON}",
+    "sweep": f"every answer so far is in {{out}}; {ON}",
+    "tune": f"every trial so far is beside {{out}}; {ON}",
+    "train": f"the last checkpoint is kept; {ON}",
+    "learn": f"the last checkpoint is kept; {ON}",
+    "explain-train": f"the labels so far are kept; {ON}",
+    "bench": "what was finished is in the record, if --out names one; the same command measures again",
+    "demo": "the models that were finished are in {out}; the same command measures again",
+}
+"""What is kept of a command that is stopped."""
 
 
 class UserError(Exception):
     """A mistake of the user: one line, exit status 2."""
 
 
+class _Stopped(KeyboardInterrupt):
+    """Ended from outside by a signal."""
+
+    number = signal.SIGINT
+
+
+class _Console(Console):
+    """A console that goes on unheard if what reads it has ended (`| head`): the work is not for the screen alone."""
+
+    def on_broken_pipe(self) -> None:
+        _mute()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command: 0, or 2 and one line for a mistake of the user and for what system, files or device refuse; 130 if it is
+    interrupted (128 + the signal if it is ended), with a line that says what is kept. What we did wrong ourselves is raised."""
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape"):  # printing ends no run
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     options = _parser().parse_args(arguments)
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if known else WIDTH)
+    console = _Console(width=None if known else WIDTH)
+    handlers = _listen()
     try:
+        _check(options)
         options.run(options, console)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        _mute()
+        return 0
+    except KeyboardInterrupt as stop:
+        _say(f"stopped; {STOPPED.get(options.command, 'nothing was written').format(**vars(options))}")
+        return 128 + getattr(stop, "number", signal.SIGINT)
     except (UserError, ValueError, TypeError, NotImplementedError, ImportError) as error:
-        print(f"mmcompress: {error}", file=sys.stderr)
-        return 2
-    return 0
+        _say(str(error))
+    except OSError as error:
+        _say(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except MemoryError as error:
+        _say(f"out of memory {error}")
+    except Exception as error:
+        if not _is_foreign(error):
+            raise
+        _say(str(error).strip().splitlines()[0])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 2
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What is to be written can be written, and the device is there: before any work."""
+    for name, value in vars(options).items():
+        if isinstance(value, OutFile):
+            value.check(f"--{name.replace('_', '-')}")
+    if device := getattr(options, "device", None):
+        check_device(device)
+
+
+def _listen() -> dict[int, Any]:
+    """Let what ends a process (kill, a closed terminal) end it as Ctrl-C does; returns the handlers before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+
+    def stop(number: int, _: Any) -> None:
+        error = _Stopped()
+        error.number = signal.Signals(number)
+        raise error
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Whether an error is a refusal of Pillow or of the device, which no change of ours would mend."""
+    import torch
+    from PIL import Image
+
+    device = tuple(getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name))
+    return isinstance(error, (Image.DecompressionBombError, *device))
+
+
+def _say(text: str) -> None:
+    print(f"mmcompress: {text}", file=sys.stderr)
+
+
+def _mute() -> None:
+    """What is still printed goes nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmcompress", description="fewer visual tokens for vision-language models")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
@@ -49,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     demo = command("demo", _demo, "the embedded models with all and with some of their visual tokens")
-    demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of pictures and record")
+    demo.add_argument("--out", type=OutFolder, default="demo_output", help="folder of pictures and record")
     demo.add_argument("--questions", type=int, default=105, help="how many held-out questions (default 105)")
     demo.add_argument("--model", action="append", choices=MODELS, help="only this one; may be given several times")
     demo.add_argument(
@@ -69,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--max-new-tokens", type=int, default=64)
     add_load_options(run)
-    run.add_argument("--out", type=Path, help="also write a PNG of the kept tokens")
+    run.add_argument("--out", type=OutPicture, help="also write a PNG of the kept tokens")
 
     command("methods", _methods, "all methods with kind, paper and options; `sweep MODEL --plan all` measures them")
 
@@ -80,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train an embedded model on the synthetic benchmark (restartable)")
     trained = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes", CLIP)
     train.add_argument("model", choices=trained, help="all but llava-shapes start from the one in the package")
-    train.add_argument("--out", type=Path, help="default: runs/MODEL")
+    train.add_argument("--out", type=OutFolder, help="default: runs/MODEL")
     train.add_argument("--device", default=None)
     cli_learn.add(command)
     cli_explain.add(command, _load, _open_image)
@@ -140,22 +238,24 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     import torch
 
     from . import api
-    from .eval.synthetic.benchmark import prompt, takes_any_shape
+    from .eval.cost.record import prompt_text
+    from .eval.data import Question
+    from .eval.inputs import inputs_of
+    from .eval.synthetic.benchmark import takes_any_shape
     from .plan import as_pipeline
     from .visualize import Panel, encoded_view, kept_figure, kept_overlay
 
     pictures = [_open_image(path) for path in options.image]
     plan = as_pipeline(options.plan, positions=options.positions)
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1")
-    model, processor, device = _load(options)
-    if getattr(processor, "chat_template", None) is None:
-        raise UserError(
-            f"{options.model}: the checkpoint has no chat template, so there is no way to know its prompt format"
-        )
-    text = prompt(processor, options.question, len(pictures))
-    inputs = processor(images=pictures or None, text=text, return_tensors="pt").to(device)
-    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    check_least(options, max_new_tokens=1)
+    model, processor, _ = _load(options)
+    question = Question("--question", options.question, tuple(pictures))
+    _, inputs, wrong = inputs_of(
+        model, processor, [question], [prompt_text(processor, options.question, len(pictures))], [0]
+    )
+    if wrong:
+        raise UserError(f"--question cannot be asked: {wrong[question.id]}")
+    inputs = inputs.to(model.device, model.dtype)
 
     def answer() -> str:
         with torch.no_grad():

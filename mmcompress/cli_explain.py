@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from .assets import MODELS
-from .eval.cli import Command, Load, OpenImage, add_load_options
+from .eval.cli import Command, Load, OpenImage, OutFolder, add_load_options
 
 NAMES = ("token-activation-map", "attention-rollout", "last-layer-attention", "gradient-relevance", "grad-cam")
 """What `--method` takes, in the order of `mmcompress.explain.EXPLANATIONS`."""
@@ -39,9 +39,7 @@ def add(command: Command, load: Load, open_image: OpenImage) -> None:
         help="make the compressed model read the stock model's answer: the same words side by side (default: its own answer)",
     )
     explain.add_argument("--max-new-tokens", type=int, default=64)
-    explain.add_argument(
-        "--out", type=Path, default=Path("explain_output"), help="folder for the page and the pictures"
-    )
+    explain.add_argument("--out", type=OutFolder, default="explain_output", help="folder for the page and the pictures")
     add_load_options(explain)
 
 

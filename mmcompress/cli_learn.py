@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .assets import MODELS, model_path
-from .eval.cli import Command
+from .eval.cli import Command, OutFolder
 
 METHODS = ("dyvte", "tokenflex", "p_mod", "gamma_mod")
 
@@ -22,7 +22,9 @@ def add(command: Command) -> None:
     )
     learn.add_argument("method", choices=METHODS, help="exit routers, flexible projector, or mixtures of depths")
     learn.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")
-    learn.add_argument("--out", type=Path, help="default: runs/METHOD-MODEL; the weights go into its folder weights")
+    learn.add_argument(
+        "--out", type=OutFolder, help="default: runs/METHOD-MODEL; the weights go into its folder weights"
+    )
     learn.add_argument("--steps", type=int, help="default: by method")
     learn.add_argument("--batch", type=int, help="pictures per step; default: by method")
     learn.add_argument("--rate", type=float, help="learning rate; default: by method")

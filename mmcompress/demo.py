@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,10 @@ from .assets import MODELS, model_path
 from .eval.machine import machine, synchronize
 from .eval.synthetic import CHANCE, KINDS, Item, Score, evaluate, items, prepare
 from .eval.synthetic.benchmark import encode, load, same, takes_any_shape
+from .records import read, update
 from .trace import Shape, kv_bytes, prefill_flops
 from .visualize import Panel, kept_figure, kept_overlay, page
+from .visualize.figure import cannot_draw
 
 PLANS = {
     "random": "random(keep={keep})",
@@ -190,6 +191,13 @@ def draw_method(
     return kept_figure(rows, f"{name}: kept tokens bright, merged dimmed, dropped dark", path)
 
 
+KIND = "`mmcompress demo`"
+
+
+def _fits(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, dict) and "rows" in one for one in value.values())
+
+
 def draw_page(model: Any, processor: Any, item: Item, out: Path) -> Path:
     """The HTML page about one question, stock and compressed side by side."""
     from .cli_explain import explained
@@ -213,9 +221,8 @@ def run(
     in one picture.
     """
     console = console or Console()
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / "demo.json"
-    content: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    record, missing = out / "demo.json", cannot_draw()
+    read(record, KIND, _fits)
     found: dict[str, list[Row]] = {}
     for name in names:
         console.print(
@@ -230,15 +237,15 @@ def run(
             console.print(type_table(rows))
         by_kind = {item.question.kind: item for item in reversed(questions)}
         shown = [by_kind[kind] for kind in ("relation", "reading", "count")]
-        for method in PLANS if name == names[0] else ("divprune",):
+        for method in () if missing else PLANS if name == names[0] else ("divprune",):
             file = f"{name}_{method.replace(' >> ', '_')}.png"
             path = draw_method(model, processor, shown, method, ratios, out / file)
             console.print(f"kept tokens: {path}")
-        content[name] = {
+        measured = {
             "machine": machine(), "questions": count, "objects": objects, "chance": CHANCE,
             "rows": [asdict(row) for row in rows],
         }  # fmt: skip
-        record.write_text(json.dumps(content, indent=1) + "\n")
+        update(record, KIND, lambda known, new={name: measured}: {**(known or {}), **new}, _fits)
     with compressed(model, "visionzip(keep=0.25)"), torch.no_grad():
         model.generate(**encode(processor, questions[:1]).to(model.device), do_sample=False, max_new_tokens=8)
         console.print("\nwhat mm.report(model) says after a call:", str(report(model)), sep="\n", highlight=False)
@@ -250,8 +257,12 @@ def run(
         f"points; tokens kept: after the last stage, of one picture; FLOPs and KV: visual tokens in the LLM, computed; prefill: "
         f"measured, batch 1, median, vision tower included (so small a model is all overhead: see mmcompress bench)[/dim]"
     )
-    console.print(
-        f"what {name} looked at, and what was kept, as a page: {draw_page(model, processor, questions[0], out)}"
-    )
+    try:
+        page_ = draw_page(model, processor, questions[0], out)
+        console.print(f"what {name} looked at, and what was kept, as a page: {page_}")
+    except ImportError as error:
+        console.print(f"no page: {error}", markup=False)
+    if missing:
+        console.print(f"no pictures: {missing}", markup=False)
     console.print(f"record: {record}")
     return record

@@ -17,9 +17,11 @@ from typing import Any, TypeAlias
 import torch
 from rich.table import Table
 from torch import Tensor
+from typing_extensions import Self
 
 from .api import _stock, compressed, trace
 from .plan import as_pipeline
+from .records import Lines, RecordError, write_json
 from .spending import at_budget, check, spent
 from .stage import Pipeline, Stage
 
@@ -117,10 +119,7 @@ class Tuned:
 
     def save(self, path: Path | str) -> Path:
         """Write the plan file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        return path
+        return write_json(path, self.to_dict())
 
 
 def tune(
@@ -168,18 +167,18 @@ def tune(
     about = {"plan": " >> ".join(map(repr, stages)), "objective": objective.name, "seed": seed}
     about["budget"] = budget if unit == "tokens" else f"{unit}={budget}"
     search = {**about, "positions": positions, "space": {k: list(v) for k, v in bounds.items()}}
-    log = _Journal(journal, {**search, "samples": _fingerprint(samples), "model": _name(model)})
-    judge = _Judge(model, samples, objective, budget, positions, unit)
-    done = log.trials
-    for trial in done:
-        if show is not None:
-            show(trial)
-    for number in range(len(done), trials + 1):
-        params = suggest(done[1:]) if number and suggest else {}
-        trial = judge(number, stages, params)
-        log.add(trial)
-        if show is not None:
-            show(trial)
+    with _Journal(journal, {**search, "samples": _fingerprint(samples), "model": _name(model)}) as log:
+        judge = _Judge(model, samples, objective, budget, positions, unit)
+        done = log.trials
+        for trial in done:
+            if show is not None:
+                show(trial)
+        for number in range(len(done), trials + 1):
+            params = suggest(done[1:]) if number and suggest else {}
+            trial = judge(number, stages, params)
+            log.add(trial)
+            if show is not None:
+                show(trial)
     return Tuned(stages, positions, log.trials, {**about, "model": _name(model), "samples": judge.count})
 
 
@@ -320,18 +319,23 @@ def _share(
     return left / full
 
 
+def need_optuna() -> Any:
+    """The module, or an ImportError that says how to get it."""
+    try:
+        import optuna
+        import scipy  # noqa: F401 - the Gaussian process needs it
+    except ImportError as error:
+        raise ImportError(f'tuning needs optuna and scipy ({error}): pip install "mmcompress[tune]"') from error
+    return optuna
+
+
 class _Suggest:
     """Options to try next, a function of the trials so far and of the seed alone."""
 
     def __init__(self, bounds: Mapping[str, Sequence[Any]], seed: int) -> None:
-        try:
-            import optuna
-            import scipy  # noqa: F401 - the Gaussian process needs it
-        except ImportError as error:
-            raise ImportError(f'tuning needs optuna and scipy ({error}): pip install "mmcompress[tune]"') from error
-        self.optuna, self.seed = optuna, seed
+        self.optuna, self.seed = need_optuna(), seed
         self.distributions: dict[str, Any] = {}
-        kinds = optuna.distributions
+        kinds = self.optuna.distributions
         for name, values in bounds.items():
             if not isinstance(values, tuple):
                 self.distributions[name] = kinds.CategoricalDistribution(values)
@@ -365,44 +369,36 @@ class _Journal:
     """Trials of one search, one JSON object per line of a file, behind a line that says which search it is."""
 
     def __init__(self, path: Path | str | None, search: dict[str, Any]) -> None:
-        self.path, self.trials = (None if path is None else Path(path)), list[Trial]()
-        search = json.loads(json.dumps(search))
-        if self.path is None:
-            return
-        if self.path.exists():
-            lines = self._whole_lines(self.path)
-            before = lines[0] if lines else {}
-            wrong = [key for key in search if before.get(key) != search[key]]
-            if wrong:
-                raise ValueError(
-                    f"{self.path} is the journal of another search (other {', '.join(wrong)}): delete it, or name another file"
-                )
-            self.trials = [Trial(**line) for line in lines[1:]]
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = []
-        written = [json.dumps(line) for line in (search, *map(asdict, self.trials))]
-        self.path.write_text("".join(line + "\n" for line in written))
-
-    @staticmethod
-    def _whole_lines(path: Path) -> list[dict[str, Any]]:
-        """The lines of a journal; a last one that was cut off in the middle of writing is left out."""
-        found = []
-        texts = path.read_text().split("\n")
-        for number, text in enumerate(texts):
+        self.lines, self.trials = (None if path is None else Lines(Path(path))), list[Trial]()
+        if self.lines is not None:
             try:
-                if text:
-                    found.append(json.loads(text))
-            except json.JSONDecodeError as error:
-                if number < len(texts) - 1:
-                    raise ValueError(f"{path}, line {number + 1}: not the journal of a search") from error
-        return found
+                self._go_on(self.lines, json.loads(json.dumps(search)))
+            except BaseException:
+                self.lines.close()
+                raise
+
+    def _go_on(self, lines: Lines, search: dict[str, Any]) -> None:
+        if not lines.values:
+            lines.append([search])
+            return
+        before, *trials = lines.values
+        if wrong := [key for key in search if before.get(key) != search[key]]:
+            raise RecordError(
+                f"{lines.path} is the journal of another search (other {', '.join(wrong)}): delete it, or name another file"
+            )
+        self.trials = [Trial(**line) for line in trials]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.lines is not None:
+            self.lines.close()
 
     def add(self, trial: Trial) -> None:
+        if self.lines is not None:
+            self.lines.append([asdict(trial)])
         self.trials.append(trial)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(asdict(trial)) + "\n")
 
 
 def _fingerprint(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .records import replacing, write_json
+
 VERSION = 1
 TENSORS, CONFIG = "model.safetensors", "config.json"
 SAMPLES = 16
@@ -69,8 +71,9 @@ class Saved:
             "mmcompress": VERSION, "method": self.method, "base": dict(self.base), "options": dict(self.options),
             "training": dict(self.training),
         }  # fmt: skip
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}, folder / TENSORS)
-        (folder / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
+        with replacing(folder / TENSORS) as part:
+            save_file({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}, part)
+        write_json(folder / CONFIG, about)
         return folder
 
     @staticmethod

@@ -68,7 +68,7 @@ def test_the_same_seed_gives_the_same_search_also_after_an_interruption(
     with pytest.raises(ValueError, match="other samples"):
         tune(model, samples[:1], **options, journal=path)
     path.write_text(lines[0] + "garbage\n" + lines[1])
-    with pytest.raises(ValueError, match="line 2: not the journal"):
+    with pytest.raises(ValueError, match="line 2 is damaged"):
         tune(model, samples, **options, journal=path)
 
 

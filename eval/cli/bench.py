@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import Command, Load, OpenImage, cost, kernels
+from ...records import read, update
+from . import Command, Load, OpenImage, OutFile, check_least, cost, kernels
 
 PLANS = (
     "uniform(keep=0.25)",
@@ -25,6 +25,7 @@ PLANS = (
 )
 MEMORY_PLANS = ("random(keep=0.1)", "uniform(keep=0.1)", "visionzip(keep=0.1)", "divprune(keep=0.1)", "tome(keep=0.25)")
 OTHERS = ("memory", "selection")
+KIND = "`mmcompress bench`"
 LISTED = {
     "memory": "peak memory of a 20,480-token video", "selection": "every method alone, 2,880 tokens to 288",
     "kernels": "every kernel alone (not part of all)",
@@ -48,7 +49,7 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
     bench.add_argument("--repeats", type=int, default=12, help="rounds (default 12)")
     bench.add_argument("--list", action="store_true", help="say what there is")
-    bench.add_argument("--out", type=Path, help="JSON record; what is in it already and not measured now stays")
+    bench.add_argument("--out", type=OutFile, help="JSON record; what is in it already and not measured now stays")
     cost.add_options(bench)
     kernels.add_options(bench)
 
@@ -61,6 +62,7 @@ def run(
     models: Sequence[str],
 ) -> None:
     """Find out what is to be measured, and measure it."""
+    from ...plan import as_pipeline
     from ..cost.midsize import FAMILIES
 
     if options.list:
@@ -84,24 +86,22 @@ def run(
     wanted = [*FAMILIES, *OTHERS] if "all" in options.what else options.what
     if unknown := [name for name in wanted if name not in (*FAMILIES, *OTHERS)]:
         raise ValueError(f"bench {unknown[0]}: choose among {', '.join((*FAMILIES, *OTHERS))}, all; or kernels alone")
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats}: at least 1")
-    record: dict[str, Any] = {"families": {}}
-    if options.out and options.out.exists():
-        record = json.loads(options.out.read_text())
+    check_least(options, repeats=1)
+    for plan in options.plan or ():
+        as_pipeline(plan)
+    if options.out:
+        read(options.out, KIND, _fits)
     for family in (name for name in wanted if name not in OTHERS):
-        record["families"][family] = _family(family, options, console)
-        _write(record, options.out)
+        _keep(options.out, family, _family(family, options, console))
     for name, measure in (("memory", _memory), ("selection", _selection)):
         if name in wanted:
-            record[name] = measure(options, console)
-            _write(record, options.out)
+            _keep(options.out, name, measure(options, console))
     console.print(
         "[dim]FLOPs ratio: stock over compressed, vision tower included, counted by torch; reached: measured speed-up over that "
         "ratio; uniform(keep=0.998) drops a token or two: its decode step shows the hooks alone[/dim]"
     )
     if options.out:
-        console.print(f"record: {options.out}")
+        console.print(f"record: {options.out}", markup=False, highlight=False)
 
 
 def _family(family: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -158,8 +158,17 @@ def _selection(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"machine": machine(), "repeats": options.repeats, "rows": rows}
 
 
-def _write(record: dict[str, Any], path: Path | None) -> None:
-    """Keep what was measured so far."""
+def _fits(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("families"), dict)
+
+
+def _keep(path: Path | None, name: str, measured: dict[str, Any]) -> None:
+    """Add what was measured to what is in the record by now."""
+
+    def add(record: dict[str, Any] | None) -> dict[str, Any]:
+        record = record or {"families": {}}
+        (record if name in OTHERS else record["families"])[name] = measured
+        return record
+
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        update(path, KIND, add, _fits)

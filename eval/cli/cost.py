@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import Load, OpenImage
+from ...records import read, update
+from . import Load, OpenImage, check_least
 
 PLANS = ("visionzip(keep=0.25)", "divprune(keep=0.25)", "fastv(layer=2, keep=0.25)", "uniform(keep=0.25)")
 ONLY = ("image", "question", "new_tokens", "warmup", "attention")
 """Options of bench that mean nothing without a checkpoint."""
+KIND = "`mmcompress bench MODEL`"
 
 
 def add_options(bench: argparse.ArgumentParser) -> None:
@@ -41,16 +42,20 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
     """Count and time, print the tables, write the record."""
     from rich.progress import Progress
 
+    from ...plan import as_pipeline
     from ..cost.record import conditions, costs, prompt_inputs
 
     dtype = options.dtype or ["auto"]
     if len(dtype) > 1 or dtype[0] not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {' '.join(dtype)}: with a checkpoint one of auto, float32, bfloat16, float16")
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats}: at least 1")
+    check_least(options, repeats=1, warmup=0, new_tokens=2)
     warmup = 3 if options.warmup is None else options.warmup
     new_tokens = options.new_tokens or 32
     name = options.what[0]
+    for plan in options.plan or ():
+        as_pipeline(plan)
+    if options.out:
+        read(options.out, KIND, _fits)
     picture = open_image(options.image) if options.image else None
     model, processor, _ = load(argparse.Namespace(model=name, device=options.device, dtype=dtype[0]))
     if options.attention:
@@ -70,9 +75,12 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
             console.print(f"{row.label}: {note}", markup=False, highlight=False)
     if options.out:
         record = {"mmcompress": "cost", "format": 1, **about, "rows": [row.to_dict() for row in rows]}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        update(options.out, KIND, lambda _: record, _fits)
         console.print(f"record: {options.out}", markup=False, highlight=False)
+
+
+def _fits(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("mmcompress") == "cost"
 
 
 def scene() -> Any:

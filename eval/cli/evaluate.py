@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from . import Command, Load, add_load_options, lmms, sweep
+from ...records import read, write_json
+from . import Command, Load, OutFile, OutFolder, add_load_options, check_least, lmms, sweep
 
 
 def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
@@ -61,7 +61,7 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     measure.add_argument("--max-new-tokens", type=int, help="default: the protocol's")
     measure.add_argument("--batch-size", type=int, help="default 8 (lmms: 1); 1 for numbers to publish (no padding)")
     measure.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
-    measure.add_argument("--out", type=Path, default=Path("eval_output"), help="folder of predictions and records")
+    measure.add_argument("--out", type=OutFolder, default="eval_output", help="folder of predictions and records")
     add_load_options(measure)
 
     lmms.add_options(measure)
@@ -84,7 +84,7 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     against.add_argument(
         "--flips", type=int, default=0, metavar="N", help="show N answers that were right and are wrong"
     )
-    against.add_argument("--out", type=Path, help="also write the comparisons as JSON")
+    against.add_argument("--out", type=OutFile, help="also write the comparisons as JSON")
 
 
 def _eval(options: argparse.Namespace, console: Console, load: Load, parser: argparse.ArgumentParser) -> None:
@@ -128,8 +128,7 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
         raise ValueError("nothing to evaluate: --no-stock needs a --plan")
     for plan in options.plan:
         as_pipeline(plan)
-    if options.questions is not None and options.questions < 1:
-        raise ValueError(f"--questions {options.questions}: at least 1")
+    check_least(options, questions=1)
     check_data(options.task, options.data)
     asked = None if options.data is None else read_questions(options.task, options.data, options.images, options.split)
     model, processor, _ = load(options)
@@ -214,6 +213,8 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     from ..evaluator import load_record, rows_of
     from ..statistics import RIGHT, paired
 
+    if options.out:
+        read(options.out, "`mmcompress compare`", lambda value: isinstance(value, list))
     told = [] if options.base is None else [load_record(options.base)]
     others = [load_record(path) for path in options.records if path != options.base]
     tasks: dict[str, list[dict[str, Any]]] = {}
@@ -261,6 +262,5 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         "questions with the same answer[/dim]"
     )
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps([one.to_dict() for one in found], indent=1) + "\n")
+        write_json(options.out, [one.to_dict() for one in found])
         console.print(f"written: {options.out}", markup=False, highlight=False)

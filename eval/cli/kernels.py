@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from . import OutFile, OutPicture
 
 OPTIONS = ("op", "n", "d", "k", "dtype", "provider", "device", "full", "base", "patience", "csv", "plot")
 """Options of bench that mean nothing without kernels (device and dtype apart)."""
@@ -35,16 +36,16 @@ def add_options(bench: argparse.ArgumentParser) -> None:
     kernels.add_argument("--full", action="store_true", help="more sizes, types and providers: hours on a CPU")
     kernels.add_argument("--base", metavar="REV", help="also time the kernels of this commit of the repository")
     kernels.add_argument("--patience", type=float, help="leave out what takes longer than so many seconds a run")
-    kernels.add_argument("--csv", type=Path, help="also write the record as a table")
-    kernels.add_argument("--plot", type=Path, help="also draw time against N")
+    kernels.add_argument("--csv", type=OutFile, help="also write the record as a table")
+    kernels.add_argument("--plot", type=OutPicture, help="also draw time against N")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Time, show, write the record and the plot."""
     import torch
 
-    from ..kernel_bench.measure import Base, Sweep, measure, merged, read, write
-    from ..kernel_bench.plot import need_matplotlib, plot
+    from ..kernel_bench.measure import Base, Sweep, keep, measure, read, write_csv
+    from ..kernel_bench.plot import plot
 
     if options.what != ["kernels"] or options.plan:
         raise ValueError("bench kernels: by itself, without other things to measure and without --plan")
@@ -61,9 +62,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
         patience=options.patience,
     )
     base = Base(options.base) if options.base else None
-    if options.plot:
-        need_matplotlib()
-    old = read(options.out) if options.out and options.out.exists() else []
+    if options.out:
+        read(options.out)
     rows: list[Any] = []
     with console.status("measuring the device") as status:
         for case in measure(sweep, base):
@@ -72,9 +72,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
             rows += case
             status.update(f"{case[0].op}: N = {case[0].n}, D = {case[0].d} measured")
             if options.out:
-                write(merged(old, rows), options.out)
+                keep(rows, options.out)
             if options.csv:
-                write(rows, options.csv)
+                write_csv(rows, options.csv)
     if not rows:
         raise ValueError("bench kernels: every k is above every N; give smaller k or larger N")
     _show([row for row in rows if row.op == rows[-1].op], console)

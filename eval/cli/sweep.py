@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
-from . import Command, Load, add_load_options
+from . import Command, Load, OutFolder, add_load_options, check_least
 
 KEEPS = (0.5, 0.25, 0.1)
 
@@ -42,7 +41,7 @@ def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
     sweep.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
     sweep.add_argument("--repeats", type=int, default=5, help="rounds of the costs (default 5; 0: no costs)")
     sweep.add_argument("--examples", type=int, default=3, help="worst examples of each plan and task (default 3)")
-    sweep.add_argument("--out", type=Path, default=Path("sweep_output"), help="folder of everything")
+    sweep.add_argument("--out", type=OutFolder, default="sweep_output", help="folder of everything")
     add_load_options(sweep)
 
 
@@ -52,6 +51,7 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
     from rich.progress import Progress as Bars
 
     from ...budget import check_keep
+    from ...visualize.figure import cannot_draw
     from ..evaluator import Progress, Setup
     from ..metrics import check_protocol
     from ..sweep.examples import examples
@@ -60,11 +60,7 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
     from ..sweep.retained import standings, table, unsettled
     from ..sweep.run import FILE, points, read_tasks, sweep
 
-    if options.questions is not None and options.questions < 1:
-        raise ValueError(f"--questions {options.questions}: at least 1")
-    for name in ("repeats", "examples"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"--{name} {getattr(options, name)}: at least 0 (none)")
+    check_least(options, questions=1, repeats=0, examples=0)
     for keep in options.keep:
         check_keep(keep)
     wanted = points(options.plan, options.keep)
@@ -90,7 +86,8 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
     for line in unsettled(rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     picture = None
-    if content["cost"]:
+    missing = cannot_draw()
+    if content["cost"] and not missing:
         picture = plot({options.model: rows}, f"on {', '.join(content['tasks'])}", options.out / "pareto.png")
     found = examples(model, processor, content, works, options.out, options.examples)
     report = write_report(content, rows, found, picture, options.out / "report.html")
@@ -102,4 +99,6 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
             console.print(f"left out: {task}, question {key}: {reason}", markup=False, highlight=False)
         if failed := len(about["failed"]):
             console.print(f"{task}: {failed} of {about['questions']} questions were left out (--strict stops)")
+    if content["cost"] and missing:
+        console.print(f"no plot: {missing}; the same command draws it without measuring again", markup=False)
     console.print(f"record: {options.out / FILE}; report: {report}", markup=False, highlight=False)

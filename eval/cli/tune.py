@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from . import Command, Load, OpenImage, add_load_options
+from ...records import read
+from . import Command, Load, OpenImage, OutFile, add_load_options, check_least
 
 HELD_OUT = 8_000_000
 """Scenes from this seed on are for tuning: the benchmark does not ask about them."""
@@ -59,7 +60,7 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
     tune.add_argument("--trials", type=int, default=50)
     tune.add_argument("--seed", type=int, default=0)
     tune.add_argument(
-        "--out", type=Path, default=Path("plan.json"), help="plan file; trials go beside it as .trials.jsonl"
+        "--out", type=OutFile, default="plan.json", help="plan file; trials go beside it as .trials.jsonl"
     )
     add_load_options(tune)
 
@@ -70,10 +71,10 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
 
     from ...plan import as_pipeline
     from ...spending import check, read_budget
-    from ...tune import Trial, Tuned, own_space, parse_space, tune
+    from ...tune import Trial, Tuned, need_optuna, own_space, parse_space, tune
 
-    if options.trials < 1 or options.samples < 1:
-        raise ValueError("--trials and --samples: at least 1")
+    check_least(options, trials=1, samples=1)
+    read(options.out, "`mmcompress tune`", lambda value: isinstance(value, dict) and "stages" in value)
     plans = options.plan or ["vflowopt"]
     for plan in plans:
         as_pipeline(plan)
@@ -87,6 +88,8 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
         options.trials if len(plans) == 1 or own_space(plan, mine, declared=True) else 0
         for plan, mine in zip(plans, spaces, strict=True)
     ]
+    if any(trials):
+        need_optuna()
     inputs, objective = _data(options, load, open_image)
     found: list[Tuned] = []
     with Progress(console=console, transient=True) as progress:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...explain import token_activation_map
+from ...records import check_output, write_json
 from ..machine import machine
 from .latency import milliseconds
 from .midsize import build, large_picture
@@ -62,13 +63,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved; the medians count")
     parser.add_argument("--out", type=Path, default=Path("results/explain_cost.json"))
     arguments = parser.parse_args()
+    check_output("--out", arguments.out)
     peaks = {way: memory(arguments.layers, way) for way in WAYS}
     found = seconds(arguments.layers, arguments.rounds)
     record = {
         "machine": machine(), "layers": arguments.layers, "tokens": 3000, "new_tokens": NEW, "rounds": arguments.rounds,
         "seconds": found, "median_seconds": {way: statistics.median(times) for way, times in found.items()}, "peak_mib": peaks,
     }  # fmt: skip
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(arguments.out, record)
     print(json.dumps(record, indent=1))
 
 

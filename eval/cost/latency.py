@@ -22,6 +22,7 @@ import mmcompress as mm
 
 from ...runtime.cache import CACHE, cache_of
 from ..machine import synchronize
+from .clock import Spread
 from .midsize import one_image_prompt
 
 
@@ -136,9 +137,9 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 1
             Timing(
                 plan,
                 statistics.median(prefill[plan]),
-                _iqr(prefill[plan]),
+                Spread.of(prefill[plan]).iqr,
                 statistics.median(decode[plan]),
-                _iqr(decode[plan]),
+                Spread.of(decode[plan]).iqr,
                 statistics.median(select[plan]),
                 cost["stock"][0] / flops,
                 kv,
@@ -150,13 +151,6 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 1
         row.speedup_over_flops_ratio = row.prefill_speedup / row.flops_ratio
         row.decode_overhead_percent = 100 * (row.decode_ms_per_token / stock.decode_ms_per_token - 1)
     return rows
-
-
-def _iqr(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    quarters = statistics.quantiles(values, n=4)
-    return quarters[2] - quarters[0]
 
 
 def video_memory(plan: str) -> dict[str, Any]:

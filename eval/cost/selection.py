@@ -15,6 +15,7 @@ import mmcompress as mm
 from ...kernels.dispatch import preferring
 from ...runtime.needs import names_of
 from ...stage import InputStage, LayerStage, Selecting, Stage
+from .clock import Spread
 from .latency import milliseconds
 
 
@@ -123,9 +124,9 @@ def selection_times(
                         continue
                     with preferring(implementation):
                         measured.append(milliseconds(lambda s=stage, v=visuals: _whole(s, v)))
-            low, median, high = statistics.quantiles(times["auto"][2:], n=4)
+            spread = Spread.of(times["auto"][2:])
             twin = statistics.median(times["naive"]) if naive.used else None
-            yield SelectionTime(stage.name, median, high - low, twin)
+            yield SelectionTime(stage.name, spread.median, spread.iqr, twin)
 
 
 def _whole(stage: Selecting, visuals: mm.Visuals) -> Tensor:

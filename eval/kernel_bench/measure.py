@@ -7,6 +7,7 @@ import contextlib
 import csv
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
 import queue
@@ -27,7 +28,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ... import kernels
+from ... import kernels, records
 from ..machine import machine, processor
 from .operations import DTYPES, OPERATIONS, Size, sizes
 from .worker import START
@@ -41,6 +42,7 @@ SLOW = 1000.0
 """Milliseconds from which on the first run counts, too: there is nothing to warm up."""
 FEWEST = 3
 """Rounds that are run however long they take."""
+KIND = "`mmcompress bench kernels`"
 EVAL = Path(__file__).resolve().parent.parent
 REPOSITORY = EVAL.parent
 
@@ -454,27 +456,43 @@ def quantiles(values: list[float]) -> tuple[float, float, float] | tuple[None, N
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a record."""
-    try:
-        return [Row(**row) for row in json.loads(path.read_text())]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a record of `mmcompress bench kernels` ({error}); give another file") from None
+    """The rows of a record, none if there is none. Raises RecordError for anything else."""
+    return [Row(**row) for row in records.read(path, KIND, _fits) or []]
 
 
-def write(rows: list[Row], path: Path) -> None:
-    """A list of rows as JSON, a row per line; or as CSV where the file is called so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flat = [dataclasses.asdict(row) for row in rows]
-    if path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
-            table.writeheader()
-            table.writerows(flat)
-    else:
-        path.write_text("[\n" + ",\n".join(json.dumps(row) for row in flat) + "\n]\n")
+def _fits(value: Any) -> bool:
+    names = {field.name for field in dataclasses.fields(Row)}
+    return isinstance(value, list) and all(isinstance(row, dict) and set(row) == names for row in value)
 
 
-def merged(old: list[Row], new: list[Row]) -> list[Row]:
+def write(rows: Sequence[Row], path: Path) -> Path:
+    """Write a record, a row per line."""
+    return _write(path, list(map(dataclasses.asdict, rows)))
+
+
+def _write(path: Path | str, rows: list[dict[str, Any]]) -> Path:
+    return records.write_text(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> Path:
+    """Write rows as a table."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)])
+    table.writeheader()
+    table.writerows(map(dataclasses.asdict, rows))
+    return records.write_text(path, text.getvalue())
+
+
+def keep(rows: Sequence[Row], path: Path) -> None:
+    """Add rows to what is in a record by now."""
+
+    def add(old: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+        return list(map(dataclasses.asdict, merged([Row(**one) for one in old or []], rows)))
+
+    records.update(path, KIND, add, _fits, _write)
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """The rows of both, in the place and with the values of the newer ones where both measured the same."""
     known = {row.key(): row for row in old}
     known.update({row.key(): row for row in new})

@@ -7,18 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...visualize.figure import new_figure, written
 from .measure import Row, digits
 from .operations import OPERATIONS
 
 COLORS = {"naive": "#888888", "compile": "#e69f00", "blocked": "#0072b2", "triton": "#009e73"}
 MARKERS = {"naive": "o", "compile": "s", "blocked": "D", "triton": "^"}
-
-
-def need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'mmcompress[viz]'") from error
 
 
 def slice_of(rows: Sequence[Row], op: str) -> list[Row]:
@@ -33,10 +27,6 @@ def slice_of(rows: Sequence[Row], op: str) -> list[Row]:
 
 def plot(rows: Sequence[Row], path: Path) -> Path:
     """Write the figure; rows of one device. Bands: quantiles 0.2 to 0.8. Dotted: what the device would allow."""
-    need_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if len(devices := sorted({row.device for row in rows})) > 1:
         raise ValueError(f"a plot shows one device, the record has {', '.join(devices)}")
     panels = {op: found for op in OPERATIONS if (found := slice_of(rows, op))}
@@ -44,8 +34,7 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
         raise ValueError("nothing was measured that could be drawn")
     across = min(4, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(3.4 * across, 2.8 * down + 0.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.4 * across, 2.8 * down + 0.8, dpi=130)
     axes = figure.subplots(down, across, squeeze=False).flatten()
     handles = {}
     for axis, (op, found) in zip(axes, panels.items(), strict=False):
@@ -80,6 +69,4 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
     figure.legend(
         list(handles.values()), labels, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return written(figure, path)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...records import write_json
 from ..evaluator import FORMAT
 from ..journal import file_name, fingerprint
 from ..machine import machine
@@ -16,13 +17,12 @@ from ..machine import machine
 
 def save(results: dict[str, Any], settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """Write what a run gave, the record of each task first: when the record of the plan is there, everything is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     samples = results.pop("samples", {})
     parts = {}
     for task, answers in samples.items():
         record = _task_record(task, answers, results, settings)
         part = path.with_name(f"{file_name(record['settings'])}.json")
-        _write(record, part)
+        write_json(part, record)
         parts[task] = part.name
     text = json.dumps(results, default=str)
     record = {
@@ -31,7 +31,7 @@ def save(results: dict[str, Any], settings: dict[str, Any], path: Path) -> dict[
         "answered": sum(map(len, samples.values())), "records": parts, "machine": machine(), "lmms_eval": json.loads(text),
         "empty": {task: sum(not reply_of(answer).strip() for answer in answers) for task, answers in samples.items()},
     }  # fmt: skip
-    _write(record, path)
+    write_json(path, record)
     return record
 
 
@@ -82,9 +82,3 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
         for name, value in scores.items()
         if isinstance(value, (int, float)) and "_stderr" not in name and "," in name
     }
-
-
-def _write(record: Mapping[str, Any], path: Path) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import mmcompress as mm
 
 from ...plan import as_pipeline
+from ...records import read
 from ...stage import Pipeline, Stage
 from ..evaluator import STOCK, weights_digest
 from ..journal import file_name
@@ -23,6 +23,7 @@ from .plans import model_arguments, read_plan
 from .records import save
 from .tasks import resolved, task_key, task_manager
 
+KIND = "`mmcompress eval --harness lmms`"
 _REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
@@ -87,11 +88,11 @@ def run_lmms(
     for pipeline in pipelines:
         named = {**settings, "task": "lmms", "protocol": "run", "plan": STOCK if pipeline is None else repr(pipeline)}
         path = folder / f"{file_name(named)}.json"
-        todo.append((named, path, path.exists()))
+        todo.append((named, path, read(path, KIND, lambda value: isinstance(value, dict) and "scores" in value)))
     records = []
     for named, path, done in todo:
-        if done:
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+        if done is not None:
+            records.append(done)
             continue
         if show:
             show(f"{named['plan']}: {', '.join(tasks)}")

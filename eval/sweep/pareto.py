@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...visualize.figure import new_figure, written
 from ..evaluator import STOCK
 from .retained import AXES, Standing, front
 
@@ -25,15 +26,9 @@ def plot(models: Mapping[str, Sequence[Standing]], title: str, path: Path) -> Pa
     A line joins the plans that no other one beats at the same or a lower cost; they have their names. Bars are one standard
     error.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'mmcompress[viz]'") from error
-    figure = Figure(figsize=(16, 1.0 + 4.4 * len(models)), dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13)
+    figure = new_figure(16, 1.0 + 4.4 * len(models), title, dpi=90)
+    from matplotlib import colormaps
+
     colors = _colors(models, colormaps["tab10"].colors)  # type: ignore[attr-defined]
     grid = figure.subplots(len(models), len(AXES), squeeze=False)
     for line, (model, rows) in zip(grid, models.items(), strict=True):
@@ -46,9 +41,7 @@ def plot(models: Mapping[str, Sequence[Standing]], title: str, path: Path) -> Pa
     for line, rows in zip(grid, models.values(), strict=True):
         for axes, axis in zip(line, AXES, strict=True):
             _name(axes, rows if colors else front(rows, axis), axis)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return written(figure, path)
 
 
 def _colors(models: Mapping[str, Sequence[Standing]], palette: Sequence[Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ...records import write_text
 from .examples import Example
 from .retained import HEADINGS, Standing, cells, task_lines, unsettled
 
@@ -56,9 +57,7 @@ def write_report(
             shown = "".join(_example(example) for example in examples if example.plan == plan)
             parts.append(f"<h3>{escape(plan)}</h3><div class='examples'>{shown}</div>")
     page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{page}<body>{''.join(parts)}</body></html>\n", encoding="utf-8")
-    return path
+    return write_text(path, f"{page}<body>{''.join(parts)}</body></html>\n")
 
 
 def _conditions(content: dict[str, Any]) -> str:

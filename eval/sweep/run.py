@@ -121,6 +121,8 @@ def sweep(
             "a sweep runs in one process, since it also measures times; `mmcompress eval` can be launched in several"
         )
     folder = Path(folder)
+    if (folder / FILE).exists():
+        load_sweep(folder / FILE)  # what is none is not written over
     found = [replace(point, tasks={}, cost={}) for point in wanted]
     inputs = _prompt(model, processor, works)
     for point in found[1:]:

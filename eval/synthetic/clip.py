@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from ...assets import model_path
+from ...records import write_json
 from .data import normalize, pictures
 from .loop import Loop
 from .model import HIDDEN, PATCH, make_tokenizer
@@ -179,6 +180,6 @@ class ClipTrainer(Loop):
             json.dumps({"model_cfg": self.config, "preprocess_cfg": preprocess}, indent=2) + "\n"
         )
         self.tokenizer.save_pretrained(target)
-        (target / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
+        write_json(target / "recipe.json", asdict(self.recipe))
         self.console.print(f"saved {target}")
         return target

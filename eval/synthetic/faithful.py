@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ...explain.faithfulness import Scores, explanation_scores
 from ...explain.labels import FUNCTION, FUNCTION_WORDS, NOUN, OTHER
 from ...explain.session import session
 from ...explain.taps import AttentionTap, StatesTap
+from ...records import update
 from ..machine import machine
 from .benchmark import Item, items, load, same, takes_any_shape
 from .scenes import COLORS, SCALE, SHAPES, Scene, _draw_thing
@@ -168,12 +168,13 @@ def rows_of(model: str, found: Sequence[Faithfulness]) -> list[dict[str, Any]]:
 
 def record(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Put the rows of some models into a record, in the place of those that they had."""
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
     new = {row["model"] for row in rows}
-    rows = sorted(
-        [*(row for row in known if row["model"] not in new), *rows], key=lambda row: MODELS.index(row["model"])
-    )
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+    def add(known: dict[str, Any] | None) -> dict[str, Any]:
+        left = [row for row in (known or {"rows": []})["rows"] if row["model"] not in new]
+        return {"machine": machine(), "rows": sorted([*left, *rows], key=lambda row: MODELS.index(row["model"]))}
+
+    update(path, "explanations", add, lambda value: isinstance(value, dict) and "rows" in value)
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ...records import replacing, write_json
+
 
 class Loop:
     """Runs training stages in one folder; whatever the folder already holds is not done again."""
@@ -86,8 +88,8 @@ class Loop:
                         "optimizer": optimizer.state_dict(),
                         "step": done,
                     }
-                    torch.save(state, path.with_suffix(".tmp"))
-                    path.with_suffix(".tmp").replace(path)
+                    with replacing(path) as part:
+                        torch.save(state, part)
 
     def save(self, model: Any, processor: Any, recipe: Any) -> Path:
         """Half-precision checkpoint in the ordinary Hugging Face form, with processor and the recipe; returns its folder."""
@@ -96,7 +98,7 @@ class Loop:
         model.set_attn_implementation("sdpa")
         model.to(torch.float16).save_pretrained(target)
         processor.save_pretrained(target)
-        (target / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+        write_json(target / "recipe.json", asdict(recipe))
         self.console.print(f"saved {target}")
         return target
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..records import replacing
+
 
 def need_matplotlib() -> tuple[Any, Any]:
     """Its classes Figure and FigureCanvasAgg, or an error that says how to get it."""
@@ -19,10 +21,19 @@ def need_matplotlib() -> tuple[Any, Any]:
     return Figure, FigureCanvasAgg
 
 
-def new_figure(width: float, height: float, title: str = "") -> Any:
+def cannot_draw() -> str:
+    """Why no pictures can be drawn; nothing if they can."""
+    try:
+        need_matplotlib()
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def new_figure(width: float, height: float, title: str = "", dpi: int = 110) -> Any:
     """An empty figure of so many inches. Text of the user is never read as a formula."""
     figure_class, canvas_class = need_matplotlib()
-    figure = figure_class(figsize=(width, height), dpi=110, layout="constrained")
+    figure = figure_class(figsize=(width, height), dpi=dpi, layout="constrained")
     canvas_class(figure)
     if title:
         figure.suptitle(title, fontsize=13, parse_math=False)
@@ -42,6 +53,7 @@ def show_picture(axis: Any, picture: Any, above: str = "", below: str = "", colo
 
 
 def written(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    """Write a figure in one step, of the kind that the name says."""
+    with replacing(path) as part:
+        figure.savefig(part, format=path.suffix.removeprefix(".") or None)
     return path

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..explain import Explanation
 from ..pictures import to_rgb
+from ..records import write_text
 from .colours import DIM, HEAT, KEPT_EDGE, SEAM, TINT
 from .payload import payload
 
@@ -32,10 +33,7 @@ class Page:
     height: int = 900
 
     def save(self, path: Path | str) -> Path:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html, encoding="utf-8")
-        return path
+        return write_text(path, self.html)
 
     def _repr_html_(self) -> str:
         """In a frame of its own, so that two pages in one notebook do not meet."""
