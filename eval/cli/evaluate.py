@@ -60,7 +60,7 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     )
     measure.add_argument("--max-new-tokens", type=int, help="default: the protocol's")
     measure.add_argument("--batch-size", type=int, help="default 8 (lmms: 1); 1 for numbers to publish (no padding)")
-    measure.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
+    measure.add_argument("--strict", action="store_true", help="stop at a question that cannot be asked")
     measure.add_argument("--out", type=OutFolder, default="eval_output", help="folder of predictions and records")
     add_load_options(measure)
 

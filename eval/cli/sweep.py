@@ -38,7 +38,7 @@ def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
         "--protocol", default="official", help="whose prompts and metric: official (default), llava or lmms"
     )
     sweep.add_argument("--batch-size", type=int, default=8, help="default 8; 1 for numbers to publish (no padding)")
-    sweep.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
+    sweep.add_argument("--strict", action="store_true", help="stop at a question that cannot be asked")
     sweep.add_argument("--repeats", type=int, default=5, help="rounds of the costs (default 5; 0: no costs)")
     sweep.add_argument("--examples", type=int, default=3, help="worst examples of each plan and task (default 3)")
     sweep.add_argument("--out", type=OutFolder, default="sweep_output", help="folder of everything")
