@@ -41,6 +41,9 @@ def inputs_of(
     pictures: dict[int, list[Any]] = {}
     wrong: dict[str, str] = {}
     for i in batch:
+        if any("\ud800" <= letter <= "\udfff" for letter in texts[i]):
+            wrong[questions[i].id] = "its text has half a character in it (a lone surrogate)"
+            continue
         try:
             pictures[i] = [open_picture(image) for image in questions[i].images]
         except PictureError as error:

@@ -107,7 +107,7 @@ def update(
 ) -> Any:
     """Replace a record by `change(what is there now)`, None where nothing is, under a lock: what another process has added
     meanwhile is not lost. Returns the new record. Raises as `read` does, and OSError."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
         value = change(read(path, kind, fits))
@@ -250,38 +250,31 @@ def _value(line: bytes) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------- before the work
 def check_output(option: str, path: Path | str, folder: bool = False, kinds: Sequence[str] = ()) -> None:
     """Raise ValueError if a file (or folder) cannot be written: a folder where a file is due or the other way round, below a file,
-    too long a name, read-only. Nothing stays of the attempt. kinds: the endings that are allowed, such as "png"."""
+    too long a name, read-only. Nothing is made. kinds: the endings that are allowed, such as "png"."""
     named, path = f"{option} {path}", Path(os.path.realpath(path))
     if kinds and path.suffix.lower().removeprefix(".") not in kinds:
         ending = f"no pictures end in {path.suffix!r}" if path.suffix else "the name has no ending"
         raise ValueError(f"{named}: {ending}; choose one of {', '.join(f'.{kind}' for kind in kinds)}")
-    made: list[Path] = []
     try:
-        if not folder and path.is_dir():
+        if path.is_dir() and not folder:
             raise ValueError(f"{named} is a folder: name a file in it")
-        if folder and path.exists() and not path.is_dir():
-            raise ValueError(f"{named} is a file: name a folder")
-        where = path if folder else path.parent
-        for place in (*reversed(where.parents), where):
-            if not place.exists():
-                place.mkdir()
-                made.append(place)
-            elif not place.is_dir():
-                raise ValueError(f"{named}: {place} is a file, not a folder")
-        if path.exists() and not folder:
+        if path.exists() and not path.is_dir():
+            if folder:
+                raise ValueError(f"{named} is a file: name a folder")
             if not os.access(path, os.W_OK):
-                raise ValueError(f"{named} cannot be written: {os.strerror(errno.EACCES)}")
-            if not path.is_file():  # a device or a pipe
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if not path.is_file():  # a device or a pipe is written itself
                 return
-        elif not folder:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            path.unlink()
-        trial = where / f".{secrets.token_hex(6)}.tmp"
+        there = path
+        while not there.exists():
+            there = there.parent
+        if there != path and not there.is_dir():
+            raise ValueError(f"{named}: {there} is a file, not a folder")
+        for name in path.relative_to(there).parts:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(there / name)  # too long, or with letters that the file system does not take
+        trial = (there if there.is_dir() else there.parent) / f".{secrets.token_hex(6)}.tmp"
         os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         trial.unlink()
     except OSError as error:
         raise ValueError(f"{named} cannot be written: {error.strerror}") from error
-    finally:
-        for place in reversed(made):
-            with contextlib.suppress(OSError):
-                place.rmdir()
