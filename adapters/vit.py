@@ -19,8 +19,9 @@ class PlainEncoder(Encoder):
 
     bias_argument: ClassVar[str | None] = "attn_mask"
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    @property
+    def base(self) -> Any:
+        return self.tower
 
     @property
     def tower(self) -> Any:
@@ -76,8 +77,9 @@ class OpenClipBlock(Block):
 class OpenClipAdapter(PlainEncoder):
     family: ClassVar[str] = "open_clip image towers (VisionTransformer, or a CLIP that has one)"
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(getattr(model, "visual", model))
+    @property
+    def tower(self) -> Any:
+        return getattr(self.model, "visual", self.model)
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -96,7 +98,7 @@ class OpenClipAdapter(PlainEncoder):
     def blocks(self) -> list[Block]:
         return [
             OpenClipBlock(block, at := block.attn, block.ln_2, block.mlp, at.num_heads, at.head_dim**-0.5)
-            for block in self.model.transformer.resblocks
+            for block in self.tower.transformer.resblocks
         ]
 
     @property

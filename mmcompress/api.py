@@ -14,39 +14,40 @@ from .adapters import adapter_for
 from .flops import counted
 from .ops.sinks import outlying
 from .plan import as_pipeline
-from .runtime.adapter import Adapter
+from .runtime.adapter import Adapter, body_of, unwrapped
 from .runtime.engine import Engine
+from .runtime.hooks import ENGINE
 from .runtime.tower import TowerEngine
 from .stage import Pipeline, Stage
 from .trace import EncoderReport, Report, Trace
 
 M = TypeVar("M")
-_ATTRIBUTE = "_mmcompress_engine"
+_ATTRIBUTE = ENGINE
 CONVERTED = "_mmcompress_conversion"
 """Attribute of a model whose layers `mmcompress.convert` has rebuilt."""
 
 
 def _stock(model: Any) -> Any:
-    """The Hugging Face model inside a wrapper such as PEFT's."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
+    """The model inside wrappers such as PEFT's."""
+    return unwrapped(model)
+
+
+def _found(model: Any) -> Engine | TowerEngine | None:
+    """The engine of a model, found by the model, its body or a wrapper of either."""
+    stock = _stock(model)
+    engine: Engine | TowerEngine | None = stock.__dict__.get(_ATTRIBUTE) or body_of(stock).__dict__.get(_ATTRIBUTE)
+    return engine if engine is not None and engine.whole else None
 
 
 def is_compressed(model: Any) -> bool:
     """Whether `compress` has been called on the model, and not undone."""
-    return _ATTRIBUTE in _stock(model).__dict__
+    return _found(model) is not None
 
 
-def _put_in(stock: Any, engine: Engine | TowerEngine) -> None:
-    engine.install()
-    setattr(stock, _ATTRIBUTE, engine)
-
-
-def _take_out(stock: Any) -> Engine | TowerEngine | None:
-    engine: Engine | TowerEngine | None = stock.__dict__.get(_ATTRIBUTE)
+def _take_out(model: Any) -> Engine | TowerEngine | None:
+    engine = _found(model)
     if engine is not None:
         engine.remove()
-        delattr(stock, _ATTRIBUTE)
     return engine
 
 
@@ -80,12 +81,12 @@ def compress(
     pipeline = as_pipeline(plan, positions=positions, structural=structural, **options)
     adapter = adapter_for(stock)
     engine = Engine(adapter, pipeline, timing) if isinstance(adapter, Adapter) else TowerEngine(adapter, pipeline)
-    before = _take_out(stock)
+    before = _take_out(model)
     try:
-        _put_in(stock, engine)
+        engine.install()
     except BaseException:
         if before is not None:
-            _put_in(stock, before)
+            before.install()
         raise
     return model
 
@@ -99,19 +100,18 @@ def uncompress(model: M) -> M:
 @contextmanager
 def compressed(model: M, plan: str | Stage | Pipeline, **options: Any) -> Iterator[M]:
     """`with compressed(model, plan):` compresses for a block; afterwards the plan from before, if any, is back."""
-    stock = _stock(model)
-    before: Engine | TowerEngine | None = stock.__dict__.get(_ATTRIBUTE)
+    before = _found(model)
     compress(model, plan, **options)
     try:
         yield model
     finally:
-        _take_out(stock)
+        _take_out(model)
         if before is not None:
-            _put_in(stock, before)
+            before.install()
 
 
 def _engine(model: Any) -> Engine | TowerEngine:
-    engine = _stock(model).__dict__.get(_ATTRIBUTE)
+    engine = _found(model)
     if engine is None:
         raise ValueError("this model is not compressed: call mmcompress.compress(model, plan) first")
     return engine
@@ -131,7 +131,7 @@ def find_sink_dims(
     """
     stock = _stock(model)
     batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-    layers = getattr(stock, stock.base_model_prefix).language_model.layers[3:-1]
+    layers = body_of(stock).language_model.layers[3:-1]
     if not batches or not len(layers):
         raise ValueError("give at least one batch of inputs, and a model of at least five layers")
     first, found = torch.zeros(0), torch.zeros(0)
@@ -142,7 +142,7 @@ def find_sink_dims(
         values = outlying(hidden[torch.arange(len(hidden)), first]).amin(0).cpu()
         found = torch.minimum(found, values) if len(found) else values
 
-    before = _take_out(stock)
+    before = _take_out(model)
     handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     try:
         for batch in batches:
@@ -153,7 +153,7 @@ def find_sink_dims(
         for handle in handles:
             handle.remove()
         if before is not None:
-            _put_in(stock, before)
+            before.install()
     dims = tuple((found > tau).nonzero()[:, 0].tolist())
     if not dims:
         raise ValueError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -69,6 +69,21 @@ class Block:
         record("k", parts[..., 1, :, :])
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside wrappers of PEFT, torch.compile, data parallelism and the like."""
+    while True:
+        inner = getattr(model, "get_base_model", None)
+        inside = inner() if callable(inner) else getattr(model, "_orig_mod", getattr(model, "module", model))
+        if inside is model or not isinstance(inside, nn.Module):
+            return model
+        model = inside
+
+
+def body_of(model: Any) -> Any:
+    """The part of a model that encodes pictures and holds the language model: what is below its head, or the model itself."""
+    return unwrapped(getattr(model, "base_model", model))
+
+
 class Encoder:
     """What the runtime asks about a vision encoder.
 
@@ -85,6 +100,20 @@ class Encoder:
     def bias(self, bias: Tensor, block: Block) -> Tensor:
         """The bias [n, 1, 1, T] in the shape that the attention module takes."""
         return bias
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        """Whether this class knows where things are in `model`."""
+        raise NotImplementedError
+
+    def again(self) -> Self:
+        """The same for the modules that the model has now."""
+        if not self.matches(self.model):
+            raise NotImplementedError(f"the model is none of {self.family} any more")
+        return type(self)(self.model)
 
     @property
     def tower(self) -> Any:
@@ -127,6 +156,8 @@ class Encoded:
     clusters  which tokens an encoder stage merged: equal numbers for each visual, [N]; None without one.
     left      how many tokens of each visual are left after it.
     pixels    small pictures of the tiles, where an adapter needs them to find out how they lie.
+    merged    how many tokens each block of the encoder merged away; None without an encoder stage.
+    seconds   how long the encoder took, nan where that is not measured.
     """
 
     modality: str
@@ -135,6 +166,8 @@ class Encoded:
     clusters: list[Tensor] | None = None
     left: list[int] = field(default_factory=list)
     pixels: Tensor | None = None
+    merged: list[int] | None = None
+    seconds: float = float("nan")
 
 
 class Adapter(Encoder):
@@ -146,14 +179,9 @@ class Adapter(Encoder):
     """Whether every run of placeholders stands between a start and an end token, which are no text."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
-        self.base: Any = getattr(model, model.base_model_prefix)
+        super().__init__(model)
+        self.base: Any = body_of(model)
         self.language_model: Any = self.base.language_model
-
-    @classmethod
-    def matches(cls, model: Any) -> bool:
-        """Whether this adapter knows where things are in `model`."""
-        raise NotImplementedError
 
     @property
     def placeholders(self) -> dict[str, int]:

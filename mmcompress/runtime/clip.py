@@ -178,8 +178,11 @@ class Clip:
         self.remembered: dict[tuple[str, bool, torch.device], Tensor] = {}
 
     @staticmethod
-    def of(adapter: Adapter, plan: Pipeline) -> Clip | None:
-        """The CLIP that a plan asks for, None if it asks for none."""
+    def of(adapter: Adapter, plan: Pipeline, loaded: Clip | None = None) -> Clip | None:
+        """The CLIP that a plan asks for, None if it asks for none. `loaded`: the one that the plan had on these modules before."""
+        if loaded is not None:
+            loaded._check(adapter.base.vision_tower)
+            return loaded
         asked = {(stage.clip, stage.tokenizer) for stage in plan.parts if getattr(stage, "clip", None)}  # type: ignore[attr-defined]
         if len(asked) > 1:
             raise ValueError(f"{plan!r}: all stages of a plan share one CLIP, give them the same clip and tokenizer")

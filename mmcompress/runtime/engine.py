@@ -17,6 +17,7 @@ import functools
 import inspect
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .clip import Clip
 from .cuts import Cutter, words_meant
 from .deepstack import give_levels, levels_of
 from .encoder import EncoderFacade
+from .hooks import Following
 from .inputs import InputStages, Prompt
 from .layers import OF_TEXT
 from .masks import layer_mask, layers_differ, logical_mask, validity
@@ -56,16 +58,27 @@ CALL = "mmcompress_call"
 with their keywords when the call is over; engine state would be gone then."""
 
 
-class Engine:
+class Engine(Following):
     """Compresses one model by one plan, from `install` to `remove`."""
 
+    kept = (*Following.kept, "timing", "clip", "last")
+    clip: Clip | None = None
+    last: CallRecord | None = None
+    call: Call | None = None
+    encoding = False
+    vision_seconds = float("nan")
+
     def __init__(self, adapter: Adapter, plan: Pipeline, timing: bool = False) -> None:
-        plan = plan.fit(adapter.language_model.config).load(adapter.model)
-        self.adapter, self.plan, self.timing = adapter, plan, timing
-        self.base, self.language_model = adapter.base, adapter.language_model
+        super().__init__()
+        self.plan, self.timing = plan.fit(adapter.language_model.config).load(adapter.model), timing
+        self.find(adapter)
+
+    def find(self, adapter: Adapter) -> None:
+        plan = self.plan
+        self.adapter, self.base, self.language_model = adapter, adapter.base, adapter.language_model
         check_language_model(self.language_model.config, plan)
         check_positions(adapter, plan)
-        self.clip = Clip.of(adapter, plan)
+        self.clip = Clip.of(adapter, plan, self.clip)
         self.substitutes = resolve_needs(adapter, plan, self.clip is not None)
         self.cutter = Cutter(self.language_model, plan, adapter.reindexes)
         self.facade = self._facade()
@@ -77,13 +90,7 @@ class Engine:
         self.vision_tap = VisionTap(adapter, names, self.facade, self.clip) if names else None
         self.rewriters = rewriters(plan, self.language_model)
         self.parameters = list(inspect.signature(self.base.forward).parameters)
-        self.handles: list[RemovableHandle] = []
-        self.wrapped: list[tuple[str, Any]] = []
-        self.encoding = False
         self.encoded_last: dict[str, Encoded] = {}
-        self.call: Call | None = None
-        self.last: CallRecord | None = None
-        self.vision_seconds = float("nan")
 
     # ------------------------------------------------------------------ checks at compress time
     def _facade(self) -> PixelFacade | EncoderFacade | None:
@@ -92,49 +99,43 @@ class Engine:
             return PixelFacade(self.adapter, self.plan.pixel_stages[0])
         return EncoderFacade(self.adapter, self.plan.encoder_stages[0]) if self.plan.encoder_stages else None
 
-    # ------------------------------------------------------------------ install, remove
-    def install(self) -> None:
-        """Put the hooks in. If anything fails half-way, everything is taken out again."""
-        try:
-            self._install()
-        except BaseException:
-            self.remove()
-            raise
+    # ------------------------------------------------------------------ hooks
+    def doors(self) -> Iterator[RemovableHandle]:
+        yield self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True)
+        if self.base is not self.adapter.model:
+            yield self.adapter.model.register_forward_pre_hook(self._model_pre)
 
-    def _install(self) -> None:
-        add = self.handles.append
-        add(self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True))
-        add(self.base.register_forward_hook(self._base_post, always_call=True))
-        add(self.language_model.register_forward_pre_hook(self._language_pre, with_kwargs=True))
-        add(self.language_model.register_forward_hook(self._language_post))
+    def hooks(self) -> Iterator[RemovableHandle]:
+        yield self.base.register_forward_hook(self._base_post, always_call=True)
+        yield self.language_model.register_forward_pre_hook(self._language_pre, with_kwargs=True)
+        yield self.language_model.register_forward_hook(self._language_post)
         for i, layer in enumerate(self.language_model.layers):
-            add(layer.register_forward_pre_hook(functools.partial(self._layer_pre, i), with_kwargs=True))
+            yield layer.register_forward_pre_hook(functools.partial(self._layer_pre, i), with_kwargs=True)
         for part in (self.facade, self.vision_tap, *self.rewriters.values(), self.cutter):
             if part is not None:
-                self.handles += part.install()
+                yield from part.install()
         for name in self.adapter.encoders:
             original = getattr(self.base, name)
-            self.wrapped.append((name, self.base.__dict__.get(name)))
             # A partial of a bound method survives deepcopy and pickle (a closure does not), and generate() reads the
             # signature of this method.
             wrapper = functools.partial(self._encode, original, name)
-            setattr(self.base, name, functools.update_wrapper(wrapper, original))
-
-    def remove(self) -> None:
-        """Take everything out again; the model is as it was."""
-        leave(self)
-        for handle in self.handles:
-            handle.remove()
-        for name, before in self.wrapped:
-            if before is None:
-                delattr(self.base, name)
-            else:
-                setattr(self.base, name, before)
-        self.handles, self.wrapped = [], []
+            self.replace(self.base, name, functools.update_wrapper(wrapper, original))
 
     # ------------------------------------------------------------------ base model
+    def _model_pre(self, module: Any, args: tuple) -> None:
+        if self.doors_at is not None and self.doors_at.changed():
+            self.follow()
+
     def _base_pre(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.whole:
+            return
+        if self.places is None:
+            self.follow()  # the first call of a copy
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}  # some families pass input_ids by position
+        ids = given.get("input_ids")
+        step = ids is not None and ids.shape[1] == 1
+        if not step and (given.get("mm_encoder_outputs") or is_pruned(cache_of(given))):
+            self.follow()
         outputs = {m: o for m, o in (given.get("mm_encoder_outputs") or {}).items() if o is not None}
         encoded = [self._encoded_before(modality, output) for modality, output in outputs.items()]
         self.call = Call(given.get("input_ids"), given.get("inputs_embeds"), encoded)
@@ -162,8 +163,9 @@ class Engine:
 
     def _encode(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """Runs an encoder method and records what it encoded, on its output: `generate` may call it before the forward."""
-        if self.encoding:  # some families' video method calls their image method
+        if self.encoding or not self.whole:  # some families' video method calls their image method
             return original(*args, **kwargs)
+        self.follow()
         bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
         arguments = {**bound, **bound.pop("kwargs", {})}
         self.adapter.check_encoder_call(arguments)

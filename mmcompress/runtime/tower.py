@@ -3,29 +3,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch.utils.hooks import RemovableHandle
 
 from ..stage import Pipeline
 from .adapter import Encoder
 from .encoder import EncoderFacade
+from .hooks import Following
 
 
-class TowerEngine:
+class TowerEngine(Following):
     """Merges tokens in one vision encoder, from `install` to `remove`."""
 
     def __init__(self, encoder: Encoder, plan: Pipeline) -> None:
+        super().__init__()
         if len(plan.parts) != 1 or not plan.encoder_stages:
             raise ValueError(
                 f"{plan!r}: a vision model without language model takes exactly one stage that acts inside the encoder (tome)"
             )
-        self.encoder, self.plan = encoder, plan
-        self.facade = EncoderFacade(encoder, plan.encoder_stages[0])
-        self.handles: list[RemovableHandle] = []
+        self.plan = plan
+        self.find(encoder)
 
-    def install(self) -> None:
-        self.handles = self.facade.install()
+    def find(self, adapter: Encoder) -> None:
+        self.adapter, self.facade = adapter, EncoderFacade(adapter, self.plan.encoder_stages[0])
 
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+    def doors(self) -> Iterator[RemovableHandle]:
+        yield self.adapter.tower.register_forward_pre_hook(self._begin)
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        yield from self.facade.install()
+
+    def _begin(self, module: Any, args: tuple) -> None:
+        if self.whole:
+            self.follow()
