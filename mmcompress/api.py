@@ -200,5 +200,5 @@ def report(model: Any, inputs: Mapping[str, Any] | None = None) -> Report | Enco
     try:
         full = counted(model, inputs, engine.language_model).total
     finally:
-        _put_in(stock, engine)
+        engine.install()
     return trace(model).report((now, full))
