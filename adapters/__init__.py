@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..runtime.adapter import Adapter, Encoder
-from .common import CommonAdapter
+from .common import CommonAdapter, refusal
 from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
 from .qwen_vl import QwenVLAdapter
@@ -24,8 +24,8 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 
 
 def adapter_for(model: Any) -> Adapter | Encoder:
-    """The adapter of `model` (an `Encoder` for a vision model without language model); raises NotImplementedError with
-    the supported families if there is none."""
+    """The adapter of `model` (an `Encoder` for a vision model without language model); raises NotImplementedError that says
+    why there is none."""
     for adapter in ADAPTERS:
         if adapter.matches(model):
             return adapter(model)
@@ -33,7 +33,7 @@ def adapter_for(model: Any) -> Adapter | Encoder:
         if encoder.matches(model):
             return encoder(model)
     known = "; ".join(a.family for a in (*ADAPTERS, *ENCODERS))
-    raise NotImplementedError(f"{type(model).__name__} is not supported. Supported: {known}")
+    raise NotImplementedError(f"{type(model).__name__} is not supported: {refusal(model)}. Supported: {known}")
 
 
 __all__ = ["ADAPTERS", "Adapter", "Encoder", "adapter_for"]

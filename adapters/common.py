@@ -3,13 +3,37 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..runtime.adapter import Adapter, Encoded
 from ..visuals import Layout
+
+TOKENS = {"image": "image_token_id", "video": "video_token_id"}
+
+
+def base_of(model: Any) -> Any:
+    """The part of a model below its head."""
+    return getattr(model, "base_model", model)
+
+
+def decoder_of(base: Any) -> Any:
+    """The decoder that a base model gives its embeddings to: with its layers, without its head; None if there is none."""
+    part = getattr(base, "language_model", None) or getattr(base, "text_model", None)
+    while part is not None and not hasattr(part, "layers"):
+        part = getattr(part, "model", None)
+    return part
+
+
+def encoders_of(base: Any) -> dict[str, str]:
+    """Methods of a base model that encode pixels, with the modality that each one encodes."""
+    there = {"get_image_features": "image", "get_video_features": "video"}
+    return {name: modality for name, modality in there.items() if hasattr(base, name)}
 
 
 class CommonAdapter(Adapter):
@@ -20,23 +44,38 @@ class CommonAdapter(Adapter):
         "other models with get_image_features and config.image_token_id (input and layer stages only)"
     )
 
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.base = base_of(model)
+        self.language_model = decoder_of(self.base)
+
     @classmethod
     def matches(cls, model: Any) -> bool:
-        config, base = getattr(model, "config", None), getattr(model, getattr(model, "base_model_prefix", ""), None)
-        return (
-            getattr(config, "image_token_id", None) is not None
-            and hasattr(base, "get_image_features")
-            and hasattr(getattr(base, "language_model", None), "layers")
-        )
+        return refusal(model) is None
 
     @property
     def reindexes(self) -> bool:  # type: ignore[override]
-        rope = getattr(self.language_model.config, "rope_parameters", None) or {}
-        return "mrope_section" not in rope
+        return not hasattr(self.base, "get_rope_index")  # which makes positions of several axes
 
     @property
     def encoders(self) -> dict[str, str]:
-        return {"get_image_features": "image"}
+        return encoders_of(self.base)
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        found = {m: getattr(self.model.config, name, None) for m, name in TOKENS.items() if m in self.encoders.values()}
+        if found.get("video") is not None and not self._marks_videos(found["video"]):
+            found["video"] = found["image"]
+        return {modality: token for modality, token in found.items() if token is not None}
+
+    def _marks_videos(self, token: int) -> bool:
+        """Whether the base model puts features of videos at `token` (GLM puts them at image tokens, between two others)."""
+        find = getattr(self.base, "get_placeholder_mask", None)
+        if find is None or "video_features" not in inspect.signature(find).parameters:
+            return True
+        ids = torch.tensor([[token]], device=self.model.device)
+        masks = find(ids, inputs_embeds=ids.new_zeros(1, 1, 1))
+        return bool(masks[1].any())
 
     @property
     def blocks(self) -> list[Any]:
@@ -48,10 +87,56 @@ class CommonAdapter(Adapter):
 
     @property
     def lacks(self) -> str:
-        return f"the vision encoder of {type(self.model).__name__} is not known to mmcompress"
+        tower = getattr(getattr(self.model.config, "vision_config", None), "model_type", "")
+        of = type(self.model).__name__ + (f" ({tower})" if tower else "")
+        return f"the vision encoder of {of} is not known to mmcompress"
+
+    def features(self, output: Any, arguments: dict[str, Any]) -> Sequence[Tensor]:
+        features, states = output.pooler_output, output.last_hidden_state
+        if features is None:
+            features = states
+        pixels = arguments.get("pixel_values")
+        if pixels is None or pixels.dim() != 5 or len(features) != len(pixels) or states is None or states.dim() != 3:
+            return features
+        lengths = [f.numel() // f.shape[-1] for f in features]  # [samples, pictures, C, H, W]: one tensor per sample
+        each = sum(lengths) // len(states)
+        if each * len(states) != sum(lengths) or any(length % each for length in lengths):
+            return features
+        return torch.cat([f.flatten(0, -2) for f in features]).split(each)
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         return Encoded(modality, [Layout.raster(1, 1, length) for length in lengths])
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         raise AssertionError("no signals, nothing to arrange")
+
+
+def refusal(model: Any) -> str | None:
+    """Why no visual tokens of `model` can be dropped at the input of a language model; None if they can."""
+    config, base = getattr(model, "config", None), base_of(model)
+    if not hasattr(model, "base_model_prefix"):
+        return "it is no model of transformers"
+    for name, child in model.named_children():
+        if hasattr(child, "base_model_prefix") and base_of(child) is not child and refusal(child) is None:
+            return f"it wraps the model that sees: compress(model.{name}, ...)"
+    if not {"image", "video"} & set(getattr(model, "input_modalities", ("image",))):
+        return "it takes no pictures, so there are no visual tokens to drop"
+    if getattr(config, "is_encoder_decoder", False) or (hasattr(base, "encoder") and hasattr(base, "decoder")):
+        return "it is an encoder-decoder: pictures enter its encoder, and no visual tokens stand in the prompt of its decoder"
+    crossing = re.compile(r"^(?!.*(qformer|projector|vision)).*cross_?att")
+    if any(crossing.match(name) for name, _ in base.named_modules()):
+        return "its language model looks at pictures by cross-attention: no visual tokens stand in its prompt"
+    if not encoders_of(base):
+        return "it encodes pictures inside its forward pass: its base model has no get_image_features"
+    decoder = decoder_of(base)
+    if decoder is None:
+        return (
+            "its base model has no decoder apart (language_model or text_model with layers) that is given embeddings, in "
+            "front of which visual tokens could be dropped"
+        )
+    if all(getattr(config, name, None) is None for name in TOKENS.values()):
+        return "no token of its prompts stands for a visual token: config has no image_token_id"
+    other = [name for name in inspect.signature(decoder.forward).parameters if "deepstack" in name]
+    if set(other) - {"deepstack_visual_embeds"}:
+        return f"its features enter layers of the language model in a form that is not supported ({', '.join(other)})"
+    return None

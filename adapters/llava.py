@@ -29,12 +29,7 @@ class LlavaAdapter(Adapter):
         config = getattr(model, "config", None)
         if getattr(config, "model_type", None) not in cls.model_types or not hasattr(model, "base_model_prefix"):
             return False
-        tower = config.vision_config.model_type
-        if tower not in TOWERS:
-            raise NotImplementedError(
-                f"LLaVA with a {tower} vision tower is not supported; supported towers: {', '.join(TOWERS)}"
-            )
-        return True
+        return config.vision_config.model_type in TOWERS
 
     @property
     def blocks(self) -> list[Block]:

@@ -57,20 +57,30 @@ def sliding() -> Any:
 @pytest.mark.parametrize(
     ("model", "plan", "error", "message"),
     [
-        (lambda: nn.Linear(2, 2), "visionzip", NotImplementedError, "Linear is not supported. Supported: LLaVA-1.5"),
+        (
+            lambda: nn.Linear(2, 2),
+            "visionzip",
+            NotImplementedError,
+            "Linear is not supported: it is no model of transf.*Supported: LLaVA-1.5",
+        ),
         (
             lambda: LlamaForCausalLM(text_config()),
             "visionzip",
             NotImplementedError,
-            "LlamaForCausalLM is not supported",
+            "LlamaForCausalLM is not supported: it takes no pictures",
         ),
         (
             pixtral,
             "visionzip",
             NotImplementedError,
-            "pixtral vision tower is not supported; supported towers: clip_vision_model",
+            r"needs cls_attention .*vision encoder of LlavaForConditionalGeneration \(pixtral\) is not known",
         ),
-        (sliding, "visionzip", NotImplementedError, r"sliding_attention.*only full attention"),
+        (
+            sliding,
+            "visionzip",
+            NotImplementedError,
+            "layers of type sliding_attention: their window counts tokens that may be gone",
+        ),
         (build, "fastv(layer=4)", ValueError, "has 4 layers, cut before one of 1 to 3"),
         (build, "visionzap", ValueError, "did you mean 'visionzip'"),
         (

@@ -232,6 +232,10 @@ class Adapter(Encoder):
                     f"model.config.{name} before compress()"
                 )
 
+    def features(self, output: Any, arguments: dict[str, Any]) -> Sequence[Tensor]:
+        """The features of each visual in what an encoder method gave for its arguments."""
+        return output.pooler_output if hasattr(output, "pooler_output") else output[1]
+
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         """The visuals of one encoder call: its arguments, and how many tokens the features of each visual have."""
         raise NotImplementedError

@@ -113,7 +113,11 @@ class Call:
 def placeholder_masks(call: Call, adapter: Adapter) -> dict[str, Tensor]:
     """Where the visual tokens of each modality stand, [B, S] bool."""
     masks = {}
-    for modality, token in adapter.placeholders.items():
+    here = {encoded.modality for encoded in call.encoded}
+    tokens = adapter.placeholders
+    for modality, token in tokens.items():
+        if modality not in here and any(token == tokens[m] for m in here):
+            continue  # frames of a video on placeholders of pictures
         if call.input_ids is not None:
             masks[modality] = call.input_ids == token
         elif call.inputs_embeds is not None:  # embeddings were given: the same rule as transformers'

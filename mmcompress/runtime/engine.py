@@ -175,8 +175,7 @@ class Engine(Following):
         start = self._now()
         try:
             output = original(*args, **kwargs)
-            features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
-            lengths = [f.numel() // f.shape[-1] for f in features]
+            lengths = [f.numel() // f.shape[-1] for f in self.adapter.features(output, arguments)]
             if not lengths:
                 raise ValueError(f"{name} was given no images: leave the pixels out for a text-only prompt")
             encoded = self.adapter.encoded(self.adapter.encoders[name], arguments, lengths)

@@ -15,6 +15,8 @@ from .signals import kind_of
 
 VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature", *CLIP_PATCHES})
 TEXT_SIGNALS = ("text_embeddings",)
+STATES = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"})
+"""Kinds of layers that carry a state from token to token."""
 
 
 def names_of(needs: Iterable[Need]) -> list[str]:
@@ -24,19 +26,25 @@ def names_of(needs: Iterable[Need]) -> list[str]:
 
 def check_language_model(config: Any, plan: Pipeline) -> None:
     """Raise for layers in which tokens cannot be dropped."""
-    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     inside = (*plan.layer_stages, *plan.exit_stages)
-    if "linear_attention" in kinds and inside:
-        raise NotImplementedError(
-            f"{inside[0]!r}: the language model has linear attention layers, whose state cannot forget "
-            f"tokens: only stages before the language model are supported"
-        )
     if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        kinds = {f"sliding_attention (sliding_window={config.sliding_window})"}
-    if kinds - {"full_attention", "linear_attention"}:
+        kinds = {"sliding_attention"}
+    windows = sorted(kind for kind in kinds if "sliding" in kind or "chunk" in kind)
+    if windows:
         raise NotImplementedError(
-            f"the language model has layers of type {', '.join(sorted(kinds))}: only full attention is supported, since "
-            f"a window counts tokens that may be gone"
+            f"the language model has layers of type {', '.join(windows)}: their window counts tokens that may be gone"
+        )
+    states = sorted(kinds & STATES)
+    if states and inside:
+        raise NotImplementedError(
+            f"{inside[0]!r}: the language model has layers of type {', '.join(states)}, whose state cannot forget tokens: only "
+            f"stages before the language model are supported"
+        )
+    if inside and ("indexed_attention" in kinds or any(name.startswith("index_") for name in vars(config))):
+        raise NotImplementedError(
+            f"{inside[0]!r}: the language model has indexers, which choose the tokens that a query sees: only stages before the "
+            f"language model are supported"
         )
 
 
