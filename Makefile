@@ -47,7 +47,7 @@ results: $(READY)  ## measure again what the README shows (under two hours on tw
 	for model in $(MODELS); do $(RUN) -m mmcompress sweep $$model $(SWEEP) --out results/sweep/$$model || exit 1; done
 	$(RUN) -m mmcompress bench all --repeats 4 --out results/bench.json
 	$(RUN) -m mmcompress bench kernels --out results/kernels.json --plot results/kernels.png
-	$(RUN) -m mmcompress.eval.synthetic.faithful --plan 'fastv(keep=0.5)' --plan 'divprune(keep=0.5)'
+	$(RUN) -m mmcompress.eval.synthetic.faithful --plan 'fastv(keep=0.5)' --plan 'divprune(keep=0.5)' --pack
 	$(RUN) -m mmcompress.eval.synthetic.rank_order
 	$(RUN) -m mmcompress.eval.cost.explain
 	$(RUN) -m mmcompress.eval.readme

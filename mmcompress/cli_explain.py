@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from .eval.cli import Command, Load, OpenImage, OutFolder, add_load_options
 
 NAMES = ("token-activation-map", "attention-rollout", "last-layer-attention", "gradient-relevance", "grad-cam")
 """What `--method` takes, in the order of `mmcompress.explain.EXPLANATIONS`."""
+WORDS, GRADIENTS = "token-activation-map", "gradient-relevance"
+"""The map of words; and what stands beside it wherever a backward pass is affordable."""
 
 
 def add(command: Command, load: Load, open_image: OpenImage) -> None:
@@ -31,8 +35,10 @@ def add(command: Command, load: Load, open_image: OpenImage) -> None:
     explain.add_argument("--question", required=True)
     explain.add_argument("--plan", help="also with this compression, side by side: e.g. 'visionzip(keep=0.25)'")
     explain.add_argument(
-        "--method", action="append", choices=NAMES, help="explanation (default token-activation-map); several allowed"
-    )
+        "--method", action="append", choices=NAMES,
+        help=f"explanation; several allowed (default {WORDS}, and {GRADIENTS} where a backward pass is affordable)",
+    )  # fmt: skip
+    explain.add_argument("--no-gradients", action="store_true", help=f"leave {GRADIENTS} out of the default")
     explain.add_argument(
         "--same-answer",
         action="store_true",
@@ -46,7 +52,7 @@ def add(command: Command, load: Load, open_image: OpenImage) -> None:
 def run(options: argparse.Namespace, console: Console, load: Load, open_image: OpenImage) -> None:
     """Explain, write, and say where the page is."""
     from .plan import as_pipeline
-    from .visualize import write_all
+    from .visualize import faithfulness, write_all
     from .visualize.figure import need_matplotlib
 
     if options.max_new_tokens < 1:
@@ -55,17 +61,21 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
     pictures = [open_image(path) for path in options.image]
     plan = as_pipeline(options.plan) if options.plan else None
     model, processor, _ = load(options)
-    methods = options.method or NAMES[:1]
+    methods = options.method or ([WORDS] if options.no_gradients else None)
+    notes: list[str] = []
     how = {"video": options.video, "max_new_tokens": options.max_new_tokens}
-    found = explained(model, processor, pictures, options.question, plan, methods, options.same_answer, **how)
-    for one in found:
-        console.print(
-            f"{one.plan or 'stock model'}, {one.method}: {one.answer}", markup=False, highlight=False, soft_wrap=True
-        )
-    paths = write_all(found, options.out)
-    console.print(
-        f"page: {paths[0]}  (and {len(paths) - 1} pictures beside it)", markup=False, highlight=False, soft_wrap=True
+    found = explained(
+        model, processor, pictures, options.question, plan, methods, options.same_answer, notes.append, **how
     )
+    paths = write_all(found, options.out, about=options.model, notes=notes)
+    lines = [f"{plan or 'stock model'}: {answer}" for plan, answer in {one.plan: one.answer for one in found}.items()]
+    lines += [f"{method}: {text}" for method, text in faithfulness(found).items()]
+    if plan is None:
+        notes.append("no --plan: nothing was dropped; with one the page opens with what was kept, merged and dropped")
+    lines += [f"note: {note}" for note in notes]
+    lines.append(f"page: {paths[0].resolve().as_uri()}  (and {len(paths) - 1} pictures beside it)")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def explained(
@@ -74,23 +84,53 @@ def explained(
     pictures: list[Any],
     question: str,
     plan: Any = None,
-    methods: Any = NAMES[:1],
+    methods: Any = None,
     same_answer: bool = False,
+    say: Callable[[str], object] = str,
     **how: Any,
 ) -> list[Any]:
     """Explanations of the stock model, then of the compressed one, by each method. Each explains its own
-    answer; with `same_answer` the compressed one reads the stock model's, so that the words are the same."""
-    from .api import compressed
-    from .explain import EXPLANATIONS
+    answer; with `same_answer` the compressed one reads the stock model's, so that the words are the same.
 
-    functions = [dict(zip(NAMES, EXPLANATIONS.values(), strict=True))[name] for name in methods]
-    first = functions[0](model, processor, pictures, question, **how)
-    answer = first.answer_ids
-    found = [first, *(f(model, processor, pictures, question, answer=answer, **how) for f in functions[1:])]
+    methods  names of `NAMES`. None: the map of words, and beside it gradient relevance wherever the model allows it and it is
+             affordable (`mmcompress.explain.unaffordable`); `say` is told where it is left out, and why.
+    """
+    from .api import compressed
+
+    ask = functools.partial(_explained, model, processor, pictures, question, methods, say, **how)
+    found = ask(None)
     if plan is None:
         return found
     with compressed(model, plan):
-        if not same_answer:
-            one = functions[0](model, processor, pictures, question, **how)
-            answer, functions, found = one.answer_ids, functions[1:], [*found, one]
-        return [*found, *(f(model, processor, pictures, question, answer=answer, **how) for f in functions)]
+        return [*found, *ask(found[0].answer_ids if same_answer else None)]
+
+
+def _explained(
+    model: Any,
+    processor: Any,
+    pictures: list[Any],
+    question: str,
+    methods: Sequence[str] | None,
+    say: Callable[[str], object],
+    answer: list[int] | None,
+    **how: Any,
+) -> list[Any]:
+    """Explanations of one answer, the model's own or the one given."""
+    from torch import OutOfMemoryError
+
+    from .explain import EXPLANATIONS, unaffordable
+
+    functions = dict(zip(NAMES, EXPLANATIONS.values(), strict=True))
+    first, *others = methods or [WORDS]
+    found = [functions[first](model, processor, pictures, question, answer=answer, **how)]
+    how["answer"] = found[0].answer_ids
+    found += [functions[name](model, processor, pictures, question, **how) for name in others]
+    if methods is None:
+        why = unaffordable(model, found[0].layers[0] + len(how["answer"]))
+        try:
+            found += [] if why else [functions[GRADIENTS](model, processor, pictures, question, **how)]
+        except (NotImplementedError, OutOfMemoryError) as error:
+            why = str(error).splitlines()[0]
+        if why:
+            say(f"{found[0].plan or 'stock model'} without gradient relevance: {why}")
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,11 @@ from mmcompress.explain import EXPLANATIONS, panes
 from mmcompress.explain.curves import answer_probabilities, insertion_deletion
 from mmcompress.explain.faithfulness import OUTSIDE, Scores, explanation_scores, fill_missing, seen_in, word_scores
 from mmcompress.explain.labels import FUNCTION, NOUN, OTHER
+from mmcompress.explain.measured import measured
 from mmcompress.explain.thresholds import otsu_threshold, quantised, resize_map
 from mmcompress.explain.words import group_words, token_texts, word_text
+
+from .families import build, image, prompts
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,30 @@ def test_values_on_the_picture_keep_their_places() -> None:
 
 
 # ---------------------------------------------------------------------- scores
+@torch.no_grad()
+def test_tiles_and_thumbnail_are_averaged_where_both_are_there() -> None:
+    model = build("llava_next")
+    inputs = prompts(model, "llava_next", [[3, image("llava_next"), 5]])
+    found = mm.token_activation_map(model, None, inputs=inputs, answer=[31, 77])
+    (seen,) = found.visuals
+    (tiles,), (thumbnail,) = ([p for p in seen.panes if p.role == role] for role in ("tiles", "thumbnail"))
+    values = torch.zeros(len(seen.valid))
+    values[tiles.cells], values[thumbnail.cells] = 0.2, 0.6
+    pane, grid = found.fused(values)
+    assert pane is tiles
+    torch.testing.assert_close(grid, torch.full(tiles.grid, 0.4))
+    gone = values.clone()
+    gone[tiles.cells[0, 0]] = math.nan
+    assert found.fused(gone)[1][0, 0] == pytest.approx(0.6) and found.fused(gone)[1][0, 1] == pytest.approx(0.4)
+    gone[thumbnail.cells] = math.nan
+    _, alone = found.fused(gone)
+    assert alone[0, 0].isnan() and alone[0, 1] == pytest.approx(0.2)
+    corner = torch.zeros(len(seen.valid))
+    corner[thumbnail.cells[-1, -1]] = 1.0
+    _, lit = found.fused(corner)
+    assert lit[-1, -1] > 0.4 and lit[0].max() == lit[:, 0].max() == 0
+
+
 def test_otsu_and_resizing() -> None:
     assert otsu_threshold(torch.tensor([10] * 30 + [200] * 5, dtype=torch.uint8)) == 10
     assert otsu_threshold(torch.full((4, 4), 7, dtype=torch.uint8)) == 0
@@ -231,6 +260,54 @@ def test_errors_are_paired_and_records_keep_other_models(tmp_path: Any) -> None:
     record(path, [first, second])
     record(path, [second])
     assert [row["model"] for row in json.loads(path.read_text())["rows"]] == ["llava-shapes", "internvl-shapes"]
+
+
+RECORD = json.loads((Path(__file__).parent.parent / "results" / "explain.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("name", ["llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes"])
+def test_explanations_say_what_the_record_says(name: str) -> None:
+    """On the model that was measured and with the options that were; the stock model's score where no other is known."""
+    model, _ = load(model_path(name))
+    last = len(model.model.language_model.layers) - 1
+    options: dict[str, dict[str, Any]] = {
+        "token activation map": {"compat": "paper", "interference": True, "kernel": 3, "cap": None},
+        "attention rollout": {"normalise": "joint"},
+        "last-layer attention": {"layer": last, "normalise": "joint"},
+        "gradient relevance": {"normalise": "joint", "explain_question": False},
+        "Grad-CAM": {"explain_question": True},
+    }
+    assert set(options) == set(EXPLANATIONS)
+    rows = [row for row in RECORD if row["model"] == name]
+    assert len(rows) == 11
+    for row in rows:
+        found = measured(model, row["explanation"], options[row["explanation"]], row["plan"])
+        assert found is not None
+        assert (found.model, found.questions, found.plan) == (name, row["samples"], row["plan"])
+        assert found.f1 == pytest.approx(row["f1_iou"], abs=1e-6) and found.error == pytest.approx(
+            row["f1_error"], abs=1e-6
+        )
+        assert str(found).startswith(f"F1-IoU {100 * row['f1_iou']:.1f} ± {100 * found.error:.1f} % ({name}")
+    other = measured(model, "attention rollout", options["attention rollout"], "divprune(keep=0.25)")
+    assert other is not None and other.plan == ""
+    assert measured(model, "last-layer attention", {"layer": last - 1, "normalise": "joint"}) is None
+    assert measured(model, "attention rollout", {"normalise": "visual"}) is None
+    with torch.no_grad():
+        next(iter(model.parameters())).view(-1)[0] += 1
+    assert measured(model, "attention rollout", options["attention rollout"]) is None
+
+
+def test_explanations_carry_question_and_measure(embedded: tuple[Any, Any]) -> None:
+    model, processor = embedded
+    asked = "  What is the dog's name, please?\n"
+    for explain in EXPLANATIONS.values():
+        found = explain(model, processor, items(1)[0].picture, asked, max_new_tokens=3)
+        assert found.question == "What is the dog's name, please?" and "<unk>" in {t.text.strip() for t in found.tokens}
+        assert found.measured is not None and found.measured.model == "llava-shapes" and found.measured.plan == ""
+    plain = build("llava")
+    (row,) = [prompts(plain, "llava", [[3, image("llava"), 5]])]
+    found = mm.token_activation_map(plain, None, inputs=row, answer=[31])
+    assert found.measured is None and found.question == "".join(t.text for t in found.tokens[:-1]).strip()
 
 
 def _faithful(name: str, parts: list[Scores]) -> Faithfulness:

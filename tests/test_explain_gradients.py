@@ -133,6 +133,26 @@ def test_half_precision_and_frozen_models_have_gradients_too() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("small", [0, 12])
+def test_float16_gradients_do_not_vanish(small: int) -> None:
+    """float16 holds nothing below 2^-24; targets are scaled on the way back, and the scale is taken out again."""
+    whole, half = build("llava"), build("llava", dtype=torch.float16)
+    for model in (whole, half):
+        for part in (model.lm_head, model.model.language_model.norm):
+            part.weight.data = part.weight.half().to(model.dtype) / 2**small
+    inputs = prompt(whole, "llava")
+    ask = {"inputs": inputs, "answer": ANSWER, "normalise": "visual"}
+    plain, rough = (mm.gradient_relevance(model, None, **ask) for model in (whole, half))  # type: ignore[arg-type]
+    asked = len(plain.tokens) - len(ANSWER)
+    torch.testing.assert_close(rough.maps[asked:], plain.maps[asked:], atol=0.05, rtol=0)
+    first = plain.maps[asked:].argmax(1)
+    assert (rough.maps[asked:].gather(1, first[:, None]) > 0.9).all()
+    values = [
+        mm.gradient_relevance(model, None, inputs=inputs, answer=ANSWER).relevance[asked:] for model in (whole, half)
+    ]
+    torch.testing.assert_close(values[1], values[0], atol=0.02, rtol=0.05, equal_nan=True)
+
+
 def test_plans_that_rewrite_attention_are_refused() -> None:
     model = build("llava", num_hidden_layers=6)
     inputs = prompt(model, "llava")

@@ -330,13 +330,16 @@ def test_attention_of_a_compressed_model() -> None:
     mm.compress(model, "by_feature(keep=0.5) >> by_hidden(layer=2, keep=0.5)")
     answer = [44]  # read at the last place of the prompt: one forward pass shows it all
     rolled = mm.attention_rollout(model, None, inputs=inputs, answer=answer)
+    each = [mm.last_attention(model, None, inputs=inputs, answer=answer, layer=layer) for layer in range(4)]
     last = mm.last_attention(model, None, inputs=inputs, answer=answer)
+    assert torch.equal(last.maps.nan_to_num(-1), each[-1].maps.nan_to_num(-1))
     maps = [a[0].mean(0) for a in model.model(**inputs, output_attentions=True).attentions]
     groups = rolled.trace.call.groups
     assert [len(m) for m in maps] == [groups[0].physical] * 2 + [groups[1].physical] * 2
     cut = groups[1].from_previous[0]
     asked = len(rolled.tokens) - 1
-    for found, whole, group in ((rolled, rollout(maps, {2: cut}), groups[0]), (last, maps[-1], groups[1])):
+    shown = [(one, maps[i], groups[i >= 2]) for i, one in enumerate(each)]  # layer 2 has what its cut leaves
+    for found, whole, group in ((rolled, rollout(maps, {2: cut}), groups[0]), *shown):
         (visual,) = found.trace.visuals
         source = group.source[0].tolist()
         slots = [source.index(int(p)) if int(p) in source else -1 for p in visual.span.patches]
@@ -345,7 +348,7 @@ def test_attention_of_a_compressed_model() -> None:
         row = whole[-1]
         expected = scaled(row[slots].masked_fill(~there, float("nan"))[None], row[None, -asked:], asked)[0]
         torch.testing.assert_close(found.maps[-1], expected, atol=1e-5, rtol=1e-4, equal_nan=True)
-    assert rolled.coverage == 0.5 and last.coverage == 0.25
+    assert rolled.coverage == 0.5 and [one.coverage for one in each] == [0.5, 0.5, 0.25, 0.25]
 
 
 @torch.no_grad()

@@ -82,7 +82,12 @@ def test_heat_is_lighter_where_it_is_more_and_hatched_where_nothing_is_known() -
     found = heat_overlay(scene(), pane(), values)
     light = [middle(found, 0, i) @ [0.3, 0.6, 0.1] for i in range(4)]
     assert light[3] > light[0] + 20
-    np.testing.assert_allclose(middle(found, 0, 3), 0.2 * GREY + 0.8 * heat(np.float32(1.0)), atol=2)
+    for i, value in enumerate((0.0, 0.25, 0.5, 1.0)):
+        part = 0.35 + 0.5 * value
+        np.testing.assert_allclose(middle(found, 0, i), (1 - part) * GREY + part * heat(np.float32(value)), atol=2)
+    red = Image.new("RGB", (40, 40), (200, 0, 0))
+    (lowest,) = np.unique(np.asarray(heat_overlay(red, pane(1, 1), torch.zeros(1))).reshape(-1, 3), axis=0)
+    assert tuple(lowest) == (130, 0, 1), "the picture keeps its colours"
     hatched = np.asarray(found.crop((4, 44, 36, 76)), dtype=float)[..., 0]
     assert hatched.mean() < 0.35 * GREY
     assert hatched.std() > 5, "stripes"

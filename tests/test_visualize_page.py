@@ -221,7 +221,7 @@ def browser() -> Iterator[Any]:
 def test_the_page_in_a_browser(browser: Any, tiled: list[mm.Explanation], tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import Select, WebDriverWait
+    from selenium.webdriver.support.ui import WebDriverWait
 
     path = page(tiled).save(tmp_path / "index.html")
     browser.set_window_size(1280, 1000)
@@ -238,6 +238,24 @@ def test_the_page_in_a_browser(browser: Any, tiled: list[mm.Explanation], tmp_pa
         return str(browser.execute_script(script, i))
 
     assert len(browser.find_elements(By.TAG_NAME, "canvas")) == 4, "tiles and thumbnail, stock and compressed"
+    # it opens with what was kept, merged and dropped, without what belongs to maps
+    assert by("legend").text.startswith("bright with a white frame: kept")
+    last = tiled[2].trace.visuals[0]
+    kept = len(last.kept_cells(99))
+    assert f"{kept} of {last.tokens} visual tokens kept" in browser.find_elements(By.CSS_SELECTOR, ".step")[1].text
+    assert not [one for one in browser.find_elements(By.CSS_SELECTOR, ".of-map") if one.is_displayed()]
+    colour = """const [x] = document.querySelectorAll('canvas'), d = x.getContext('2d').getImageData(0, 0, x.width, x.height).data;
+        let most = 0; for (let i = 0; i < d.length; i += 4) most = Math.max(most, Math.abs(d[i] - d[i + 2])); return most;"""
+    assert browser.execute_script(colour) > 100, "in colour"
+    browser.find_element(By.CSS_SELECTOR, "[value=map]").send_keys(Keys.SPACE)
+    assert by("word").is_displayed() and browser.execute_script(colour) > 100
+    assert by("faithful").text.startswith(
+        "Shown: token activation map. How faithful: F1-IoU 16.2 ± 1.8 % (llava-next-shapes"
+    )
+    plain = drawn(0)
+    by("grey").send_keys(Keys.SPACE)
+    assert drawn(0) != plain
+    by("grey").send_keys(Keys.SPACE)
     # a map in all colours, or between 0 and 1
     stretched = drawn(0)
     assert "the most for this word" in by("legend").text
@@ -254,14 +272,14 @@ def test_the_page_in_a_browser(browser: Any, tiled: list[mm.Explanation], tmp_pa
     assert len(pressed) == 2 and pressed[0].text in by("word-is").text
     # the slider over layers
     browser.find_element(By.CSS_SELECTOR, "[value=fate]").send_keys(Keys.SPACE)
-    last = drawn(2)
+    end = drawn(2)
     by("layer").send_keys(Keys.HOME)
     assert by("layer-is").text == "all tokens"
-    assert drawn(2) != last
+    assert drawn(2) != end
     by("layer").send_keys(Keys.ARROW_RIGHT)
     assert "prumerge" in browser.find_elements(By.CSS_SELECTOR, ".step")[1].text
     # tokens by keyboard, with a focus that is seen
-    browser.find_elements(By.CSS_SELECTOR, ".word")[-1].send_keys(Keys.TAB)
+    by("layer").send_keys(Keys.TAB)
     canvas = browser.switch_to.active_element
     assert canvas.tag_name == "canvas"
     assert browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", canvas) != "none"
@@ -274,6 +292,9 @@ def test_the_page_in_a_browser(browser: Any, tiled: list[mm.Explanation], tmp_pa
 
     ActionChains(browser).move_to_element(browser.find_elements(By.TAG_NAME, "canvas")[0]).perform()
     assert by("detail").text.startswith("stock model") and "kept" in by("detail").text
+    near = by("detail").rect
+    place = browser.find_elements(By.TAG_NAME, "canvas")[0].rect
+    assert abs(near["x"] - (place["x"] + place["width"] / 2)) < 60, "beside the pointer"
     # themes, and the other explanation
     ground = "return getComputedStyle(document.body).backgroundColor"
     light = browser.execute_script(ground)
@@ -281,11 +302,17 @@ def test_the_page_in_a_browser(browser: Any, tiled: list[mm.Explanation], tmp_pa
     assert browser.execute_script(ground) != light
     other = drawn(0)
     browser.find_element(By.CSS_SELECTOR, "[value=map]").send_keys(Keys.SPACE)
-    Select(by("method")).select_by_visible_text("attention rollout")
-    assert drawn(0) != other
+    maps = drawn(0)
+    assert maps != other
+    labels = [one.text for one in by("methods").find_elements(By.TAG_NAME, "label")]
+    assert labels == ["token activation map (F1-IoU 16.2 %)", "attention rollout (F1-IoU 15.4 %)"]
+    browser.find_element(By.CSS_SELECTOR, "[value='attention rollout']").send_keys(Keys.SPACE)
+    assert drawn(0) != maps and by("faithful").text.startswith("Shown: attention rollout. How faithful: F1-IoU 15.4")
     # a phone: nothing is wider than the screen
     size = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+    for mode in ("fate", "map", "score"):
+        browser.execute_script(f"document.querySelector('[value={mode}]').click()")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]

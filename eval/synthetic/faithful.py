@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ... import explain
 from ...api import compressed
 from ...assets import MODELS, model_path
 from ...explain import EXPLANATIONS, Explanation
@@ -25,7 +26,8 @@ from ...explain.faithfulness import Scores, explanation_scores
 from ...explain.labels import FUNCTION, FUNCTION_WORDS, NOUN, OTHER
 from ...explain.session import session
 from ...explain.taps import AttentionTap, StatesTap
-from ...records import update
+from ...records import update, write_text
+from ...weights import fingerprint
 from ..machine import machine
 from .benchmark import Item, items, load, same, takes_any_shape
 from .scenes import COLORS, SCALE, SHAPES, Scene, _draw_thing
@@ -94,6 +96,7 @@ class Faithfulness:
         return Scores.pooled(self.parts)
 
 
+MEASURED = Path(explain.__file__).with_name("measured.json")
 GRADIENTS = ("gradient relevance", "Grad-CAM")
 """Explanations that take several times as long as the others."""
 
@@ -105,6 +108,11 @@ def explanations(model: Any, processor: Any, item: Item) -> list[Explanation]:
         states, attention = StatesTap(), AttentionTap(layers)
         s.run(states, attention)
         return [activation_of(s, states), rollout_of(s, attention), last_attention_of(s, attention, layers[-1])]
+
+
+def by_gradients(model: Any, processor: Any, item: Item, answer: Sequence[int] | None = None) -> list[Explanation]:
+    ask: Any = (model, processor, item.picture, item.question.text)
+    return [EXPLANATIONS[name](*ask, answer=answer, explain_question=True, max_new_tokens=8) for name in GRADIENTS]
 
 
 def compare(model: Any, processor: Any, questions: Sequence[Item], gradients: int = 0) -> list[Faithfulness]:
@@ -122,8 +130,7 @@ def compare(model: Any, processor: Any, questions: Sequence[Item], gradients: in
         if not same(made[0].answer, item.question.answer):
             continue
         if number < gradients:
-            ask: Any = (model, processor, item.picture, item.question.text)
-            made += [EXPLANATIONS[name](*ask, answer=answer, explain_question=True) for name in GRADIENTS]
+            made += by_gradients(model, processor, item, answer)
         labels, mask = truth(item, [w.text for w in made[0].words], [w.part for w in made[0].words])
         seen = ~torch.stack([one.maps[-1].isnan() for one in made]).any(0)
         for one in made:
@@ -177,6 +184,27 @@ def record(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     update(path, "explanations", add, lambda value: isinstance(value, dict) and "rows" in value)
 
 
+def pack(record: Path, out: Path = MEASURED) -> None:
+    """Write what explanations say of themselves (`explain.measured`): the scores of a record by the fingerprints of the models,
+    with the options that the explanations had."""
+    rows = json.loads(record.read_text())["rows"]
+    packed = {}
+    for name in dict.fromkeys(row["model"] for row in rows):
+        model, processor = load(model_path(name))
+        (item,) = items(1, stretched=takes_any_shape(model))
+        made = [*explanations(model, processor, item), *by_gradients(model, processor, item)]
+        options = {one.method: {k: v for k, v in one.options.items() if k != "explain_question"} for one in made}
+        mine = [
+            {
+                "method": row["explanation"], "options": options[row["explanation"]], "plan": row["plan"],
+                "questions": row["samples"], "f1": round(row["f1_iou"], 6), "error": round(row["f1_error"], 6),
+            }
+            for row in rows if row["model"] == name
+        ]  # fmt: skip
+        packed[fingerprint(model)] = {"model": name, "rows": mine}
+    write_text(out, json.dumps(packed, indent=1) + "\n")
+
+
 def main() -> None:
     """`python -m mmcompress.eval.synthetic.faithful`: every explanation on every embedded model, stock and compressed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -188,6 +216,9 @@ def main() -> None:
     parser.add_argument("--plan-questions", type=int, default=70, help="how many of them for compressed models")
     parser.add_argument("--model", action="append", choices=MODELS, help="default: all; other rows of the record stay")
     parser.add_argument("--out", type=Path, default=Path("results/explain.json"))
+    parser.add_argument(
+        "--pack", action="store_true", help="also put the scores into the package, for explanations to tell"
+    )
     arguments = parser.parse_args()
     for name in arguments.model or MODELS:
         model, processor = load(model_path(name))
@@ -202,6 +233,8 @@ def main() -> None:
                 f"{name} {row['plan'] or 'stock'} {row['explanation']}: {100 * row['f1_iou']:.1f} ± {100 * row['f1_error']:.1f}",
                 flush=True,
             )
+    if arguments.pack:
+        pack(arguments.out)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@
 from collections.abc import Callable
 
 from .activation import token_activation_map
+from .afford import unaffordable
 from .attention import attention_rollout, last_attention
 from .gradients import grad_cam, gradient_relevance
+from .measured import Measured
 from .panes import Pane, panes
 from .relevance import answer_relevances
 from .result import Explanation, Seen, Token, Word
@@ -22,6 +24,7 @@ EXPLANATIONS: dict[str, Callable[..., Explanation]] = {
 __all__ = [
     "EXPLANATIONS",
     "Explanation",
+    "Measured",
     "Pane",
     "Seen",
     "Token",
@@ -33,4 +36,5 @@ __all__ = [
     "last_attention",
     "panes",
     "token_activation_map",
+    "unaffordable",
 ]

@@ -19,11 +19,12 @@ from ..visuals import Layout
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """inputs: for the model, one row. question: places of its tokens in `input_ids`. pictures: of each visual, the picture or the
-    frames; empty where inputs came ready-made."""
+    frames; empty where inputs came ready-made. asked: the question as it was given, "" there."""
 
     inputs: dict[str, Any]
     question: list[int]
     pictures: list[tuple[Any, ...]]
+    asked: str = ""
 
     @property
     def ids(self) -> Tensor:

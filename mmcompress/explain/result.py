@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..trace import Trace
 from ..visuals import Layout
+from .measured import Measured
 from .panes import Pane, panes
 
 
@@ -76,6 +77,8 @@ class Explanation:
     relevance  [tokens, tokens]: of the text read so far for each token, in the unit of its map; NaN where there is none.
     visuals    in the order of the maps.
     trace      what the call did: decisions, and tokens of every layer.
+    asked      the question as it was given, "" where inputs came ready-made.
+    measured   how faithful this explanation was measured to be on this model; None if it was not.
     """
 
     method: str
@@ -87,10 +90,13 @@ class Explanation:
     relevance: Tensor
     visuals: tuple[Seen, ...]
     trace: Trace
+    asked: str = ""
+    measured: Measured | None = None
 
     @property
     def question(self) -> str:
-        return "".join(t.text for t in self.tokens if t.part == "question").strip()
+        """As it was asked; of ready-made inputs what their tokens say."""
+        return self.asked or "".join(t.text for t in self.tokens if t.part == "question").strip()
 
     @property
     def answer(self) -> str:

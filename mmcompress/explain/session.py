@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from ..runtime.engine import Engine
 from ..runtime.packing import Group
 from ..trace import Trace, VisualTrace
 from .cells import rows_in_layer, slots_of
+from .measured import measured
 from .prompt import Prompt, make_prompt, of_the_whole_picture, ready
 from .result import Explanation, Seen, Token, Word
 from .words import group_words, surface_names, token_texts, word_text
@@ -190,7 +192,8 @@ class Session:
         valid = torch.cat([r >= 0 for r in rows])
         return Explanation(
             method, options, self.plan, tuple(tokens), tuple(words), maps.float().cpu().masked_fill(~valid, float("nan")),
-            relevance.float().cpu(), self._seen(rows), self.trace,
+            relevance.float().cpu(), self._seen(rows), self.trace, self.prompt.asked,
+            measured(self.adapter.model, method, options, self.plan),
         )  # fmt: skip
 
     def names(self) -> list[object]:
@@ -237,6 +240,8 @@ def session(
         made, from_end, pictures = inputs, [], []
     tokenizer = getattr(processor, "tokenizer", processor)
     prompt = ready(adapter, tokenizer, made, from_end, pictures)
+    if inputs is None:
+        prompt = replace(prompt, asked=question.strip())
     if isinstance(answer, str):
         answer = tokenizer(answer, add_special_tokens=False)["input_ids"]
     given = None if answer is None else [int(i) for i in answer]

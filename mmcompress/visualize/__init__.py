@@ -6,6 +6,7 @@ from .figures import fate_picture, heat_picture, layers_figure, scores_figure, s
 from .frames import animation, contact_sheet
 from .kept import Panel, encoded_view, kept_figure, kept_overlay
 from .page import Page, page
+from .payload import faithfulness
 from .show import show
 from .write import write_all
 
@@ -16,6 +17,7 @@ __all__ = [
     "animation",
     "contact_sheet",
     "encoded_view",
+    "faithfulness",
     "fate_picture",
     "heat_picture",
     "kept_figure",

@@ -16,6 +16,8 @@ HEAT = ("#000004", "#1b0c41", "#4a0c6b", "#781c6d", "#a52c60", "#cf4446", "#ed69
 KEPT_EDGE, SEAM = (255, 255, 255), (255, 170, 0)
 DIM = 0.22
 """Brightness of a dropped cell."""
+GLOW = (0.35, 0.5)
+"""How much of the lowest cell of a map is the colour of its value, and how much more of the highest."""
 TINT = 0.5
 """How much of a merged cell is the colour of its cluster."""
 

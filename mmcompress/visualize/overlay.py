@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..explain.panes import Pane
 from ..pictures import to_rgb
-from .colours import DIM, KEPT_EDGE, SEAM, TINT, cluster_colour, heat
+from .colours import DIM, GLOW, KEPT_EDGE, SEAM, TINT, cluster_colour, heat
 from .fates import DROPPED, KEPT, Step
 
 Draw = Callable[[Image.Image, Pane], Image.Image]
@@ -49,16 +49,16 @@ def fate_overlay(picture: Image.Image, pane: Pane, step: Step, first: int = 0) -
 
 
 def heat_overlay(picture: Image.Image, pane: Pane, values: Tensor) -> Image.Image:
-    """`picture` in grey under the colours of `values` (a visual's cells, 0 to 1), more of them the higher; cells without a value
-    (NaN) are hatched."""
+    """`picture` under the colours of `values` (a visual's cells, 0 to 1), more of them the higher; cells without a value (NaN) are
+    hatched."""
     at = _cell_at(pane, picture.size)
     shown = _spread(values[pane.cells].float(), at, np.nan)
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
-    part = (0.15 + 0.65 * np.nan_to_num(shown))[..., None]
-    out = grey * (1 - part) + heat(shown) * part
+    below = np.asarray(to_rgb(picture), dtype=np.float32)
+    part = (GLOW[0] + GLOW[1] * np.nan_to_num(shown))[..., None]
+    out = below * (1 - part) + heat(shown) * part
     y, x = np.indices(shown.shape)
     stripes = np.where((x + y) % 8 < 2, 110.0, 0.0)[..., None]
-    out = np.where(np.isnan(shown)[..., None], 0.15 * grey + 0.4 * stripes, out)
+    out = np.where(np.isnan(shown)[..., None], 0.15 * below + 0.4 * stripes, out)
     return _with_seams(Image.fromarray(out.clip(0, 255).astype(np.uint8)), pane)
 
 

@@ -8,7 +8,7 @@
   const [KEPT, MERGED, DROPPED] = [0, 1, 2];
   const MISSING = 255;
   const WIDTH = 720;
-  const state = { method: data.runs[0].method, mode: "map", stretch: true, word: 0, stop: data.stops.length - 1, frame: 0 };
+  const state = { method: data.runs[0].method, mode: "fate", stretch: true, grey: false, word: 0, stop: data.stops.length - 1, frame: 0 };
   const pictures = data.pictures.map((source) => Object.assign(new Image(), { src: source }));
   let drawn = [];
   let pointed = null;
@@ -30,7 +30,8 @@
     }
   }
 
-  const shown = () => data.runs.filter((run) => run.method === state.method);
+  // maps of the chosen sort; of anything else one run of each model
+  const shown = () => data.runs.filter((run, i) => (state.mode === "map" ? run.method === state.method : data.runs.findIndex((one) => one.name === run.name) === i));
   const stepOf = (run) => run.steps[run.at_stop[Math.min(state.stop, run.at_stop.length - 1)]];
   const fateOf = (step, cell) => (step.stands[cell] < 0 ? DROPPED : step.stands[cell] === cell ? KEPT : MERGED);
   const heat = (value) => {
@@ -98,7 +99,7 @@
     const fate = state.mode === "fate";
     const picture = pictures[pane.picture];
     pen.clearRect(0, 0, canvas.width, canvas.height);
-    pen.filter = fate ? "none" : "grayscale(1)";
+    pen.filter = state.grey && state.mode === "map" ? "grayscale(1)" : "none";
     if (picture.complete && picture.naturalWidth) pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
     pen.filter = "none";
     pane.cells.forEach((cell, i) => {
@@ -119,7 +120,7 @@
       if (state.mode === "score" && !step.scores) return;
       const value = valueOf(run, cell);
       if (value === null || (state.mode === "map" && now === DROPPED)) return hatch(pen, box);
-      pen.fillStyle = `rgba(${heat(value).join(",")},${0.15 + 0.65 * value})`;
+      pen.fillStyle = `rgba(${heat(value).join(",")},${data.style.glow[0] + data.style.glow[1] * value})`;
       pen.fillRect(...box);
     });
     const [rows, columns] = pane.grid;
@@ -185,9 +186,14 @@
     return `${run.name} — ${parts.join(" · ")}`;
   }
 
-  function point(run, cell) {
+  // beside a mouse; at the foot of the window for keys and fingers
+  function point(run, cell, event) {
     pointed = { run, cell };
-    by("detail").textContent = describe(run, cell);
+    const detail = by("detail");
+    detail.textContent = describe(run, cell);
+    detail.className = event && event.pointerType === "mouse" ? "near" : "";
+    detail.style.cssText = detail.className && `left: ${Math.max(0, Math.min(event.clientX + 16, innerWidth - 400))}px; top: ${event.clientY + 20}px`;
+    if (detail.className && event.clientY + 20 + detail.offsetHeight > innerHeight) detail.style.top = `${Math.max(0, event.clientY - 12 - detail.offsetHeight)}px`;
     drawn.forEach(draw);
   }
 
@@ -197,15 +203,16 @@
     const [rows, columns] = pane.grid;
     canvas.width = pane.role === "thumbnail" ? WIDTH / 2 : WIDTH;
     canvas.height = Math.max(1, Math.round((canvas.width * pane.size[1]) / pane.size[0]));
+    figure.style.setProperty("--shape", pane.size[0] / pane.size[1]);
     canvas.tabIndex = 0;
     canvas.setAttribute("role", "application");
     canvas.setAttribute("aria-roledescription", "grid of tokens");
     canvas.setAttribute("aria-label", `${run.name}: ${visual.name}${pane.role === "image" ? "" : `, ${pane.role}`}, ${rows} rows of ${columns} tokens; the arrow keys go from token to token`);
     canvas.setAttribute("aria-describedby", "detail");
     const one = { run, visual, pane, canvas, cursor: 0 };
-    const go = (index) => {
+    const go = (index, event) => {
       one.cursor = index;
-      point(run, pane.cells[index]);
+      point(run, pane.cells[index], event);
     };
     canvas.addEventListener("pointermove", (event) => find(event));
     canvas.addEventListener("pointerdown", (event) => find(event));
@@ -226,9 +233,9 @@
       const column = Math.floor((((event.clientX - area.left) / area.width - left) / (right - left)) * columns);
       const row = Math.floor((((event.clientY - area.top) / area.height - top) / (bottom - top)) * rows);
       const index = row * columns + column;
-      if (row < 0 || row >= rows || column < 0 || column >= columns || (pointed && pointed.run === run && pointed.cell === pane.cells[index])) return;
-      go(index);
+      if (row >= 0 && row < rows && column >= 0 && column < columns) go(index, event);
     }
+    canvas.addEventListener("pointerleave", () => (by("detail").className = by("detail").style.cssText = ""));
     figure.append(canvas, make("figcaption", "", pane.role === "image" ? "" : pane.role === "frame" ? `frame ${pane.frame}` : pane.role));
     drawn.push(one);
     return figure;
@@ -241,20 +248,21 @@
       const article = make("article");
       article.append(make("h3", "", run.name), make("p", "note step"));
       for (const part of ["question", "answer"]) {
-        const line = make("p", "words");
+        const line = make("p", "words of-map");
         line.append(make("span", "part", `${part}:`));
         run.words.forEach((word, i) => {
           if (word.part !== part) return;
           const button = make("button", "word", word.text);
           button.type = "button";
-          const strength = word.strength === null ? 0 : word.strength;
-          const colour = heat(strength);
-          button.style.background = `rgb(${colour.join(",")})`;
-          button.style.color = colour[0] * 0.3 + colour[1] * 0.6 + colour[2] * 0.1 > 127 ? "#000" : "#fff";
+          if (word.strength !== null) {
+            const colour = heat(word.strength);
+            button.style.background = `rgb(${colour.join(",")})`;
+            button.style.color = colour[0] * 0.3 + colour[1] * 0.6 + colour[2] * 0.1 > 127 ? "#000" : "#fff";
+          }
           button.title = word.strength === null ? "not explained" : `strongest ${number(word.strength)}${word.probability === null ? "" : `, probability ${number(word.probability)}`}`;
           button.dataset.word = i;
           button.addEventListener("click", () => set({ word: i }));
-          line.append(button, " ");
+          line.append(button);
         });
         if (line.childElementCount > 1) article.append(line);
       }
@@ -302,8 +310,8 @@
     by("word-is").textContent = word ? `“${word.text}” (${word.part})` : "none";
     by("word").setAttribute("aria-valuetext", by("word-is").textContent);
     by("layer").value = state.stop;
-    by("layer-is").textContent = data.stops[state.stop];
-    by("layer").setAttribute("aria-valuetext", data.stops[state.stop]);
+    by("layer-is").textContent = data.stops[state.stop] + (state.stop === data.stops.length - 1 ? ", the last" : "");
+    by("layer").setAttribute("aria-valuetext", by("layer-is").textContent);
     by("frame").value = state.frame;
     by("frame-is").textContent = state.frame;
     const layer = state.stop - data.early;
@@ -311,7 +319,8 @@
     for (const run of runs) {
       const step = stepOf(run);
       const what = step.stage ? `${step.place}: ${step.stage}` : "nothing dropped yet";
-      let note = `${what}; ${step.tokens} of ${run.cells} visual tokens`;
+      const [kept, merged, dropped] = step.fates;
+      let note = `${what}; ${kept} of ${run.cells} visual tokens kept${merged ? `, ${merged} merged into them` : ""}${dropped ? `, ${dropped} dropped` : ""}`;
       run.top = top(run);
       if (state.mode === "score" && !step.scores) note += "; no scores here";
       if (state.mode === "map" && run.words[state.word]) note += `; map up to ${number(run.most[state.word])}`;
@@ -323,7 +332,7 @@
     const box = make("span", "ramp");
     box.style.background = gradient;
     const brightest = state.stretch ? `${[...new Set(runs.map((run) => number(run.top)))].join(" or ")}, the most for this word` : "1, the most for any word";
-    by("stretches").hidden = state.mode !== "map";
+    by("faithful").textContent = `Shown: ${state.method}. How faithful: ${data.faithful[state.method]}.`;
     const text = { map: ["0", `${brightest}: how much a place has to do with it; hatched: no token`], score: ["lowest", "highest, by which the stage chose; hatched: not seen"] }[state.mode];
     by("legend").replaceChildren(...(text ? [text[0], box, text[1]] : ["bright with a white frame: kept; coloured: merged, one colour per merged token; dark: dropped"]));
     drawn.forEach(draw);
@@ -331,16 +340,22 @@
   }
 
   function set(change) {
-    const again = "method" in change || "frame" in change;
+    const again = ["method", "frame", "mode"].some((name) => name in change);
     Object.assign(state, change);
+    document.body.dataset.mode = state.mode;
     if (again) build();
     update();
   }
 
-  const methods = [...new Set(data.runs.map((run) => run.method))];
-  by("methods").hidden = methods.length < 2;
-  methods.forEach((name) => by("method").append(new Option(name, name)));
-  by("method").addEventListener("change", (event) => set({ method: event.target.value }));
+  [...new Set(data.runs.map((run) => run.method))].forEach((name) => {
+    const label = make("label");
+    const radio = Object.assign(document.createElement("input"), { type: "radio", name: "method", value: name, checked: name === state.method });
+    radio.addEventListener("change", () => set({ method: name }));
+    const score = /F1-IoU [\d.]+/.exec(data.faithful[name]);
+    label.append(radio, ` ${name}${score ? ` (${score[0]} %)` : ""}`);
+    by("methods").append(label);
+  });
+  by("grey").addEventListener("change", (event) => set({ grey: event.target.checked }));
   by("word").addEventListener("input", (event) => set({ word: Number(event.target.value) }));
   by("stretch").addEventListener("change", (event) => set({ stretch: event.target.checked }));
   by("layer").max = data.stops.length - 1;
@@ -361,19 +376,16 @@
     document.documentElement.dataset.theme = dark() ? "light" : "dark";
     label();
   });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", label);
   label();
 
   const first = data.runs[0].words.findIndex((word) => word.part === "answer" && !word.special);
   state.word = Math.max(first, 0);
-  const radio = document.querySelector(data.runs[0].words.length ? "[value=map]" : "[value=fate]");
-  radio.checked = true;
-  state.mode = radio.value;
-  if (!data.runs[0].words.length) {
-    by("word").closest("label").hidden = true;
-    document.querySelector("[value=map]").closest("label").hidden = true;
-    state.stop = 0;
-  }
-  build();
-  update();
+  const worded = data.runs[0].words.length > 0;
+  const reduced = data.runs.some((run) => run.steps.some((step) => step.fates[1] + step.fates[2]));
+  const mode = worded && !reduced ? "map" : "fate";
+  document.querySelector("[value=map]").closest("label").hidden = !worded;
+  document.querySelector(`[value=${mode}]`).checked = true;
+  set({ mode });
   pictures.forEach((picture) => picture.decode().catch(() => {}).then(() => drawn.forEach(draw)));
 })();

@@ -18,7 +18,7 @@ from PIL import Image
 from ..explain import Explanation
 from ..pictures import to_rgb
 from ..records import write_text
-from .colours import DIM, HEAT, KEPT_EDGE, SEAM, TINT
+from .colours import DIM, GLOW, HEAT, KEPT_EDGE, SEAM, TINT
 from .payload import payload
 
 _LARGEST = 1024
@@ -47,15 +47,24 @@ class Page:
         return f"<page of {len(self.html) // 1024} KiB: save(path) it, or end a notebook cell with it>"
 
 
-def page(found: Sequence[Explanation], title: str = "") -> Page:
-    """A page about explanations of the same prompt: stock and compressed models, by one or several methods. A picture for each,
-    sliders over words and layers, and every token's value, place and fate. Raises ImportError without jinja2."""
+def page(found: Sequence[Explanation], title: str = "", *, about: str = "", notes: Sequence[str] = ()) -> Page:
+    """A page about explanations of the same prompt: stock and compressed models, by one or several methods. It opens with what was
+    kept, merged and dropped; then maps of words, and scores; sliders over words and layers; every token's value, place and fate.
+
+    title  default: the question. about: the line below it, such as the model. notes: what else a reader should know.
+    Raises ImportError without jinja2.
+    """
     if not found:
         raise ValueError("no explanation to show: give at least one")
     content = payload(found, embedded)
-    style = {"heat": HEAT, "dim": DIM, "tint": TINT, "kept": KEPT_EDGE, "seam": SEAM}
+    style = {"heat": HEAT, "glow": GLOW, "dim": DIM, "tint": TINT, "kept": KEPT_EDGE, "seam": SEAM}
     name = title or found[0].question or "visual tokens"
-    return Page(_template().render(title=name, runs=content["runs"], data=content | {"style": style}, **_parts()))
+    models = {run["name"]: run for run in reversed(content["runs"])}.values()  # each once
+    return Page(
+        _template().render(
+            title=name, about=about, notes=notes, models=list(models)[::-1], data=content | {"style": style}, **_parts()
+        )
+    )
 
 
 def embedded(picture: Image.Image) -> str:

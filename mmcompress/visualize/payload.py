@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..explain import Explanation
 from .colours import cluster_hue
-from .fates import Step, step_of_layer, steps
+from .fates import DROPPED, KEPT, MERGED, Step, step_of_layer, steps
 from .figures import named, place_name, strength
 from .overlay import picture_of
 
@@ -23,8 +23,8 @@ MISSING = 255
 
 
 def payload(found: Sequence[Explanation], embed: Callable[[Image.Image], str]) -> dict[str, Any]:
-    """Pictures (each once, through `embed`), one run per explanation, and the stops of the slider over layers: all tokens, what the
-    stages before the LLM leave, then each layer."""
+    """Pictures (each once, through `embed`), one run per explanation, how faithful each sort is, and the stops of the slider over
+    layers: all tokens, what the stages before the LLM leave, then each layer."""
     pictures: dict[tuple[tuple[int, int], bytes], int] = {}
     sources: list[str] = []
 
@@ -44,7 +44,22 @@ def payload(found: Sequence[Explanation], embed: Callable[[Image.Image], str]) -
         *(f"layer {i}" for i in range(depth)),
     ]
     runs = [_run(one, mine, early, number) for one, mine in zip(found, decided, strict=True)]
-    return {"pictures": sources, "stops": stops, "early": early, "runs": runs}
+    return {"pictures": sources, "stops": stops, "early": early, "runs": runs, "faithful": faithfulness(found)}
+
+
+def faithfulness(found: Sequence[Explanation]) -> dict[str, str]:
+    """Of each sort of explanation how faithful it was measured to be, in words."""
+    said: dict[str, str] = {}
+    for method in dict.fromkeys(one.method for one in found if one.words):
+        mine = [one for one in found if one.method == method]
+        known = dict.fromkeys(str(one.measured) for one in mine if one.measured)
+        unknown = dict.fromkeys(f"with {one.plan}" for one in mine if one.measured and one.plan != one.measured.plan)
+        missing = [f"not measured {how}" for how in unknown] if known else ["not measured for this model"]
+        scale = (
+            ["100 % where maps lie on the true boxes of the objects that words name, and only there"] if known else []
+        )
+        said[method] = "; ".join([*known, *missing, *scale])
+    return said
 
 
 def row_of(found: Explanation) -> int:
@@ -71,6 +86,7 @@ def _run(
         "question": found.question,
         "answer": found.answer,
         "coverage": round(found.coverage, 4),
+        "flops": _flops(found),
         "words": [_word(found, i) for i in range(len(found.words))],
         "maps": _maps(found),
         "relevance": _relevance(found),
@@ -79,6 +95,12 @@ def _run(
         "at_stop": at_stop,
         "layers": layers,
     }
+
+
+def _flops(found: Explanation) -> float | None:
+    """What the prompt costs in the layers of the language model, as a part of what it would without compression."""
+    report = found.trace.report()
+    return _rounded(report.flops / report.full_flops) if found.trace.call.batch == 1 else None
 
 
 def _word(found: Explanation, number: int) -> dict[str, Any]:
@@ -152,6 +174,7 @@ def _step(step: Step) -> dict[str, Any]:
         "hues": {cell: round(360 * cluster_hue(cell)) for cell in merged},
         "scores": scores,
         "tokens": step.tokens,
+        "fates": [int((step.fate == fate).sum()) for fate in (KEPT, MERGED, DROPPED)],
     }
 
 

@@ -16,11 +16,11 @@ from .frames import animation, contact_sheet, frames_of
 from .page import page
 
 
-def write_all(found: Sequence[Explanation], out: Path) -> list[Path]:
+def write_all(found: Sequence[Explanation], out: Path, *, about: str = "", notes: Sequence[str] = ()) -> list[Path]:
     """Page and pictures of explanations of one prompt (stock and compressed, one or several methods) in the folder `out`; the page
-    comes first. Needs matplotlib: raises ImportError before anything is written."""
+    comes first (about, notes: as there). Needs matplotlib: raises ImportError before anything is written."""
     need_matplotlib()
-    written = [page(found).save(out / "index.html")]
+    written = [page(found, about=about, notes=notes).save(out / "index.html")]
     plans = {one.plan: one for one in reversed(found)}
     for i, one in enumerate(one for plan, one in plans.items() if plan):
         more = f"_{i + 1}" if i else ""
