@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from .assets import MODELS
-from .eval.cli import Command, Load, OpenImage, OutFolder, add_load_options
+from .eval.cli import Command, Load, OpenImage, OutFolder, add_load_options, check_least
 
 NAMES = ("token-activation-map", "attention-rollout", "last-layer-attention", "gradient-relevance", "grad-cam")
 """What `--method` takes, in the order of `mmcompress.explain.EXPLANATIONS`."""
@@ -53,11 +53,11 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
     """Explain, write, and say where the page is."""
     from .plan import as_pipeline
     from .visualize import faithfulness, write_all
-    from .visualize.figure import need_matplotlib
+    from .visualize.figure import cannot_draw
+    from .visualize.page import need_jinja2
 
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at least 1")
-    need_matplotlib()
+    check_least(options, max_new_tokens=1)
+    need_jinja2()
     pictures = [open_image(path) for path in options.image]
     plan = as_pipeline(options.plan) if options.plan else None
     model, processor, _ = load(options)
@@ -73,7 +73,8 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
     if plan is None:
         notes.append("no --plan: nothing was dropped; with one the page opens with what was kept, merged and dropped")
     lines += [f"note: {note}" for note in notes]
-    lines.append(f"page: {paths[0].resolve().as_uri()}  (and {len(paths) - 1} pictures beside it)")
+    beside = cannot_draw() or f"and {len(paths) - 1} pictures beside it"
+    lines.append(f"page: {paths[0].resolve().as_uri()}  ({beside})")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

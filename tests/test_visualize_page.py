@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import functools
 import importlib.util
 import json
+import math
 import re
 import shutil
 import sys
@@ -24,9 +27,11 @@ from PIL import Image
 import mmcompress as mm
 from mmcompress.cli import main
 from mmcompress.cli_explain import NAMES, explained
-from mmcompress.explain import EXPLANATIONS, Token, Word
-from mmcompress.visualize import page, write_all
+from mmcompress.explain import EXPLANATIONS, Token, Word, unaffordable
+from mmcompress.explain.afford import activation_bytes
+from mmcompress.visualize import faithfulness, page, write_all
 
+from . import reference  # noqa: F401 - registers pairs_mean
 from .families import build, image, prompts, video
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \u2028 $x^2$ {{ 7 * 7 }}"
@@ -111,11 +116,9 @@ def test_valid_and_self_contained(tiled: list[mm.Explanation], tmp_path: Path) -
 
 
 def test_the_page_says_what_the_explanation_says(tiled: list[mm.Explanation]) -> None:
-    import base64
-
     run, found = data_of(page(tiled).html)["runs"][2], tiled[2]
     assert found.plan and run["name"] == found.plan and run["answer"] == found.answer
-    maps = torch.frombuffer(bytearray(base64.b64decode(run["maps"])), dtype=torch.uint8).view(len(found.words), -1)
+    maps = bytes_of(run)
     for word in range(len(found.words)):
         expected = found.word_map(word)
         assert ((maps[word] == 255) == expected.isnan()).all()
@@ -124,6 +127,70 @@ def test_the_page_says_what_the_explanation_says(tiled: list[mm.Explanation]) ->
     last = run["steps"][run["at_stop"][-1]]
     assert [to >= 0 for to in last["stands"]] == found.visuals[0].valid.tolist()
     assert last["tokens"] == len(found.trace.visuals[0].kept_cells(99))
+
+
+def bytes_of(run: dict[str, Any]) -> torch.Tensor:
+    """Maps [words, cells] of a run."""
+    held = torch.frombuffer(bytearray(base64.b64decode(run["maps"])), dtype=torch.uint8)
+    return held.view(len(run["words"]), -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
+def test_two_pictures_words_of_several_tokens_and_merges_of_two(family: str) -> None:
+    """Every number of the page by hand: cells are those of all pictures, one after the other."""
+    model = build(family)
+    inputs = prompts(model, family, [[3, image(family), 2, image(family, other=True), 5]])
+    mm.compress(model, "pairs_mean(keep=0.5)")
+    found = mm.token_activation_map(model, None, inputs=inputs, answer=[31, 77, 58])
+    asked = len(found.tokens) - 3
+    words = (
+        Word("what", tuple(range(asked)), "question"),
+        Word("ab", (asked, asked + 1), "answer"),
+        Word("c", (asked + 2,), "answer"),
+    )
+    run = data_of(page([dataclasses.replace(found, words=words)]).html)["runs"][0]
+    counts = [len(seen.valid) for seen in found.visuals]
+    assert [(v["first"], v["cells"]) for v in run["visuals"]] == [(0, counts[0]), (counts[0], counts[1])]
+    for visual, seen in zip(run["visuals"], found.visuals, strict=True):
+        cells = [cell for pane in visual["panes"] for cell in pane["cells"]]
+        assert sorted(cells) == [*range(visual["first"], visual["first"] + visual["cells"])]
+        for shown, pane in zip(visual["panes"], seen.panes, strict=True):
+            assert shown["cells"] == (visual["first"] + pane.cells).flatten().tolist() and shown["grid"] == list(
+                pane.grid
+            )
+    held, known = bytes_of(run), found.maps.nan_to_num(-1)
+    assert [word["text"] for word in run["words"]] == ["what", "ab", "c"]
+    for i, word in enumerate(words):
+        expected = torch.stack([known[t] for t in word.tokens]).amax(0)
+        torch.testing.assert_close(held[i] / 254, expected.masked_fill(expected < 0, 255 / 254), atol=2.1e-3, rtol=0)
+        assert run["words"][i]["strength"] == pytest.approx(expected.max().item(), rel=6e-3)
+        chance = found.tokens[word.tokens[0]].probability
+        assert run["words"][i]["probability"] == (chance and pytest.approx(chance, rel=6e-3))
+        for j, other in enumerate(words):
+            values = [v for t in word.tokens for o in other.tokens if not math.isnan(v := found.relevance[t, o].item())]
+            assert run["relevance"][i][j] == (pytest.approx(max(values), rel=6e-3, abs=1e-9) if values else None)
+    step, total = run["steps"][-1], sum(counts)
+    pairs = [first + i // 2 * 2 for first, n in zip((0, counts[0]), counts, strict=True) for i in range(n)]
+    assert step["stands"] == pairs and step["fates"] == [total // 2, total // 2, 0] and step["tokens"] == total // 2
+    assert set(map(int, step["hues"])) == set(pairs), "a merge of two has a colour"
+    assert run["steps"][0]["fates"] == [total, 0, 0] and not run["steps"][0]["hues"]
+    assert 0.3 < run["flops"] < 0.8
+
+
+def test_it_opens_with_what_was_kept_unless_nothing_was_dropped(tiled: list[mm.Explanation]) -> None:
+    text = page(tiled, about="a model", notes=["something is left out"]).html
+    parsed, run = Parsed(text), data_of(text)["runs"][2]
+    kept, merged, dropped = run["steps"][-1]["fates"]
+    assert kept == len(tiled[2].trace.visuals[0].kept_cells(99)) and merged and kept + merged + dropped == 312
+    assert f"{kept} of 312 kept, {merged} merged into them, {dropped} dropped" in parsed.text
+    assert "a model" in parsed.text and "something is left out" in parsed.text
+    assert ("input", {"type": "radio", "name": "mode", "value": "fate", "checked": None}) in parsed.tags
+    faithful = data_of(text)["faithful"]
+    assert faithful["token activation map"].startswith(
+        "F1-IoU 16.2 ± 1.8 % (llava-next-shapes, 127 questions); not measured with prumerge"
+    )
+    assert faithfulness([maps_of("llava")]) == {"token activation map": "not measured for this model"}
 
 
 def test_hostile_text_stays_text() -> None:
@@ -182,7 +249,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = tmp_path / "out"
     given = ["explain", "llava-shapes", "--image", str(picture), "--question", "what shape is red ?", "--out", str(out)]
     assert main([*given, "--plan", "divprune(keep=0.5)", "--max-new-tokens", "4"]) == 0
-    assert "index.html" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"page: {(out / 'index.html').as_uri()}" in said
+    assert (
+        "gradient relevance: F1-IoU 45.6 ± 4.1 % (llava-shapes, 14 questions); not measured with divprune(keep=0.5)"
+        in said
+    )
+    assert main([*given, "--no-gradients", "--max-new-tokens", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "gradient" not in said and "no --plan: nothing was dropped" in said
     assert {"index.html", "stages.png", "layers.png", "token-activation-map.png"} <= {p.name for p in out.iterdir()}
     assert main([*given[:3], str(tmp_path / "none.png"), *given[4:]]) == 2
     assert "no such file" in capsys.readouterr().err
@@ -190,13 +265,99 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "divprune" in capsys.readouterr().err
 
 
-def test_without_matplotlib_the_command_says_so(
+def test_without_matplotlib_there_is_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    items(1)[0].picture.save(tmp_path / "a.png")
+    given = [
+        "explain",
+        "llava-shapes",
+        "--image",
+        str(tmp_path / "a.png"),
+        "--question",
+        "x",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert main(["explain", "llava-shapes", "--image", "a.png", "--question", "x", "--out", str(tmp_path)]) == 2
-    assert "mmcompress[viz]" in capsys.readouterr().err
+    assert main([*given, "--max-new-tokens", "2"]) == 0
+    assert "pip install 'mmcompress[viz]'" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["index.html"]
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setattr("mmcompress.cli_explain.explained", None)  # it is said before any work
+    assert main(given) == 2
+    assert "the HTML page needs jinja2: pip install 'mmcompress[viz]'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- which maps
+@pytest.fixture(scope="module")
+def embedded() -> tuple[Any, Any]:
+    return load(model_path())
+
+
+def both(found: list[mm.Explanation]) -> list[tuple[str, str]]:
+    return [(one.plan, one.method) for one in found]
+
+
+def test_gradients_stand_beside_the_map_of_words(embedded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = embedded
+    (item,) = items(1)
+    said: list[str] = []
+    ask = functools.partial(
+        explained, model, processor, [item.picture], item.question.text, say=said.append, max_new_tokens=3
+    )
+    words, gradients, plan = "token activation map", "gradient relevance", "divprune(keep=0.25)"
+    found = ask(plan)
+    assert both(found) == [("", words), ("", gradients), (plan, words), (plan, gradients)] and not said
+    assert found[1].answer_ids == found[0].answer_ids and found[3].answer_ids == found[2].answer_ids
+    assert all(one.answer_ids == found[0].answer_ids for one in ask(plan, same_answer=True))
+    assert both(ask(None, NAMES[:1])) == [("", words)]
+    # a plan that rewrites attention: the model refuses, the page says why
+    sinks = "var_attention_sink(dims=(3, 5))"
+    assert both(ask(sinks)) == [("", words), ("", gradients), (sinks, words)]
+    (reason,) = said
+    assert reason.startswith(f"{sinks} without gradient relevance: ") and "rewrites attention" in reason
+    # too much: by memory, and on the CPU by size
+    for name, value, why in (
+        (
+            "free_bytes",
+            lambda device: 2**20,
+            r"stock model without gradient relevance: activations of 1\d\d tokens take about 0.0 GiB",
+        ),
+        ("CPU_PARAMETERS", 1e5, "billion parameters on the CPU would take a backward pass for every token"),
+    ):
+        said.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"mmcompress.explain.afford.{name}", value)
+            assert both(ask(None)) == [("", words)]
+            assert both(ask(None, NAMES[3:4])) == [("", gradients)], "whoever names it gets it"
+        assert len(said) == 1 and re.search(why, said[0])
+
+
+def test_what_gradients_need() -> None:
+    """The estimate is above what autograd really keeps, but no more than four times."""
+    for family in ("llava", "qwen3_vl", "internvl"):
+        for attention in ("sdpa", "eager"):
+            model = build(family, attention=attention)
+            inputs = prompts(model, family, [[3, image(family), 40]])
+            text = model.model.language_model
+            embeds = torch.randn(1, inputs["input_ids"].shape[1], 64, requires_grad=True)
+            held: dict[int, int] = {}
+
+            def keep(x: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+                held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            model.requires_grad_(False)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                states = text(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            used = sum(size for place, size in held.items() if place not in weights)
+            assert states.requires_grad
+            assert used < activation_bytes(model, embeds.shape[1]) < 4 * used, (family, attention)
+    meta = build("llava").to("meta")
+    assert "offloaded" in unaffordable(meta, 10)
 
 
 # ---------------------------------------------------------------------- a real browser
@@ -216,6 +377,31 @@ def browser() -> Iterator[Any]:
     found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield found
     found.quit()
+
+
+def test_two_pictures_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    """Each with its own cells; a merge of two shows on both, and says how many are together."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    model = build("llava")
+    inputs = prompts(model, "llava", [[3, image("llava"), 2, image("llava", other=True), 5]])
+    mm.compress(model, "pairs_mean(keep=0.5)")
+    found = mm.token_activation_map(model, None, inputs=inputs, answer=[31, 77, 58])
+    browser.get(page([found]).save(tmp_path / "index.html").as_uri())
+    WebDriverWait(browser, 20).until(lambda b: len(b.find_elements(By.TAG_NAME, "canvas")) == 2)
+    first, second = browser.find_elements(By.TAG_NAME, "canvas")
+    detail, pixels = browser.find_element(By.ID, "detail"), "return arguments[0].toDataURL()"
+    before = [browser.execute_script(pixels, one) for one in (first, second)]
+    second.send_keys(Keys.ARROW_RIGHT)
+    assert "image 2: row 1, column 2" in detail.text and "merged into row 1, column 1, 2 tokens together" in detail.text
+    after = [browser.execute_script(pixels, one) for one in (first, second)]
+    assert after[0] == before[0] and after[1] != before[1], "the cell is marked in its own picture"
+    first.send_keys(Keys.ARROW_DOWN)
+    assert "image 1: row 2, column 1" in detail.text and "kept, 2 tokens together" in detail.text
+    assert "16 of 32 visual tokens kept, 16 merged into them" in browser.find_element(By.CSS_SELECTOR, ".step").text
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
 def test_the_page_in_a_browser(browser: Any, tiled: list[mm.Explanation], tmp_path: Path) -> None:

@@ -89,10 +89,15 @@ def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-@functools.cache
-def _template() -> Any:
+def need_jinja2() -> Any:
+    """Its class Environment, or an error that says how to get it."""
     try:
         from jinja2 import Environment
     except ImportError as error:
         raise ImportError("the HTML page needs jinja2: pip install 'mmcompress[viz]'") from error
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_file("page.html"))
+    return Environment
+
+
+@functools.cache
+def _template() -> Any:
+    return need_jinja2()(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_file("page.html"))

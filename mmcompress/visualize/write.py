@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..explain import Explanation
 from .fates import steps
-from .figure import need_matplotlib
+from .figure import cannot_draw
 from .figures import fate_picture, heat_picture, layers_figure, scores_figure, stages_figure, strength, words_figure
 from .frames import animation, contact_sheet, frames_of
 from .page import page
@@ -18,9 +18,10 @@ from .page import page
 
 def write_all(found: Sequence[Explanation], out: Path, *, about: str = "", notes: Sequence[str] = ()) -> list[Path]:
     """Page and pictures of explanations of one prompt (stock and compressed, one or several methods) in the folder `out`; the page
-    comes first (about, notes: as there). Needs matplotlib: raises ImportError before anything is written."""
-    need_matplotlib()
+    comes first (about, notes: as there). Without matplotlib the page alone."""
     written = [page(found, about=about, notes=notes).save(out / "index.html")]
+    if cannot_draw():
+        return written
     plans = {one.plan: one for one in reversed(found)}
     for i, one in enumerate(one for plan, one in plans.items() if plan):
         more = f"_{i + 1}" if i else ""
