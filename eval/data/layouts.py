@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .files import PICTURES, Folder, Images
-from .plain import golds, letter_of, options_of, table_questions
+from .plain import golds, is_video, letter_of, options_of, table_questions
 from .question import Question
 from .rows import Row, blank
 from .tables import document, objects, read_json, read_rows, read_text
@@ -316,7 +316,7 @@ def _seedbench(folder: Folder, images: Path | None, split: str | None) -> list[Q
     finder = Images(folder, images, "SEED-Bench-image", "images")
     found = []
     for row in content.rows("questions"):
-        if row.label("data_type") not in ("", "image"):
+        if is_video(row):
             continue
         options = options_of(row)
         name = row.text("data_id")

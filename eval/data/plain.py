@@ -15,6 +15,8 @@ from .rows import COLUMNS, MISSING, Row, absent
 YESNO = ("pope", "mme", "yesno")
 NUMBERED = ("ai2d", "scienceqa")
 """Benchmarks whose gold answers are yes or no; and those where "2" is the number of an option from 0, never its text."""
+CHOICES = (*NUMBERED, "mmbench", "seedbench")
+"""Benchmarks in which every question has options."""
 PICTURED = ("scienceqa", "hallusionbench")
 """Benchmarks of which the questions without a picture are left out."""
 _TOLD = {name for what in ("text", "answers", "image", "options", "hint") for name in COLUMNS[what]}
@@ -30,13 +32,15 @@ def table_questions(rows: Sequence[Row], finder: Images, task: str = "exact") ->
     """
     found = []
     for number, row in enumerate(rows):
-        if task == "seedbench" and row.label("data_type") not in ("", "image"):
+        if task == "seedbench" and is_video(row):
             continue
         pictures = _pictures(row)
         if not pictures and task in PICTURED:
             continue
         column = row.column(*COLUMNS["id"])
         options = options_of(row)
+        if not options and task in CHOICES:
+            raise ValueError(f"{row.place}: no options (column options, choices, A, B, ... or choice_a, choice_b, ...)")
         found.append(
             Question(
                 id=row.text(column) if column else str(number),
@@ -58,6 +62,14 @@ def table_questions(rows: Sequence[Row], finder: Images, task: str = "exact") ->
         )
     finder.check()
     return found
+
+
+def is_video(row: Row) -> bool:
+    """Whether a question of SEED-Bench is about a video. Raises ValueError for another type than image and video."""
+    kind = row.label("data_type") or "image"
+    if kind not in ("image", "video"):
+        raise row.wrong("data_type", kind, "image or video is needed")
+    return kind == "video"
 
 
 def _extra(row: Row) -> dict[str, str]:
