@@ -140,8 +140,7 @@ def evaluate(
     if "_mmcompress_engine" in getattr(model, "__dict__", {}):
         raise ValueError("this model is compressed: call mmcompress.uncompress(model) and give plan= instead")
     task, folder = task_of(setup.task), Path(folder)
-    for question in questions:
-        task.row(question, "", setup.protocol)  # what cannot be judged fails now, not at the end
+    task.check(questions, setup.protocol)  # what cannot be judged fails now, not at the end
     pipeline = None if plan == STOCK else mm.as_pipeline(plan)
     settings = _settings(model, processor, questions, setup, repr(pipeline) if pipeline else STOCK, name)
     texts, failed = texts_of(processor, task, questions, setup.protocol, setup.suffix, setup.template)

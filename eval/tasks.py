@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -65,6 +67,36 @@ class Task:
             question.id, question.kind, _cluster(self.name, question), question.answers, reply, parsed,
             float(value) if question.answers else None, _chance(self.name, question), question.extra.get("l2_category", ""),
         )  # fmt: skip
+
+    def check(self, questions: Sequence[Question], protocol: Protocol) -> None:
+        """What has to be known before anything is asked. Raises ValueError that names file and row of a question that the rules
+        cannot judge; warns of golds outside the metric's domain: too few human answers, a gold answer that is worth nothing as
+        a reply, an empty reply that counts as right."""
+        few, never, always = [], [], []
+        for question in questions:
+            try:
+                _domain(self.name, question)
+                empty = self.row(question, "", protocol).value
+                gold = self.row(question, _gold_reply(self.name, question), protocol).value
+            except ValueError as error:
+                raise ValueError(f"{question.place or f'question {question.id}'}: {error}") from error
+            if question.answers:
+                few += [question] * (self.judge is _soft and len(question.answers) < HUMANS)
+                never += [question] * (not gold)
+                always += [question] * (empty == 1 and self.judge is not _pope)
+        least = min((len(question.answers) for question in few), default=0)
+        rules = f"by the rules of {self.name} ({protocol})"
+        for found, what in (
+            (
+                few,
+                f"have fewer than {HUMANS} human answers, as few as {least}; of fewer than four, a reply equal to all is worth 1",
+            ),
+            (never, f"are worth nothing {rules}, even if the reply is the gold answer"),
+            (always, f"count an empty reply as right {rules}"),
+        ):
+            if found:
+                first = f"{found[0].place or found[0].id}, gold {found[0].answers[0]!r}"
+                warnings.warn(f"{len(found)} of {len(questions)} questions {what}; the first: {first}", stacklevel=2)
 
     def terms(self, rows: Sequence[Row], protocol: Protocol) -> Terms:
         """The headline score as sums over the rows."""
@@ -183,13 +215,46 @@ def _chance(task: str, question: Question) -> float:
     return CHANCE[question.kind] if task == "shapes" else 0.25 if task == "mmstar" else 0.0
 
 
+LETTERS = "ABCDEFGHIJ"
+"""The letters of options that a table does not list: the first four, or up to the gold answer."""
+HUMANS = 10
+"""Answers to a question that soft accuracy is made for."""
+_NEED_OPTIONS = ("mmbench", "scienceqa", "seedbench", "ai2d")
+
+
+def _domain(task: str, question: Question) -> None:
+    """Raises ValueError for a question that the benchmark's rules are not made for."""
+    letters = [letter for letter, _ in question.options]
+    if task in _NEED_OPTIONS and not letters:
+        raise ValueError(f"{task} is multiple choice, and there are no options")
+    if letters and (others := [answer for answer in question.answers if answer not in letters]):
+        raise ValueError(f"the gold answer {others[0]!r} is none of the letters {', '.join(letters)}")
+    allowed = {"hallusionbench": ("0", "1")}.get(task, ("yes", "no") if task in ("pope", "mme", "yesno") else ())
+    if allowed and (others := [answer for answer in question.answers if answer.lower() not in allowed]):
+        raise ValueError(f"the gold answer {others[0]!r} is neither {' nor '.join(allowed)}")
+    if task == "mme" and question.kind not in (*vqa.PERCEPTION, *vqa.COGNITION):
+        raise ValueError(f"MME has no category {question.kind!r}, only {', '.join((*vqa.PERCEPTION, *vqa.COGNITION))}")
+
+
+def _gold_reply(task: str, question: Question) -> str:
+    """The reply that should count most."""
+    if not question.answers:
+        return ""
+    best = Counter(question.answers).most_common(1)[0][0]
+    return {"1": "yes", "0": "no"}.get(best, best) if task == "hallusionbench" else best
+
+
 def _soft(task: Task, question: Question, reply: str, protocol: Protocol) -> tuple[str, float]:
+    """Soft accuracy; of fewer than four answers the share of the others that agree with one, so that full marks can be had."""
     benchmark = "vqav2" if task.name == "soft" else task.name
     style = "evalai" if benchmark in ("textvqa", "vizwiz") or protocol == "llava" else "official"
     if not question.answers:
         return vqa.normalize_answer(reply, style), 0.0  # type: ignore[arg-type]
-    value = vqa.vqa_accuracy(reply, question.answers, benchmark, protocol)
-    return vqa.normalize_answer(reply, style), value  # type: ignore[arg-type]
+    said, count = vqa.normalize_answer(reply, style), len(question.answers)  # type: ignore[arg-type]
+    if count > 3 or (benchmark, protocol) == ("textvqa", "llava"):  # that one takes ten and nothing else
+        return said, vqa.vqa_accuracy(reply, question.answers, benchmark, protocol)
+    meant = [vqa.normalize_answer(answer, style) for answer in question.answers]  # type: ignore[arg-type]
+    return said, float(said == meant[0]) if count == 1 else vqa.soft_accuracy(said, meant) * 3 / (count - 1)
 
 
 def _gqa(task: Task, question: Question, reply: str, protocol: Protocol) -> tuple[str, float]:
@@ -199,8 +264,11 @@ def _gqa(task: Task, question: Question, reply: str, protocol: Protocol) -> tupl
 
 def _exact(task: Task, question: Question, reply: str, protocol: Protocol) -> tuple[str, float]:
     """Equal to any gold answer after the VQA normaliser, for tables of users."""
-    said = vqa.normalize_answer(reply)
-    return said, said in [vqa.normalize_answer(answer) for answer in question.answers]
+
+    def plain(text: str) -> str:
+        return vqa.normalize_answer(text) or text.strip().lower()  # "A" and "?" are more than nothing
+
+    return plain(reply), plain(reply) in map(plain, question.answers)
 
 
 def _pope(task: Task, question: Question, reply: str, protocol: Protocol) -> tuple[str, float]:
@@ -230,10 +298,13 @@ def _seed(task: Task, question: Question, reply: str, protocol: Protocol) -> tup
 
 def _letter(task: Task, question: Question, reply: str, protocol: Protocol) -> tuple[str, float]:
     """The generic extractor; open questions (RealWorldQA) by equality."""
-    if not question.options and not all(answer in tuple("ABCDEFGHIJ") for answer in question.answers):
+    if not question.options and not all(answer in tuple(LETTERS) for answer in question.answers):
         said = reply.lower().strip().rstrip(".")
         return said, said in [answer.lower().strip() for answer in question.answers]
-    said = vqa.extract_letter(reply, tuple(letter for letter, _ in question.options) or tuple("ABCD"))
+    most = max((LETTERS.index(answer) for answer in question.answers if not question.options), default=0)
+    said = vqa.extract_letter(
+        reply, tuple(letter for letter, _ in question.options) or tuple(LETTERS[: max(4, most + 1)])
+    )
     return said, said in question.answers
 
 

@@ -478,7 +478,7 @@ def verdict(before: list[Question], after: Any, files: Files, task: str, field: 
         return "same"
     parts = {part for _, part in differ}
     places = {i for i, _ in differ}
-    at = next((key for key in field or () if isinstance(key, int)), None)
+    at = next((key for key in (field or ())[:2] if isinstance(key, int)), None)
     one = len(places) == 1 and len(parts) == 1 and (at is None or places == {at} or {i % N for i in places} == {at})
     shared = (parts == {"kind"} and task == "seedbench") or (parts == {"images"} and task == "mmbench")
     moved = field is not None and at is None and len(places) == 1 and (len(field) <= 2 or "test" in field)

@@ -18,7 +18,7 @@ from .tables import TABLES, is_table
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _DEPTH = 5
 _SHARD = re.compile(r"(.+?)[-_.](\d+)-of-(\d+)(?:-[0-9a-f]+)?")
-_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+_SIGNATURE = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|BM|II\*\0|MM\0\*|P[4-6]\s|.{4}(ftyp|jP  )", re.DOTALL)
 
 
 def is_split(name: str, split: str) -> bool:
@@ -221,10 +221,15 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def is_picture(content: bytes) -> bool:
+    """Whether bytes begin like a picture: PNG, JPEG, GIF, WebP, BMP, TIFF, PNM, AVIF, HEIF or JPEG 2000."""
+    return _SIGNATURE.match(content) is not None
+
+
 def from_base64(text: str) -> bytes | None:
     """The bytes of a picture in base64, plain or URL-safe, wrapped or without padding, or in a data URI; None for other texts.
 
-    A short text is told from a path by what it decodes to: the first bytes of a picture.
+    It is told from a path by what it decodes to: the first bytes of a picture.
     """
     uri = re.match(r"data:[^,]{0,100};base64,", text)
     if uri:
@@ -236,4 +241,4 @@ def from_base64(text: str) -> bytes | None:
         found = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
     except binascii.Error:
         return None
-    return found if uri or len(packed) > 512 or found.startswith(_SIGNATURES) else None
+    return found if uri or is_picture(found) else None

@@ -8,7 +8,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from .files import Images
+from .files import Images, is_picture
 from .question import Picture, Question
 from .rows import COLUMNS, MISSING, Row, absent
 
@@ -185,7 +185,7 @@ def _pictures(row: Row) -> list[tuple[str, Any]]:
 def _picture(row: Row, column: str, value: Any, finder: Images) -> Picture:
     if isinstance(value, dict):  # the hub's Image feature
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes) and value:
+    if isinstance(value, bytes) and is_picture(value):
         return value
     if not isinstance(value, str) or absent(value) or "\0" in value:
         raise row.wrong(column, value, "a path, the bytes of a picture, or these in base64 are needed")

@@ -6,8 +6,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,38 +179,59 @@ def _json(path: Path) -> list[Row]:
 
 
 def _delimited(path: Path, delimiter: str) -> list[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # pictures in base64
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     names: list[str] | None = None
     rows: list[Row] = []
-    line = 1
-    try:
-        for cells in reader:
-            place = f"{path}, row {len(rows) + 1} (line {line})"
-            line = reader.line_num + 1
-            if not any(cell.strip() for cell in cells):
-                continue
-            if names is None:
-                names = _header(path, cells)
-                continue
-            if len(cells) != len(names):
-                raise ValueError(f"{place}: {len(cells)} fields, but {len(names)} columns ({', '.join(names)})")
-            for name, cell in list(zip(names, cells, strict=True))[1:]:
-                if not name.strip() and cell.strip():
-                    raise ValueError(f"{place}: {cell[:40]!r} stands in a column without a name")
-            rows.append(
-                Row(place, {name: cell for name, cell in zip(names, cells, strict=True) if name.strip()}, False)
-            )
-    except csv.Error as error:
-        what = "a quote is opened and never closed" if "end of data" in str(error) else str(error)
-        raise ValueError(f"{path}, row {len(rows) + (names is not None)} (from line {line} on): {what}") from error
+    for line, cells in _records(path, delimiter):
+        place = f"{path}, row {len(rows) + 1} (line {line})"
+        if not any(cell.strip() for cell in cells):
+            continue
+        if names is None:
+            names = cells
+            _once(path, (name for name in names if name.strip()))
+            continue
+        if len(cells) != len(names):
+            raise ValueError(f"{place}: {len(cells)} fields, but {len(names)} columns ({', '.join(names)})")
+        for name, cell in [*zip(names, cells, strict=True)][1:]:  # the first may be the row numbers of pandas
+            if not name.strip() and cell.strip():
+                raise ValueError(f"{place}: {cell[:40]!r} stands in a column without a name")
+        rows.append(Row(place, {name: cell for name, cell in zip(names, cells, strict=True) if name.strip()}, False))
     return rows
 
 
-def _header(path: Path, names: list[str]) -> list[str]:
-    """The names of the columns. One without a name may come first: the row numbers of pandas."""
-    _once(path, (name for name in names if name.strip()))
-    return names
+def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(first line, fields) of each record.
+
+    Raises ValueError for a quote that never closes, text behind a closing quote, and, in a file that quotes fields, a quote in
+    a field that does not begin with one: there two rows may have become one.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # pictures in base64
+    fields = re.compile(rf'(?:^|(?<={delimiter}))"(?:[^"]|"")*"(?={delimiter}|[\r\n]|$)')
+    raw: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for text in io.StringIO(read_text(path), newline=""):
+            raw.append(text)
+            yield text
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    line, number, quoted, loose = 1, 0, 0, ""
+    try:
+        for cells in reader:
+            if '"' in (text := "".join(raw)):
+                rest, count = fields.subn("", text)
+                quoted += count
+                loose = loose or (f"row {number} (line {line})" if '"' in rest else "")
+            yield line, cells
+            raw.clear()
+            line, number = reader.line_num + 1, number + bool(cells)
+    except csv.Error as error:
+        what = "a quote is opened and never closed" if "end of data" in str(error) else str(error)
+        raise ValueError(f"{path}, row {number} (from line {line} on): {what}") from error
+    if quoted and loose:
+        raise ValueError(
+            f"{path}, {loose}: a quote inside a field that does not begin with one, in a file that quotes fields: two rows may "
+            'have become one. Quote that field and double the quotes in it, "5"" pipe"'
+        )
 
 
 def _once(path: Path, names: Iterable[str]) -> None:

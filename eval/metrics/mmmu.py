@@ -24,17 +24,21 @@ def mmmu_letter(reply: str, options: Mapping[str, str], protocol: Protocol = "of
     """The option a reply means: (X), else a letter between spaces, else (replies of more than five words) the text of an option;
     the last of several. None where the tools draw at random; count it as wrong.
 
-    lmms-eval needs no space before the letter (so "DNA " means A) and also takes "X.". LLaVA follows the official parser.
+    lmms-eval needs no space before the letter (so "DNA " means A), and then takes "X."; of several such letters, the one that
+    stands last between spaces, so the first if none does. LLaVA follows the official parser.
     """
     check_protocol(protocol)
     text = reply
     for mark in ",.!?;:'":
         text = text.strip(mark)
     text = f" {text} "
-    forms = ("({})", "{} ", "{}.") if protocol == "lmms" else ("({})", " {} ")
-    for form in forms:
-        found = {letter: text.rfind(form.format(letter)) for letter in options}
-        if max(found.values(), default=-1) >= 0:
+    spaced = " {} "
+    for form, sought in (
+        ("({})", "({})"),
+        *((("{} ", spaced), ("{}.", spaced)) if protocol == "lmms" else ((spaced, spaced),)),
+    ):
+        found = {letter: text.rfind(sought.format(letter)) for letter in options if form.format(letter) in text}
+        if found:
             return max(found, key=lambda letter: found[letter])
     if len(text.split()) > 5:
         found = {letter: text.lower().rfind(option.lower()) for letter, option in options.items()}
