@@ -83,7 +83,7 @@ class Task:
             if question.answers:
                 few += [question] * (self.judge is _soft and len(question.answers) < HUMANS)
                 never += [question] * (not gold)
-                always += [question] * (empty == 1 and self.judge is not _pope)
+                always += [question] * (empty == 1 and self.judge not in (_pope, _hallusion))
         least = min((len(question.answers) for question in few), default=0)
         rules = f"by the rules of {self.name} ({protocol})"
         for found, what in (

@@ -101,6 +101,157 @@ def test_letters() -> None:
     assert vqa.circular_scores([], []) == {"circular": 0.0, "single_pass": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("reply", "golds", "value"),
+    [
+        ("ab   c", ["abd c"], 1 - 1 / 6),  # one letter off, over the longer RAW length: 6, not 5
+        ("abc", ["ab  d   c"], 1 - 3 / 9),  # "ab d c" is three away; the raw gold answer has nine
+        ("  abcd  ", ["abcd"], 1.0),
+        ("ab", ["abcd"], 0.5),  # exactly one half counts
+        ("ab", ["abcde"], 0.0),
+        ("ABC", ["xyz", "abd"], 2 / 3),
+        ("", ["a"], 0.0),
+        ("a", [], 0.0),
+    ],
+)
+def test_anls_divides_by_raw_lengths(reply: str, golds: list[str], value: float) -> None:
+    assert vqa.anls(reply, golds) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("C is not right, B", "C"),  # the start before the end
+        ("is it A or rather D", "D"),
+        ("answer: B, or (C) maybe", "B"),
+        ("the option is (D) they say (B) too", "D"),
+        ("it is (B) but c", "B"),
+        ("see B. then C. there", "C"),
+        ("see B: then C. there", "C"),
+        ("see C) then D: there", "D"),
+        ("see C) then D there", "C"),
+        ("take/B/for it", "B"),
+        ("Because", "B"),  # as lmms-eval reads it
+        ("option dog", ""),
+        ("e", ""),
+        ("'\"A.\"'", "A"),
+        ("", ""),
+    ],
+)
+def test_extracted_letters_by_the_most_telling_place(reply: str, letter: str) -> None:
+    assert vqa.extract_letter(reply) == letter
+
+
+def test_choices_at_their_boundaries() -> None:
+    four = dict(zip("ABCD", ("cat", "dog", "cow", "hen"), strict=True))
+    long = dict.fromkeys("ABCD", "x" * 40)
+    for reply, letter in (
+        ("we B see in a one", None),
+        ("we see B in it now", "B"),
+        ("B is what we all see", None),
+        ("A and B", None),
+    ):
+        assert vqa.mmbench_letter(reply, long) == letter, reply  # among the last four words
+    said = "it is a dog " + "." * 12
+    assert len(said) == 2 * sum(map(len, four.values())) == 24
+    assert vqa.mmbench_letter(said, four) == "B" and vqa.mmbench_letter(said + ".", four) is None
+    assert vqa.mmbench_letter("a dog, a cat", four) is None
+    assert [vqa.mmbench_letter(reply, long, "lmms") for reply in ("A b c", "A b c d", "(A) b c d", "B c d e", "E")] == [
+        *("A", None, "A", "B", "E"),
+    ]  # fmt: skip
+    index = [5, vqa.ROTATIONS + 5, vqa.ROTATIONS - 1, 2 * vqa.ROTATIONS - 1]
+    scores = vqa.circular_scores(index, [True, False, True, True], {"c": ["x", "y", "z", "z"]})
+    assert scores == {"circular": 0.5, "single_pass": 1.0, "c/x": 0.0, "c/z": 1.0}
+    assert [vqa.scienceqa_letter(reply) for reply in ("E", "F", "A. x", "A.x", "The answer is B. The answer is B.")] == [
+        *("E", "", "A", "", ""),
+    ]  # fmt: skip
+    assert [vqa.scienceqa_letter(reply, "lmms") for reply in (" e ", "B.x", "b.", "1")] == ["E", "B", "", ""]
+    assert [vqa.ai2d_answer(reply) for reply in (" B. dog", "B dog", "b. dog")] == ["B", "B dog", "b. dog"]
+    assert [vqa.mvbench_letter(reply) for reply in ("b. x", "f. a b", "(D)", "dab")] == ["B", "A", "D", ""]
+
+
+@pytest.mark.parametrize(
+    ("reply", "official", "lmms"),
+    [
+        (
+            "A. apple B. bear",
+            "C",
+            "A",
+        ),  # no space behind a letter, too short for texts; lmms-eval's "X.", of which none has its spaces
+        ("A. apple is it, B. bear", "B", "A"),
+        ("B then DNA", "B", "B"),  # lmms-eval takes "DNA " for A too, and the last that stands alone
+        ("DNA", None, "A"),
+        ("It is C. Not B.", "B", "B"),
+        ("(A) or B", "A", "A"),
+        ("(B) or (A) or (B)", "B", "B"),
+        ("A B A", "A", "A"),
+        ("It must be the apple tree", "A", "A"),  # six words
+        ("must be the apple tree", None, None),  # five
+        ("an apple, or a bear, or an apple again", "A", "A"),
+        ("B!", "B", "B"),
+        ("'B!'", None, None),  # the marks are stripped in turn, the quotes last
+        ("", None, None),
+    ],
+)
+def test_mmmu_letters(reply: str, official: str | None, lmms: str | None) -> None:
+    options = {"A": "apple", "B": "bear", "C": "corn"}
+    found = [vqa.mmmu_letter(reply, options, protocol) for protocol in vqa.PROTOCOLS]
+    assert found == [official, official, lmms]
+
+
+def test_soft_accuracy_of_few_answers_can_be_full() -> None:
+    def value(task: str, golds: list[str], reply: str, protocol: Any = "official") -> float | None:
+        return task_of(task).row(Question("1", "?", (), tuple(golds)), reply, protocol).value
+
+    for task in ("soft", "vqav2", "textvqa", "okvqa", "vizwiz"):
+        for count in (1, 2, 3, 4, 10):
+            assert value(task, ["White."] * count, "White.") == pytest.approx(1.0), (task, count)
+            assert value(task, ["white"] * count, "red") == value(task, ["white"] * count, "") == 0.0
+        assert value(task, ["a b", "a b", "c d"], "a b") == pytest.approx(2 / 3)
+        assert value(task, ["a b", "c d"], "c d") == pytest.approx(1 / 2)
+        assert value(task, ["a b", "a b", "c d", "e f"], "a b") == pytest.approx(
+            0.5
+        )  # as the tools have it, from four on
+    with pytest.raises(ValueError, match="ten answers, not 2"):
+        value("textvqa", ["yes", "yes"], "yes", "llava")
+
+
+def test_golds_outside_a_metrics_domain_are_told_before_anything_is_asked(recwarn: Any) -> None:
+    def ask(*golds: str, options: tuple[tuple[str, str], ...] = (), kind: str = "") -> Question:
+        return Question("7", "?", (), golds, options, kind=kind, place="q.csv, row 3")
+
+    two = (("A", "cat"), ("B", "dog"))
+    for task, question, said in (
+        ("letter", ask("C", options=two), "q.csv, row 3: the gold answer 'C' is none of the letters A, B"),
+        ("mmbench", ask("A"), "q.csv, row 3: mmbench is multiple choice, and there are no options"),
+        ("yesno", ask("maybe"), "q.csv, row 3: the gold answer 'maybe' is neither yes nor no"),
+        ("mme", ask("Yes", kind="colour"), "MME has no category 'colour'"),
+        ("textvqa", ask("a"), "q.csv, row 3: LLaVA's TextVQA metric needs ten answers"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            task_of(task).check([question], "llava")
+    for task, question, said in (
+        (
+            "soft",
+            ask("a b", "a b"),
+            "1 of 1 questions have fewer than 10 human answers, as few as 2.*row 3, gold 'a b'",
+        ),
+        ("relaxed", ask("nan"), "1 of 1 questions are worth nothing by the rules of relaxed"),
+        ("contains", ask(" "), "1 of 1 questions count an empty reply as right"),
+    ):
+        with pytest.warns(UserWarning, match=said):
+            task_of(task).check([question], "official")
+    recwarn.clear()
+    for task, question in (
+        ("exact", ask("A")), ("exact", ask("?")), ("letter", ask("F")), ("realworldqa", ask("left")), ("relaxed", ask("0")),
+        ("hallusionbench", ask("0")), ("hallusionbench", ask("1")), ("pope", ask("yes")), ("exact", ask()), ("mmmu", ask("3.14")),
+    ):  # fmt: skip
+        task_of(task).check([question], "lmms")
+    assert not [str(warning.message) for warning in recwarn]
+    assert [task_of("exact").row(ask("A"), reply, "official").value for reply in ("A", "a.", "", "the")] == [1, 1, 0, 0]
+    assert [task_of("letter").row(ask("F"), reply, "official").value for reply in ("F", "(F)", "A")] == [1, 1, 0]
+
+
 def _row(
     key: str, value: float | None, parsed: str = "", kind: str = "", cluster: str = "", answer: str = "yes"
 ) -> Row:
