@@ -51,6 +51,7 @@ def add(command: Command, load: Load, open_image: OpenImage) -> None:
 
 def run(options: argparse.Namespace, console: Console, load: Load, open_image: OpenImage) -> None:
     """Explain, write, and say where the page is."""
+    from .eval.prompts import unknown_words
     from .plan import as_pipeline
     from .visualize import faithfulness, write_all
     from .visualize.figure import cannot_draw
@@ -62,7 +63,8 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
     plan = as_pipeline(options.plan) if options.plan else None
     model, processor, _ = load(options)
     methods = options.method or ([WORDS] if options.no_gradients else None)
-    notes: list[str] = []
+    unknown = unknown_words(processor, [options.question])
+    notes = [unknown] if unknown else []
     how = {"video": options.video, "max_new_tokens": options.max_new_tokens}
     found = explained(
         model, processor, pictures, options.question, plan, methods, options.same_answer, notes.append, **how

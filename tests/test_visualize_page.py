@@ -257,7 +257,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     assert main([*given, "--no-gradients", "--max-new-tokens", "2"]) == 0
     said = capsys.readouterr().out
-    assert "gradient" not in said and "no --plan: nothing was dropped" in said
+    assert "gradient" not in said and "no --plan: nothing was dropped" in said and "does not know" not in said
+    given[5] = "what is the dog doing ?"
+    assert main([*given, "--no-gradients", "--max-new-tokens", "2"]) == 0
+    assert "words that this model does not know" in capsys.readouterr().out
+    text = (out / "index.html").read_text(encoding="utf-8")
+    assert "<title>what is the dog doing ?</title>" in text and "words that this model does not know" in text
     assert {"index.html", "stages.png", "layers.png", "token-activation-map.png"} <= {p.name for p in out.iterdir()}
     assert main([*given[:3], str(tmp_path / "none.png"), *given[4:]]) == 2
     assert "no such file" in capsys.readouterr().err
