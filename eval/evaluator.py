@@ -158,6 +158,7 @@ def evaluate(
                 prepared or Prepared(0), team,
             )  # fmt: skip
         failed = team.together(failed)
+        failed = {question.id: failed[question.id] for question in questions if question.id in failed}
         if len(failed) == len(questions):
             name_, reason = next(iter(failed.items()))
             raise AskError(f"none of the {len(questions)} questions can be asked; {name_!r}: {reason}")
@@ -283,6 +284,8 @@ def _answer(
 
     def answered(asked: list[int], inputs: Any) -> tuple[list[int], _Replies]:
         """The replies to those questions of a batch that the model does not refuse."""
+        if not asked:
+            return [], _Replies()
         try:
             return asked, _generate(model, processor, inputs.to(model.device, model.dtype), settings["new_tokens"])
         except Exception as error:
@@ -291,10 +294,10 @@ def _answer(
             if len(asked) == 1:
                 leave_out(questions[asked[0]].id, told("the model", error))
                 return [], _Replies()
-            good = [i for i in asked if answered([i], prepare([i])[1])[0]]
+            good = [i for i in asked if questions[i].id in answers or answered(*prepare([i]))[0]]
             if good == asked:
                 raise
-            return answered(good, prepare(good)[1]) if good else ([], _Replies())
+            return answered(*prepare(good))
 
     if show:
         show(Progress(before, len(questions), 0.0))

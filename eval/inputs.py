@@ -86,7 +86,7 @@ def context_of(model: Any) -> int | None:
 
 def beyond(context: int | None) -> str:
     """What a prompt is that is too long."""
-    return f"more than the context of the model, {context}, takes"
+    return f"and the context of the model is {context}"
 
 
 def told(who: str, error: Exception) -> str:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mmcompress.assets import model_path
 from mmcompress.eval import evaluator
 from mmcompress.eval.comparison import compare, retention
-from mmcompress.eval.data import Question, read_questions
+from mmcompress.eval.data import Question, open_picture, read_questions
 from mmcompress.eval.evaluator import Setup, bucketed, evaluate, load_record, rows_of, shapes_questions, weights_digest
 from mmcompress.eval.inputs import AskError
 from mmcompress.eval.journal import Journal
@@ -26,6 +27,8 @@ from mmcompress.eval.prompts import conversation, question_text
 from mmcompress.eval.synthetic import items
 from mmcompress.eval.synthetic.benchmark import load
 from mmcompress.eval.tasks import task_of
+from mmcompress.eval.tuning import batches
+from PIL import Image
 
 import mmcompress as mm
 from mmcompress.cli import main
@@ -247,6 +250,128 @@ def test_pictures_that_cannot_be_read(loaded: tuple[Any, Any], table: Path, tmp_
         evaluate(*loaded, questions, replace(SETUP, strict=True), "stock", tmp_path / "strict")
     again = evaluate(*loaded, questions, SETUP, "stock", tmp_path / "out")
     assert again["failed"] == found["failed"] and again["rows"] == found["rows"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_question_that_cannot_be_asked_stops_no_run(
+    batch_size: int, loaded: tuple[Any, Any], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by the processor (an image token too many, half a character), by the model, or longer than the context: in one batch
+    with others, which are answered as without it. A restart asks nothing again."""
+    model, processor = loaded
+    questions = list(read_questions("exact", table)[:8])
+    setup = replace(SETUP, batch_size=batch_size)
+    questions[1] = replace(questions[1], text="<image> what ?")
+    questions[2] = replace(questions[2], text="half of \ud83d what ?")
+    questions[4] = replace(questions[4], images=questions[4].images * 15)
+    real = evaluator._generate
+
+    def generate(model: Any, processor: Any, inputs: Any, most: int) -> Any:
+        if any("refused" in text for text in processor.batch_decode(inputs["input_ids"])):
+            raise ValueError("no such prompt\nmore")
+        return real(model, processor, inputs, most)
+
+    processor.tokenizer.add_tokens(["refused"])
+    monkeypatch.setattr(evaluator, "_generate", generate)
+    questions[6] = replace(questions[6], text="refused ?")
+    found = evaluate(model, processor, questions, setup, "stock", tmp_path / "out")
+    assert [row["id"] for row in found["rows"]] == ["q0", "q3", "q5", "q7"] and found["answered"] == 4
+    assert set(found["failed"]) == {"q1", "q2", "q4", "q6"}
+    assert "the processor refuses it (ValueError: The total number of <image> tokens" in found["failed"]["q1"]
+    assert found["failed"]["q2"] == "its text has half a character in it (a lone surrogate)"
+    assert found["failed"]["q4"] == "its prompt has 2168 tokens, and the context of the model is 2048"
+    assert found["failed"]["q6"] == "the model refuses it (ValueError: no such prompt)"
+    others = [questions[i] for i in (0, 3, 5, 7)]
+    alone = evaluate(model, processor, others, setup, "stock", tmp_path / "alone")
+    assert [row["reply"] for row in found["rows"]] == [row["reply"] for row in alone["rows"]]
+    calls: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = evaluate(model, processor, questions, setup, "stock", tmp_path / "out")
+    handle.remove()
+    assert not calls and again["failed"] == found["failed"] and again["rows"] == found["rows"]
+    less = evaluate(model, processor, questions, setup, PLAN, tmp_path / "out")
+    assert less["failed"] == found["failed"] and less["answered"] == 4
+    for number, message in ((1, "image"), (2, "surrogate"), (4, "context"), (6, "no such prompt")):
+        with pytest.raises(AskError, match=f"question q{number}: .*{message}.*; without --strict it is left out"):
+            evaluate(
+                model, processor, questions[number : number + 1], replace(setup, strict=True), "stock", tmp_path / "s"
+            )
+    with pytest.raises(AskError, match="none of the 2 questions can be asked; 'q2': its text has half"):
+        evaluate(model, processor, [questions[2], questions[4]], setup, "stock", tmp_path / "none")
+    assert not list((tmp_path / "none").glob("*.json"))
+
+
+def test_an_answer_that_reaches_beyond_the_context(
+    loaded: tuple[Any, Any], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of 148 tokens or more and an answer: named if the model read a position beyond its context."""
+    questions = read_questions("exact", table)
+    found = evaluate(*loaded, questions, SETUP, "stock", tmp_path / "whole")
+    lines = [line for path in (tmp_path / "whole").glob("*.jsonl") for line in lines_of(path)[1:]]
+    lengths = {
+        q.id: loaded[1](images=[open_picture(q.images[0])], text=[conversation(loaded[1], q.text, 1)])["input_ids"]
+        for q in questions
+    }
+    length = {name: len(ids[0]) for name, ids in lengths.items()}
+    used = {line["id"]: length[line["id"]] + line["new_tokens"] - 1 for line in lines}
+    context = sorted(used.values())[COUNT // 2]
+    monkeypatch.setattr(loaded[0].config.get_text_config(), "max_position_embeddings", context)
+    short = evaluate(*loaded, questions, SETUP, "stock", tmp_path / "short")
+    assert (
+        set(short["failed"]) == {name for name, n in used.items() if n > context} and 0 < len(short["failed"]) < COUNT
+    )
+    assert all(f"the context of the model is {context}" in reason for reason in short["failed"].values())
+    assert [row for row in found["rows"] if row["id"] not in short["failed"]] == short["rows"]
+
+
+def test_a_device_that_runs_out_of_memory_is_no_refusal(
+    loaded: tuple[Any, Any], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (torch.OutOfMemoryError("2 GiB"), NotImplementedError("no such layer"), KeyError("ours")):
+
+        def generate(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(evaluator, "_generate", generate)
+        with pytest.raises(type(error), match=str(error.args[0])):
+            evaluate(*loaded, read_questions("exact", table), SETUP, "stock", tmp_path)
+
+
+def test_a_picture_that_one_processor_refuses(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The processor of Qwen takes nothing longer than 200 times its height: eval, sweep and tune leave the question out."""
+    folder = tmp_path / "data"
+    shutil.copytree(table.parent, folder)
+    Image.new("RGB", (2000, 3)).save(folder / "0.png")
+    data = ["--task", "exact", "--data", str(folder / table.name)]
+    line = ["eval", "qwen3-vl-shapes", *data, "--questions", "5", "--max-new-tokens", "4", "--suffix", ""]
+    for _ in range(2):
+        assert main([*line, "--batch-size", "2", "--out", str(tmp_path / "out")]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert (
+            "left out: question q0: the processor refuses it (ValueError: absolute aspect ratio must be smaller" in out
+        )
+        assert "1 of 5 questions were left out" in out
+    line = [
+        "sweep",
+        "qwen3-vl-shapes",
+        "--task",
+        f"exact={folder / table.name}",
+        "--questions",
+        "3",
+        "--plan",
+        "uniform",
+    ]
+    assert main([*line, "--keep", "0.5", "--repeats", "0", "--out", str(tmp_path / "sweep")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        "left out: exact, question q0: the processor refuses it" in out
+        and "exact: 1 of 3 questions were left out" in out
+    )
+    model, processor = load(model_path("qwen3-vl-shapes"))
+    questions = read_questions("exact", folder / table.name)[:3]
+    with pytest.warns(UserWarning, match="1 of 3 questions are left out; 'q0': the processor refuses it"):
+        asked = batches(model, processor, "exact", questions)
+    assert [q.id for batch in asked for q in batch.questions] in (["q1", "q2"], ["q2", "q1"])
 
 
 def test_what_cannot_be_judged_fails_before_the_first_answer(loaded: tuple[Any, Any], tmp_path: Path) -> None:
