@@ -261,3 +261,4 @@ def keep_notes(cache: Cache, call: Call) -> None:
     for index, state in call.notes.items():
         layer: Any = cache.layers[index]
         layer.state = state
+        layer.ledger.bound = layer.ledger.bound or "its attention is rewritten"

@@ -83,18 +83,23 @@ class PrunedLayer:
         return super().get_seq_length()  # type: ignore[misc]
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        bound = self.ledger.bound or (self.state and "its attention is rewritten")
-        if bound and not running():
+        self._check()
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def _check(self) -> None:
+        """Refuse a model that would read this layer wrong."""
+        if self.ledger.bound and not running():
             raise RuntimeError(
-                f"this cache was made by a compressed model, and the one that reads it is not compressed: {bound}. Call "
+                f"this cache was made by a compressed model, and the one that reads it is not compressed: {self.ledger.bound}. Call "
                 f"mmcompress.compress(model, plan) again before its next turn, or start again from the prompt without a cache"
             )
-        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self) -> Any:
         return super().get_seq_length() + self.ledger.dropped  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
+        if not self.is_compileable:  # else generate() may ask before the model runs
+            self._check()  # before any layer has changed its state
         if (
             _stock_class(self).get_mask_sizes is DynamicLayer.get_mask_sizes
         ):  # asks for the length, which is logical here
@@ -124,6 +129,8 @@ class PrunedLayer:
             )
         super().crop(max_length)  # type: ignore[misc]
         self.state = {name: values[:, : self.physical] for name, values in self.state.items()}
+        if self.ledger.valid is not None:
+            self.ledger.valid = self.ledger.valid[:, : self.physical]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

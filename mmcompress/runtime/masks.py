@@ -51,13 +51,15 @@ def logical_mask(call: Call, group: Group, layer: int, device: torch.device) -> 
 
     if past is None and group.valid is None:
         return None if call.cache is not None else ones(group.physical)
-    length, dropped = int(call.past) + group.physical, 0
-    if ledger is not None:
+    dropped = ledger.dropped if ledger is not None else 0
+    if ledger is not None and group.valid is None:  # a static layer tells its width without waiting for its length
         assert call.cache is not None
         cached: Any = call.cache.layers[layer]
         if not isinstance(cached, PrunedLayer):
             cached = next(other for other in call.cache.layers if isinstance(other, PrunedLayer))
-        length, dropped = cached.get_mask_sizes(group.physical)
+        length = cached.get_mask_sizes(group.physical)[0]
+    else:
+        length = int(call.past) - dropped + group.physical
     past = past.to(device) if past is not None else ones(0)
     new = group.valid.to(device) if group.valid is not None else ones(0)
     between = length - past.shape[1] - new.shape[1]  # decoded tokens, all real
