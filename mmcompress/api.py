@@ -177,9 +177,9 @@ def report(model: Any, inputs: Mapping[str, Any] | None = None) -> Report | Enco
     """The last call with visuals in numbers; `print` it. Tokens per image and layer, FLOPs of the LLM layers, KV bytes,
     milliseconds; for a vision model without language model the tokens of each block.
 
-    inputs: a prompt as the processor made it, to count FLOPs of the whole prefill too, vision included: it runs stock and compressed
-    under torch's counter, and once more for the milliseconds. Raises ValueError if nothing was compressed yet, or `inputs` have no
-    visuals.
+    inputs: a prompt as the processor made it, to count the FLOPs of the whole prefill too: it runs stock and compressed
+    under torch's counter, and once more for the milliseconds. Raises ValueError if nothing was compressed yet, or if `inputs` have
+    no visuals.
     """
     engine = _engine(model)
     if isinstance(engine, TowerEngine):

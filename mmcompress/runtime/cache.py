@@ -90,8 +90,8 @@ class PrunedLayer:
         """Refuse a model that would read this layer wrong."""
         if self.ledger.bound and not running():
             raise RuntimeError(
-                f"this cache was made by a compressed model, and the one that reads it is not compressed: {self.ledger.bound}. Call "
-                f"mmcompress.compress(model, plan) again before its next turn, or start again from the prompt without a cache"
+                f"this cache was made by a compressed model, and the one that reads it is not compressed: {self.ledger.bound}. "
+                f"Call mmcompress.compress(model, plan) again before its next turn, or start again from the prompt without a cache"
             )
 
     def get_seq_length(self) -> Any:
