@@ -37,6 +37,7 @@ class InternVLAdapter(Adapter):
         return [
             Block(
                 layer,
+                layer.layernorm_before,
                 at := layer.attention,
                 layer.layernorm_after,
                 layer.mlp,

@@ -35,7 +35,15 @@ class LlavaAdapter(Adapter):
     def blocks(self) -> list[Block]:
         return [
             Block(
-                layer, at := layer.self_attn, layer.layer_norm2, layer.mlp, at.num_heads, at.scale, at.q_proj, at.k_proj
+                layer,
+                layer.layer_norm1,
+                at := layer.self_attn,
+                layer.layer_norm2,
+                layer.mlp,
+                at.num_heads,
+                at.scale,
+                at.q_proj,
+                at.k_proj,
             )
             for layer in self.tower.encoder.layers
         ]

@@ -40,7 +40,16 @@ class QwenVLAdapter(Adapter):
     @property
     def blocks(self) -> list[Block]:
         return [
-            Block(layer, at := layer.attn, layer.norm2, layer.mlp, at.num_heads, at.head_dim**-0.5, qkv=at.qkv)
+            Block(
+                layer,
+                layer.norm1,
+                at := layer.attn,
+                layer.norm2,
+                layer.mlp,
+                at.num_heads,
+                at.head_dim**-0.5,
+                qkv=at.qkv,
+            )
             for layer in self.tower.blocks
         ]
 

@@ -38,7 +38,7 @@ class TimmAdapter(PlainEncoder):
     @classmethod
     def matches(cls, model: Any) -> bool:
         first = next(iter(getattr(model, "blocks", ())), None)
-        parts = ("attn", "norm2", "mlp")
+        parts = ("norm1", "attn", "norm2", "mlp")
         if first is None or not all(hasattr(first, p) for p in parts) or not hasattr(model, "num_prefix_tokens"):
             return False
         if not hasattr(first.attn, "qkv") or getattr(model, "rope", None) is not None or model.num_prefix_tokens > 1:
@@ -51,7 +51,7 @@ class TimmAdapter(PlainEncoder):
     @property
     def blocks(self) -> list[Block]:
         return [
-            Block(block, at := block.attn, block.norm2, block.mlp, at.num_heads, at.scale, qkv=at.qkv)
+            Block(block, block.norm1, at := block.attn, block.norm2, block.mlp, at.num_heads, at.scale, qkv=at.qkv)
             for block in self.model.blocks
         ]
 
@@ -97,7 +97,7 @@ class OpenClipAdapter(PlainEncoder):
     @property
     def blocks(self) -> list[Block]:
         return [
-            OpenClipBlock(block, at := block.attn, block.ln_2, block.mlp, at.num_heads, at.head_dim**-0.5)
+            OpenClipBlock(block, block.ln_1, at := block.attn, block.ln_2, block.mlp, at.num_heads, at.head_dim**-0.5)
             for block in self.tower.transformer.resblocks
         ]
 

@@ -183,14 +183,13 @@ def report(model: Any, inputs: Mapping[str, Any] | None = None) -> Report | Enco
     """
     engine = _engine(model)
     if isinstance(engine, TowerEngine):
-        merged = engine.facade.merged
-        if merged is None or inputs is not None:
+        if engine.last is None or inputs is not None:
             raise ValueError(
                 "no call yet: run the compressed model on a picture first"
                 if inputs is None
                 else "inputs= is for models with a language model: leave it out"
             )
-        return EncoderReport(repr(engine.plan), engine.facade.lengths[0], merged)
+        return EncoderReport(repr(engine.plan), *engine.last)
     if inputs is None:
         return trace(model).report()
     stock, last = _stock(model), engine.last

@@ -35,12 +35,14 @@ Record = Callable[[str, Tensor], None]
 class Block:
     """The parts of one vision encoder block.
 
+    first      the module that is given the block's input as it is (its first norm).
     norm, mlp  the norm before the MLP, and the MLP.
     q, k       the modules whose outputs are all queries and all keys, [..., heads * d] (or [..., heads, d]), before any
                rotation; or `qkv`, one module that gives queries, keys and values behind each other.
     """
 
     module: nn.Module
+    first: nn.Module
     attention: Any
     norm: nn.Module
     mlp: nn.Module

@@ -15,18 +15,23 @@ turns them into indices of patches. A packed tower is one row with segments that
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from ..ops import merge_mean, proportional_bias
 from ..selection import gather
 from ..stage import EncoderStage
 from .adapter import Adapter, Encoded, Encoder
+from .scope import ENCODE, Scope, current, enter, leave
 
 
 @dataclass
@@ -43,19 +48,73 @@ class _State:
 
 @dataclass
 class _Merge:
-    """target [n, T]: new unit of each unit of a block; patches: the same for patches, as they stand in the block; count:
-    new units in a row; state: what the next block sees."""
+    """patches [n, P]: new patch of each patch, as they stand in the block; count: new units in a row."""
 
-    target: Tensor
     patches: Tensor
     count: int
-    state: _State
 
 
-class EncoderFacade:
-    """Runs one EncoderStage in a vision encoder."""
+@dataclass
+class _Run:
+    """One call of the encoder.
 
-    def __init__(self, encoder: Encoder, stage: EncoderStage) -> None:
+    arguments  keywords of the call. lengths: units in each segment. units: in all.
+    schedules  how many units of a row of a length each block merges away.
+    states     what enters each block, and what comes out of the last one. merges: of each block.
+    keys       of the block that runs. to_tower, from_tower: order of patches, unit after unit, and back.
+    """
+
+    arguments: dict[str, Any]
+    states: list[_State]
+    merges: list[_Merge | None]
+    lengths: list[int] = field(default_factory=list)
+    schedules: dict[int, list[int]] = field(default_factory=dict)
+    units: int = 0
+    keys: Tensor | None = None
+    to_tower: Tensor | None = None
+    from_tower: Tensor | None = None
+
+
+class _Replayed(threading.local):
+    """The run whose blocks gradient checkpointing replays in this thread."""
+
+    run: weakref.ref[_Run] | None = None
+
+
+class TowerScope:
+    """Keeps what belongs to one call of a vision tower in the scope of the call; opens it where `owner` has not, since the tower
+    may be called by itself."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def begin(self, run: Any) -> None:
+        scope = current(self.owner, ENCODE)
+        if scope is None:
+            scope = enter(Scope(self.owner, ENCODE))
+            scope.state["mine"] = self
+        scope.state[self] = run
+
+    def end(self, module: Any, args: tuple, output: Any) -> None:
+        scope = current(self.owner, ENCODE)
+        if scope is not None and scope.state.get("mine") is self:
+            leave(self.owner, ENCODE)
+
+    def run(self) -> Any:
+        """What `begin` was given in the call that runs in this thread, None outside of one."""
+        scope = current(self.owner, ENCODE)
+        return None if scope is None else scope.state.get(self)
+
+
+class EncoderFacade(TowerScope):
+    """Runs one EncoderStage in a vision encoder; `owner` is the engine.
+
+    Gradient checkpointing replays blocks in the backward pass, when no call runs, perhaps in another thread. What they did is
+    found by the storage of the block's input, which lives as long as a replay may come.
+    """
+
+    def __init__(self, owner: Any, encoder: Encoder, stage: EncoderStage) -> None:
+        super().__init__(owner)
         self.encoder, self.stage = encoder, stage
         self.blocks = encoder.blocks
         self.active_blocks = max(encoder.feature_blocks) + 1
@@ -72,50 +131,62 @@ class EncoderFacade:
                 f"{stage!r}: proportional attention adds a bias per key, which {encoder.attention} cannot take: use "
                 f"attn_implementation='sdpa' for the vision tower, or {stage.name}(..., proportional=False)"
             )
-        self._begin(None, (), {})
+        self.inputs: dict[int, tuple[StorageWeakRef, _Run]] = {}
+        """The run that each block input belongs to, by storage."""
+        self.replayed = _Replayed()
 
-    def install(self) -> list[RemovableHandle]:
-        handles = [self.encoder.tower.register_forward_pre_hook(self._begin, with_kwargs=True)]
+    def install(self) -> Iterator[RemovableHandle]:
+        bind = functools.partial
+        yield self.encoder.tower.register_forward_pre_hook(self.start, with_kwargs=True)
+        yield self.encoder.tower.register_forward_hook(self.end, always_call=True)
         for i, block in enumerate(self.blocks):
-            bind = functools.partial
-            handles += [
-                block.module.register_forward_pre_hook(bind(self._block_pre, i), with_kwargs=True),
-                # before transformers' own recording hooks, which are put on the same modules later
-                block.module.register_forward_hook(bind(self._block_post, i), prepend=True),
-                *block.tap(bind(self._keep_keys, i)),
-                block.attention.register_forward_pre_hook(bind(self._attention_pre, i), with_kwargs=True),
-                block.norm.register_forward_pre_hook(bind(self._norm_pre, i)),
-                block.mlp.register_forward_hook(bind(self._mlp_post, i)),
-            ]
-        return handles
+            yield block.module.register_forward_pre_hook(bind(self._block_pre, i), with_kwargs=True)
+            # before transformers' own recording hooks, which are put on the same modules later
+            yield block.module.register_forward_hook(bind(self._block_post, i), prepend=True)
+            yield block.first.register_forward_pre_hook(self._first_pre)
+            yield from block.tap(bind(self._keep_keys, i))
+            yield block.attention.register_forward_pre_hook(bind(self._attention_pre, i), with_kwargs=True)
+            yield block.norm.register_forward_pre_hook(bind(self._norm_pre, i))
+            yield block.mlp.register_forward_hook(bind(self._mlp_post, i))
 
     # ------------------------------------------------------------------ what the runtime asks
     def spread(self, block: int) -> Tensor | None:
         """[n, P0]: which token of `block` each token of the tower is in, None for itself."""
-        state = self.states[block]
-        return None if state.source is None else self._in_tower_order(self._patches(state.source))
+        run = self._running()
+        state = run.states[block]
+        return None if state.source is None else _in_tower_order(run, self._patches(state.source))
 
     def clusters(self, encoded: Encoded, arguments: dict[str, Any]) -> list[Tensor] | None:
         """Which tokens of each visual are one cluster at the end, [N] each; None if nothing was merged."""
-        source = self.states[self.active_blocks].source
+        run = self._running()
+        source = run.states[self.active_blocks].source
         if source is None:
             return None
         source = source[:, self.encoder.prefix :]
-        rows = torch.arange(len(source), device=source.device)[:, None] * self.units
+        rows = torch.arange(len(source), device=source.device)[:, None] * run.units
         numbers = source[0] if self.encoder.packed else source + rows
         assert isinstance(self.encoder, Adapter)
         return [row[:, 0] for row in self.encoder.arrange(encoded, arguments, numbers[..., None], nearest=True)]
 
+    @property
+    def merged(self) -> list[int]:
+        """How many units each block has merged away in the first row (segment). Raises RuntimeError if one did not that should."""
+        run = self._running()
+        late = [
+            i for i in range(len(self.blocks)) if run.merges[i] is None and any(s[i] for s in run.schedules.values())
+        ]
+        if late or not run.lengths:
+            raise RuntimeError(
+                f"{self.stage!r} has to merge tokens in the vision encoder, but saw no keys in block {late[0] if late else 0}: "
+                f"what runs there is not what was found; call mmcompress.compress(model, plan) again"
+            )
+        return run.schedules[run.lengths[0]]
+
     def left(self, tokens: int, first_view: int) -> int:
         """How many are left of a visual with `tokens` LLM tokens. Where packing crops or pools what the encoder gives, a
         visual has fewer tokens than its views have units: it keeps the same part of them."""
-        units = first_view if self.encoder.packed else self.units - self.encoder.prefix
+        units = first_view if self.encoder.packed else self._running().units - self.encoder.prefix
         return max(1, round(tokens * self.stage.budget(units, self.active_blocks, self.encoder.prefix) / units))
-
-    @property
-    def merged(self) -> list[int] | None:
-        """How many units each block has merged away in the first row (segment) of the last call."""
-        return self.schedules[self.lengths[0]] if self.lengths else None
 
     # ------------------------------------------------------------------ indices of units and patches
     def _patches(self, index: Tensor) -> Tensor:
@@ -127,45 +198,61 @@ class EncoderFacade:
         each = ((index[:, prefix:, None] - prefix) * unit + prefix + corners).flatten(1)
         return torch.cat([index[:, :prefix], each], 1)
 
-    def _in_tower_order(self, index: Tensor) -> Tensor:
-        """Columns of [n, P], which stand unit after unit, as the patches of the tower stand."""
-        return index if self.from_tower is None else index[:, self.from_tower.to(index.device)]
-
     def _schedule(self, length: int) -> list[int]:
         prefix = self.encoder.prefix
         planned = self.stage.schedule(length - prefix, self.active_blocks, prefix)
         return planned + [0] * (len(self.blocks) - self.active_blocks)
 
-    # ------------------------------------------------------------------ hooks
-    def _begin(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.arguments = kwargs
-        self.lengths: list[int] = []
-        self.schedules: dict[int, list[int]] = {}
-        """How many units of a row of a length each block merges away."""
-        self.units = 0
-        self.states: list[_State] = [_State([])] * (len(self.blocks) + 1)
-        """What enters each block, and what comes out of the last one."""
-        self.merges: list[_Merge | None] = [None] * len(self.blocks)
-        self.keys: Tensor | None = None
-        self.to_tower: Tensor | None = None
-        self.from_tower: Tensor | None = None
+    # ------------------------------------------------------------------ runs
+    def _running(self) -> _Run:
+        """The run of this thread, or the one that it replays."""
+        run = self.run()
+        if run is None and self.replayed.run is not None:
+            run = self.replayed.run()
+        if run is None:
+            raise RuntimeError(
+                f"{self.stage!r}: a block of the vision encoder ran outside of a call of the encoder, or was replayed from an "
+                f"input that had been moved: call the encoder as a whole, without offloading of checkpointed activations"
+            )
+        return run
 
-    def _open(self, hidden: Tensor) -> None:
+    def _remember(self, run: _Run, hidden: Tensor, module: Any) -> None:
+        """Note that `hidden` enters a block of a run, where a replay may come."""
+        if (torch.is_grad_enabled() or module.training) and not torch.compiler.is_compiling():
+            storage = StorageWeakRef(hidden.untyped_storage())
+            self.inputs[storage.cdata] = storage, run
+
+    def _replay(self, hidden: Tensor) -> None:
+        """Find the run that `hidden` entered a block of."""
+        found = self.inputs.get(hidden.untyped_storage()._cdata)
+        if found is not None:
+            self.replayed.run = weakref.ref(found[1])
+
+    # ------------------------------------------------------------------ hooks
+    def start(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        for key, (storage, _) in list(self.inputs.items()):
+            if storage.expired():
+                self.inputs.pop(key, None)
+        count = len(self.blocks)
+        self.begin(_Run(kwargs, [_State([])] * (count + 1), [None] * count))
+
+    def _open(self, run: _Run, hidden: Tensor) -> None:
         """Find out the shape of the rows, before the first block."""
         unit, prefix = self.encoder.unit, self.encoder.prefix
         if self.encoder.packed:
-            self.lengths = [length // unit for length in self.encoder.segments(self.arguments)]
-            self.units = sum(self.lengths)
+            run.lengths = [length // unit for length in self.encoder.segments(run.arguments)]
+            run.units = sum(run.lengths)
         else:
             patches = hidden.shape[1] - prefix
-            self.units = patches // unit + prefix
-            self.lengths = [self.units]
+            run.units = patches // unit + prefix
+            run.lengths = [run.units]
             order = self.encoder.order(patches)
             if order is not None:
-                self.to_tower = torch.cat([torch.arange(prefix), order + prefix])
-                self.from_tower = self.to_tower.argsort()
-        self.states[0] = _State(self.lengths)
-        self.schedules = {length: self._schedule(length) for length in set(self.lengths)}
+                run.to_tower = torch.cat([torch.arange(prefix), order + prefix])
+                run.from_tower = run.to_tower.argsort()
+        run.states[0] = _State(run.lengths)
+        run.schedules = {length: self._schedule(length) for length in set(run.lengths)}
+        run.arguments = {}
 
     def _rows(self, hidden: Tensor) -> Tensor:
         return hidden[None] if self.encoder.packed else hidden
@@ -174,17 +261,22 @@ class EncoderFacade:
         return hidden[0] if self.encoder.packed else hidden
 
     def _block_pre(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        if i == 0:
-            self._open(args[0])
-        state = self.states[i]
+        if self.run() is None:
+            self._replay(args[0])
+        run = self._running()
+        if not run.lengths:
+            self._open(run, args[0])
+        state = run.states[i]
+        self._remember(run, args[0], module)
         if state.representative is None:
             return None
         index = self._patches(state.representative)
-        if self.to_tower is not None:
-            index = self.to_tower.to(index.device)[index]
+        if run.to_tower is not None:
+            index = run.to_tower.to(index.device)[index]
         hidden = self._back(gather(self._rows(args[0]), index))
         if self.encoder.packed:
             kwargs = self._shorter_segments(index[0], kwargs, len(args[0]))
+        self._remember(run, hidden, module)
         return (hidden, *args[1:]), kwargs
 
     @staticmethod
@@ -199,8 +291,12 @@ class EncoderFacade:
             changed["max_seqlen"] = longest if isinstance(kwargs["max_seqlen"], Tensor) else int(longest)
         return {**kwargs, **changed}
 
+    def _first_pre(self, module: Any, args: tuple) -> None:
+        if self.run() is None:  # transformers from 5.24 on replays the inside of a block only
+            self._replay(args[0])
+
     def _attention_pre(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        size = self.states[i].size
+        size = self._running().states[i].size
         if size is None or not self.proportional:
             return None
         patches = size if self.encoder.unit == 1 else self._sizes(size)
@@ -214,20 +310,22 @@ class EncoderFacade:
         return torch.cat([size[:, :prefix], size[:, prefix:].repeat_interleave(self.encoder.unit, 1)], 1)
 
     def _keep_keys(self, i: int, name: str, heads: Tensor) -> None:
-        if name == "k" and self.merges[i] is None and any(schedule[i] for schedule in self.schedules.values()):
-            self.keys = self._rows(heads.detach()).mean(-2)
+        run = self._running()
+        if name == "k" and run.merges[i] is None and any(schedule[i] for schedule in run.schedules.values()):
+            run.keys = self._rows(heads.detach()).mean(-2)
 
     def _norm_pre(self, i: int, module: Any, args: tuple) -> tuple | None:
-        if self.merges[i] is None:  # decided once, applied again when gradient checkpointing replays the block
-            if self.keys is None:
+        run = self._running()
+        if run.merges[i] is None:  # decided once, applied again when gradient checkpointing replays the block
+            if run.keys is None:
                 return None
-            self.merges[i] = self._decide(i, self.keys)
-            self.keys = None
-        merge = self.merges[i]
+            run.merges[i] = self._decide(run, i, run.keys)
+            run.keys = None
+        merge = run.merges[i]
         assert merge is not None
         hidden = args[0]
         rows = self._rows(hidden)
-        size = self.states[i].size
+        size = run.states[i].size
         sizes = torch.ones(rows.shape[:2], device=hidden.device) if size is None else self._sizes(size)
         prefix = self.encoder.prefix
         count = prefix + (merge.count - prefix) * self.encoder.unit
@@ -235,17 +333,17 @@ class EncoderFacade:
         hidden.copy_(self._back(gather(merged, merge.patches)))
         return (self._back(merged),)
 
-    def _decide(self, i: int, keys: Tensor) -> _Merge:
+    def _decide(self, run: _Run, i: int, keys: Tensor) -> _Merge:
         """Match the units of block `i` by the mean keys of their patches [n, P, d]."""
-        state, unit, prefix = self.states[i], self.encoder.unit, self.encoder.prefix
-        if self.to_tower is not None and state.source is None:
-            keys = keys[:, self.to_tower.to(keys.device)]
+        state, unit, prefix = run.states[i], self.encoder.unit, self.encoder.prefix
+        if run.to_tower is not None and state.source is None:
+            keys = keys[:, run.to_tower.to(keys.device)]
         if unit > 1:
             keys = torch.cat([keys[:, :prefix], keys[:, prefix:].unflatten(1, (-1, unit)).mean(2)], 1)
-        target, lengths = self._match(i, keys, state.lengths)
+        target, lengths = self._match(run, i, keys, state.lengths)
         patches = self._patches(target)
         if state.source is None:
-            patches = self._in_tower_order(patches)
+            patches = _in_tower_order(run, patches)
         count = sum(lengths)
         source = target if state.source is None else target.gather(1, state.source)
         tokens = source.shape[1]
@@ -254,16 +352,16 @@ class EncoderFacade:
         first = first.scatter_reduce(1, source, place, "amin")
         size = state.size if state.size is not None else torch.ones(target.shape, device=target.device)
         merged_size = size.new_zeros(size.shape[0], count).scatter_add(1, target, size)
-        self.states[i + 1] = _State(lengths, source, first, merged_size)
-        return _Merge(target, patches, count, self.states[i + 1])
+        run.states[i + 1] = _State(lengths, source, first, merged_size)
+        return _Merge(patches, count)
 
-    def _match(self, i: int, keys: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
+    def _match(self, run: _Run, i: int, keys: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
         """Target of every unit [n, T] and the new lengths of the segments."""
         prefix = self.encoder.prefix
         if not self.encoder.packed:
-            target, count = self.stage.match(keys, self.schedules[self.lengths[0]][i], prefix)
+            target, count = self.stage.match(keys, run.schedules[run.units][i], prefix)
             return target, [count]
-        after = [now - self.schedules[before][i] for now, before in zip(lengths, self.lengths, strict=True)]
+        after = [now - run.schedules[before][i] for now, before in zip(lengths, run.lengths, strict=True)]
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for segment, sizes in enumerate(zip(lengths, after, strict=True)):
             alike[sizes].append(segment)
@@ -276,16 +374,22 @@ class EncoderFacade:
         return torch.cat(targets)[None], after
 
     def _mlp_post(self, i: int, module: Any, args: tuple, output: Tensor) -> Tensor | None:
-        merge = self.merges[i]
+        merge = self._running().merges[i]
         return None if merge is None else self._back(gather(self._rows(output), merge.patches))
 
     def _block_post(self, i: int, module: Any, args: tuple, output: Any) -> Any:
-        state = self.states[i]
-        if self.merges[i] is None:
-            self.states[i + 1] = state
+        run = self._running()
+        state = run.states[i]
+        if run.merges[i] is None:
+            run.states[i + 1] = state
         if state.source is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        index = self._in_tower_order(self._patches(state.source))
+        index = _in_tower_order(run, self._patches(state.source))
         hidden = self._back(gather(self._rows(hidden), index))
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _in_tower_order(run: _Run, index: Tensor) -> Tensor:
+    """Columns of [n, P], which stand unit after unit, as the patches of the tower stand."""
+    return index if run.from_tower is None else index[:, run.from_tower.to(index.device)]

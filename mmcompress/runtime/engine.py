@@ -50,7 +50,7 @@ from .pixels import PixelFacade
 from .prompt import PromptTap
 from .record import CallRecord, Span
 from .rotary import layer_tables, shifted
-from .scope import Scope, enter, leave
+from .scope import ENCODE, Scope, current, enter, leave
 from .signals import VisionTap, kind_of
 
 CALL = "mmcompress_call"
@@ -65,8 +65,6 @@ class Engine(Following):
     clip: Clip | None = None
     last: CallRecord | None = None
     call: Call | None = None
-    encoding = False
-    vision_seconds = float("nan")
 
     def __init__(self, adapter: Adapter, plan: Pipeline, timing: bool = False) -> None:
         super().__init__()
@@ -87,7 +85,7 @@ class Engine(Following):
         self.inputs = InputStages(adapter, plan, self.clip, self.substitutes.values())
         self.reads_text = bool(self.layer_kinds & OF_TEXT) or self.inputs.reads_text
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
-        self.vision_tap = VisionTap(adapter, names, self.facade, self.clip) if names else None
+        self.vision_tap = VisionTap(self, adapter, names, self.facade, self.clip) if names else None
         self.rewriters = rewriters(plan, self.language_model)
         self.parameters = list(inspect.signature(self.base.forward).parameters)
         self.encoded_last: dict[str, Encoded] = {}
@@ -96,8 +94,8 @@ class Engine(Following):
     def _facade(self) -> PixelFacade | EncoderFacade | None:
         """What stands between the vision encoder and the rest, where its tokens become fewer."""
         if self.plan.pixel_stages:
-            return PixelFacade(self.adapter, self.plan.pixel_stages[0])
-        return EncoderFacade(self.adapter, self.plan.encoder_stages[0]) if self.plan.encoder_stages else None
+            return PixelFacade(self, self.adapter, self.plan.pixel_stages[0])
+        return EncoderFacade(self, self.adapter, self.plan.encoder_stages[0]) if self.plan.encoder_stages else None
 
     # ------------------------------------------------------------------ hooks
     def doors(self) -> Iterator[RemovableHandle]:
@@ -163,15 +161,13 @@ class Engine(Following):
 
     def _encode(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """Runs an encoder method and records what it encoded, on its output: `generate` may call it before the forward."""
-        if self.encoding or not self.whole:  # some families' video method calls their image method
+        if current(self, ENCODE) is not None or not self.whole:  # some families' video method calls their image method
             return original(*args, **kwargs)
         self.follow()
         bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
         arguments = {**bound, **bound.pop("kwargs", {})}
         self.adapter.check_encoder_call(arguments)
-        self.encoding = True
-        if self.vision_tap is not None:
-            self.vision_tap.start()
+        enter(Scope(self, ENCODE))
         start = self._now()
         try:
             output = original(*args, **kwargs)
@@ -181,15 +177,14 @@ class Engine(Following):
             encoded = self.adapter.encoded(self.adapter.encoders[name], arguments, lengths)
             if self.vision_tap is not None:
                 encoded.signals = self.vision_tap.collect(encoded, arguments)
+            encoded.seconds = self._since(start)
+            if self.facade is not None:
+                encoded.merged = self.facade.merged
+                encoded.clusters = self.facade.clusters(encoded, arguments)
+            if self.facade is not None and encoded.clusters is not None:
+                encoded.left = [self.facade.left(layout.cells, layout.views[0].cells) for layout in encoded.layouts]
         finally:
-            self.encoding = False
-            if self.vision_tap is not None:
-                self.vision_tap.stop()
-        self.vision_seconds = self._since(start)
-        if self.facade is not None:
-            encoded.clusters = self.facade.clusters(encoded, arguments)
-        if self.facade is not None and encoded.clusters is not None:
-            encoded.left = [self.facade.left(layout.cells, layout.views[0].cells) for layout in encoded.layouts]
+            leave(self, ENCODE)
         self.encoded_last[encoded.modality] = encoded
         if hasattr(output, "pooler_output"):
             output.mmcompress = encoded
@@ -246,11 +241,10 @@ class Engine(Following):
         counts = host_valid.sum(1).tolist()
         call.hidden = int((~host_valid * torch.arange(1, embeds.shape[1] + 1)).max())
         call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
-        call.record.seconds = {"vision": self.vision_seconds, "select": 0.0}
+        call.record.seconds = {"vision": sum(encoded.seconds for encoded in call.encoded), "select": 0.0}
+        call.record.merged = call.encoded[-1].merged
         if call.cache is not None and int(call.past):
             call.record.before = lengths(call.cache, len(self.language_model.layers))
-        if self.facade is not None:
-            call.record.merged = self.facade.merged
         if self.rewriters:
             call.sight = Sight.of(host_valid, spans, int(call.past), device)
         if not self._drops_anything(spans):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,27 +21,39 @@ from torch.utils.hooks import RemovableHandle
 
 from ..stage import PixelStage
 from .adapter import Adapter, Encoded
+from .encoder import TowerScope
 
 
-class PixelFacade:
-    """Runs one PixelStage in front of a vision encoder."""
+@dataclass
+class _Run:
+    """One call of the encoder.
+
+    units         for every row (segment) of the encoder: the coarse unit that each of its units has come from.
+    counts        how many coarse units each row of a packed tower has.
+    full, coarse  rows and columns of patches of a picture as it was, and smaller (where all pictures are alike).
+    """
+
+    units: list[Tensor] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    full: tuple[int, int] = (0, 0)
+    coarse: tuple[int, int] = (0, 0)
+
+
+class PixelFacade(TowerScope):
+    """Runs one PixelStage in front of a vision encoder; `owner` is the engine."""
 
     merged = None
 
-    def __init__(self, adapter: Adapter, stage: PixelStage) -> None:
+    def __init__(self, owner: Any, adapter: Adapter, stage: PixelStage) -> None:
+        super().__init__(owner)
         self.adapter, self.stage = adapter, stage
         self.side = math.isqrt(adapter.unit)
-        self.spread_units: list[Tensor] = []
-        """For every row (segment) of the encoder: the coarse unit that each of its units has come from."""
-        self.coarse_units: list[int] = []
-        """How many coarse units each row has."""
 
-    def install(self) -> list[RemovableHandle]:
+    def install(self) -> Iterator[RemovableHandle]:
         tower = self.adapter.tower
-        return [
-            tower.register_forward_pre_hook(self._shrink, with_kwargs=True),
-            tower.register_forward_hook(self._spread_output),
-        ]
+        yield tower.register_forward_pre_hook(self._shrink, with_kwargs=True)
+        yield tower.register_forward_hook(self._spread_output)
+        yield tower.register_forward_hook(self.end, always_call=True)
 
     # ------------------------------------------------------------------ what the runtime asks
     def spread(self, block: int) -> Tensor | None:
@@ -48,18 +62,27 @@ class PixelFacade:
     def clusters(self, encoded: Encoded, arguments: dict[str, Any]) -> list[Tensor]:
         """Which tokens of each visual have come from the same one, [N] each."""
         if self.adapter.packed:
-            frames = iter(self.spread_units)
+            frames = iter(self._running().units)
             return [
                 torch.cat([next(frames) + i * layout.cells for i in range(len(layout.views))])
                 for layout in encoded.layouts
             ]
-        units = torch.stack(self.spread_units)
+        units = torch.stack(self._running().units)
         numbers = units + torch.arange(len(units), device=units.device)[:, None] * units.shape[1]
         return [row[:, 0] for row in self.adapter.arrange(encoded, arguments, numbers[..., None], nearest=True)]
 
     def left(self, tokens: int, first_view: int) -> int:
         """How many of the tokens of a visual enter the LLM."""
         return self.stage.budget(tokens)
+
+    def _running(self) -> _Run:
+        run = self.run()
+        if run is None:
+            raise RuntimeError(
+                f"{self.stage!r}: the vision encoder ran past its hooks, so its pictures were not made smaller: call "
+                f"mmcompress.compress(model, plan) again"
+            )
+        return run
 
     # ------------------------------------------------------------------ hooks
     def _grids(self, rows: int, columns: int) -> tuple[tuple[int, int], Tensor]:
@@ -71,36 +94,37 @@ class PixelFacade:
         return (coarse[0] * side, coarse[1] * side), (y[:, None] * coarse[1] + x).flatten()
 
     def _shrink(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        kwargs = dict(kwargs)
+        kwargs, run = dict(kwargs), _Run()
+        self.begin(run)
         name = next(iter(inspect.signature(module.forward).parameters))
         pixels = args[0] if args else kwargs.pop(name)
         if self.adapter.packed:
-            pixels, kwargs["grid_thw"] = self._shrink_packed(pixels, kwargs["grid_thw"])
+            pixels, kwargs["grid_thw"] = self._shrink_packed(run, pixels, kwargs["grid_thw"])
             return (pixels,), kwargs
         patch = self.adapter.tower.config.patch_size
         patch = patch if isinstance(patch, int) else patch[0]
-        self.full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-        self.coarse, units = self._grids(*self.full)
-        self.spread_units = [units.to(pixels.device)] * len(pixels)
-        if self.coarse == self.full:
+        run.full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        run.coarse, units = self._grids(*run.full)
+        run.units = [units.to(pixels.device)] * len(pixels)
+        if run.coarse == run.full:
             return (pixels,), kwargs
         if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
             kwargs["interpolate_pos_encoding"] = True
-        return (_resized(pixels, self.coarse[0] * patch, self.coarse[1] * patch),), kwargs
+        return (_resized(pixels, run.coarse[0] * patch, run.coarse[1] * patch),), kwargs
 
-    def _shrink_packed(self, patches: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+    def _shrink_packed(self, run: _Run, patches: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
         """The patches [P, C * t * p * p] of packed pictures and their grids, both of the smaller pictures."""
         config, side = self.adapter.tower.config, self.side
         p, depth = config.patch_size, config.temporal_patch_size
-        made, sizes, self.spread_units, self.coarse_units = [], [], [], []
+        made, sizes = [], []
         first = 0
         for frames, rows, columns in grids.tolist():
             (few_rows, few_columns), units = self._grids(rows, columns)
             part = patches[first : first + frames * rows * columns]
             first += len(part)
             sizes.append([frames, few_rows, few_columns])
-            self.spread_units += [units.to(patches.device)] * frames
-            self.coarse_units += [few_rows * few_columns // side**2] * frames
+            run.units += [units.to(patches.device)] * frames
+            run.counts += [few_rows * few_columns // side**2] * frames
             if (few_rows, few_columns) == (rows, columns):
                 made.append(part)
                 continue
@@ -112,16 +136,17 @@ class PixelFacade:
         return torch.cat(made), torch.tensor(sizes, device=grids.device, dtype=grids.dtype)
 
     def _spread_output(self, module: Any, args: tuple, output: Any) -> Any:
+        run = self._running()
         if self.adapter.packed:
-            rows = self._packed_rows()
+            rows = _packed_rows(run)
             output.pooler_output = output.pooler_output[rows]
             if getattr(output, "deepstack_features", None):
                 output.deepstack_features = [level[rows] for level in output.deepstack_features]
             return output
-        if self.coarse == self.full:
+        if run.coarse == run.full:
             return output
         prefix, device = self.adapter.prefix, output.last_hidden_state.device
-        patches = self._patches().to(device) + prefix
+        patches = self._patches(run).to(device) + prefix
         index = torch.cat([torch.arange(prefix, device=device), patches])
         output.last_hidden_state = output.last_hidden_state[:, index]
         if output.hidden_states is not None:
@@ -129,19 +154,20 @@ class PixelFacade:
             output.hidden_states = tuple(state if state is None else state[:, index] for state in output.hidden_states)
         return output
 
-    def _patches(self) -> Tensor:
+    def _patches(self, run: _Run) -> Tensor:
         """The coarse patch that each patch of a picture shows: the same corner of the coarse unit."""
-        (rows, columns), (_, few), side = self.full, self.coarse, self.side
-        units = self.spread_units[0].view(rows // side, columns // side).cpu()
+        (rows, columns), (_, few), side = run.full, run.coarse, self.side
+        units = run.units[0].view(rows // side, columns // side).cpu()
         corner = torch.arange(side)
         y = (units // (few // side))[:, None, :, None] * side + corner[None, :, None, None]
         x = (units % (few // side))[:, None, :, None] * side + corner[None, None, None, :]
         return (y * few + x).expand(-1, side, -1, side).flatten()
 
-    def _packed_rows(self) -> Tensor:
-        """The merged token of the small pictures that each token of the pictures shows, in order."""
-        first = [sum(self.coarse_units[:i]) for i in range(len(self.coarse_units))]
-        return torch.cat([units + start for units, start in zip(self.spread_units, first, strict=True)])
+
+def _packed_rows(run: _Run) -> Tensor:
+    """The merged token of the small pictures that each token of the pictures shows, in order."""
+    first = [sum(run.counts[:i]) for i in range(len(run.counts))]
+    return torch.cat([units + start for units, start in zip(run.units, first, strict=True)])
 
 
 def _resized(pictures: Tensor, height: int, width: int) -> Tensor:

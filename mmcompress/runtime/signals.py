@@ -21,6 +21,7 @@ from .clip import CLIP_PATCHES, Clip
 from .encoder import EncoderFacade
 from .pixels import PixelFacade
 from .rotary import rotate
+from .scope import ENCODE, current
 
 
 def kind_of(name: str) -> str:
@@ -34,17 +35,19 @@ class VisionTap:
     Attention and keys are those of the block whose output becomes the LLM's tokens (of the last one if there are several),
     or of the one that the name gives: "keys@0" is the first block, "keys@-1" the last, "keys@0.375" the one at that part of
     the depth. Keys are taken before any rotation. Where several patches make one LLM token, it has their mean. Where an
-    encoder stage has merged tokens, every patch shows the value of its cluster.
+    encoder stage has merged tokens, every patch shows the value of its cluster. What is recorded is in the scope of the call of
+    the encoder, which `owner` opens.
     """
 
     def __init__(
         self,
+        owner: Any,
         adapter: Adapter,
         names: set[str],
         facade: PixelFacade | EncoderFacade | None,
         clip: Clip | None = None,
     ) -> None:
-        self.adapter, self.names, self.facade, self.clip = adapter, names, facade, clip
+        self.owner, self.adapter, self.names, self.facade, self.clip = owner, adapter, names, facade, clip
         self.at: dict[int, list[str]] = defaultdict(list)
         """Names of the signals of each block that is listened to."""
         for name in sorted(names):
@@ -52,7 +55,6 @@ class VisionTap:
                 self.at[self._block(name)].append(name)
         self.joint = {name: self._block(name) for name in names if kind_of(name) in CLIP_PATCHES}
         """Block of each signal in CLIP's joint space."""
-        self.seen: dict[str, Any] | None = None
 
     def _block(self, name: str) -> int:
         """Index of the block that a signal comes from."""
@@ -83,30 +85,30 @@ class VisionTap:
             handles.append(self.adapter.blocks[i].module.register_forward_hook(output))
         return handles
 
-    def start(self) -> None:
-        """Begin to record; before `start` and after `stop` the hooks do nothing (replays of gradient checkpointing)."""
-        self.seen = {}
-
-    def stop(self) -> None:
-        self.seen = None
+    def _recorded(self, name: str) -> Any:
+        """What was recorded in this call. Raises RuntimeError if nothing was."""
+        seen = self._seen()
+        if seen is None or name not in seen:
+            raise RuntimeError(
+                f"{', '.join(sorted(self.names))}: the vision encoder did not run the modules that were found in it ({name} was "
+                f"not recorded), so there is no such signal: call mmcompress.compress(model, plan) again"
+            )
+        return seen[name]
 
     def collect(self, encoded: Encoded, arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
         """The signals of all visuals of the encoder call, one tensor [N, ...] for each (`cls_feature`: [De])."""
-        seen = self.seen or {}
         rows: dict[str, Tensor] = {}
         if "encoder_features" in self.names:
-            features = seen["features"]
+            features = self._recorded("features")
             if self.adapter.packed:  # patch after patch; the merger takes a unit at a time
                 features = features.unflatten(0, (-1, self.adapter.unit)).flatten(1)
             rows["encoder_features"] = features
         for name, index in self.joint.items():
             assert self.clip is not None
-            patches = seen[f"output {index}"][:, self.adapter.prefix :]
+            patches = self._recorded(f"output {index}")[:, self.adapter.prefix :]
             rows[name] = self.clip.project(patches, plain=kind_of(name) == CLIP_PATCHES[1])
         for index, names in self.at.items():
-            q, k = (seen.get(f"{n} {index}") for n in "qk")
-            if k is None or q is None:
-                continue  # blocks behind the one that the model reads need not run
+            q, k = (self._recorded(f"{n} {index}") for n in "qk")
             found = (self._packed if self.adapter.packed else self._batched)(index, q.detach(), k.detach(), names)
             rows |= {name: self._per_token(patches) for name, patches in found.items()}
         arrange = functools.partial(self.adapter.arrange, encoded, arguments)
@@ -115,15 +117,14 @@ class VisionTap:
             for name, x in rows.items()
         }
         if "cls_feature" in self.names:
-            cls = torch.cat([seen[f"output {i}"][:, 0] for i in self.adapter.feature_blocks], -1)
+            cls = torch.cat([self._recorded(f"output {i}")[:, 0] for i in self.adapter.feature_blocks], -1)
             signals["cls_feature"] = self._of_first_view(cls, encoded, arguments)
         return signals
 
     def _batched(self, index: int, q: Tensor, k: Tensor, names: list[str]) -> dict[str, Tensor]:
         """Signals of every patch of the tower, from queries and keys [n, T, heads, d]: [n, P] or [n, P, d]."""
-        assert self.seen is not None
         q, k, scale = q.transpose(1, 2), k.transpose(1, 2), self.adapter.blocks[index].scale
-        mask = self.seen[f"arguments {index}"].get("attention_mask")
+        mask = self._recorded(f"arguments {index}").get("attention_mask")
         found = {}
         for name in names:
             kind = kind_of(name)
@@ -144,13 +145,12 @@ class VisionTap:
 
     def _packed(self, index: int, q: Tensor, k: Tensor, names: list[str]) -> dict[str, Tensor]:
         """The same for a packed sequence: queries and keys [T, heads, d]; attention stays within its segments."""
-        assert self.seen is not None
         found = {}
         for name in names:
             if kind_of(name) in ("keys", "joint_keys"):
                 found[name] = k.mean(1) if kind_of(name) == "keys" else k.flatten(1)
             else:
-                arguments, scale = self.seen[f"arguments {index}"], self.adapter.blocks[index].scale
+                arguments, scale = self._recorded(f"arguments {index}"), self.adapter.blocks[index].scale
                 found[name] = self._in_segments(name, q, k, arguments, scale)
         spread = self.facade.spread(index) if self.facade else None
         return found if spread is None else {name: x[spread[0]] for name, x in found.items()}
@@ -188,9 +188,15 @@ class VisionTap:
         views = self.adapter.views(encoded, arguments)
         return [rows[sum(views[:i])] for i in range(len(views))]
 
+    def _seen(self) -> dict[str, Any] | None:
+        """What this call has recorded; None outside of one, where blocks are replayed by gradient checkpointing."""
+        scope = current(self.owner, ENCODE)
+        return None if scope is None else scope.state.setdefault(self, {})
+
     def _keep(self, name: str, value: Any) -> None:
-        if self.seen is not None:
-            self.seen[name] = value
+        seen = self._seen()
+        if seen is not None:
+            seen[name] = value
 
     def _keep_heads(self, index: int, name: str, value: Tensor) -> None:
         self._keep(f"{name} {index}", value)
@@ -203,8 +209,9 @@ class VisionTap:
 
     def _keep_features(self, module: Any, args: tuple) -> None:
         # the first call is the family's own; later ones project rows that a method has made
-        if self.seen is not None and "features" not in self.seen:
-            self.seen["features"] = args[0][:, self.adapter.structural :] if self.adapter.structural else args[0]
+        seen = self._seen()
+        if seen is not None and "features" not in seen:
+            seen["features"] = args[0][:, self.adapter.structural :] if self.adapter.structural else args[0]
 
 
 def _among_patches(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:

@@ -15,7 +15,13 @@ from .hooks import Following
 
 
 class TowerEngine(Following):
-    """Merges tokens in one vision encoder, from `install` to `remove`."""
+    """Merges tokens in one vision encoder, from `install` to `remove`.
+
+    last  of the last call: tokens of a row, and how many of them each block has merged away.
+    """
+
+    kept = (*Following.kept, "last")
+    last: tuple[int, list[int]] | None = None
 
     def __init__(self, encoder: Encoder, plan: Pipeline) -> None:
         super().__init__()
@@ -27,14 +33,19 @@ class TowerEngine(Following):
         self.find(encoder)
 
     def find(self, adapter: Encoder) -> None:
-        self.adapter, self.facade = adapter, EncoderFacade(adapter, self.plan.encoder_stages[0])
+        self.adapter, self.facade = adapter, EncoderFacade(self, adapter, self.plan.encoder_stages[0])
 
     def doors(self) -> Iterator[RemovableHandle]:
-        yield self.adapter.tower.register_forward_pre_hook(self._begin)
+        yield self.adapter.tower.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def hooks(self) -> Iterator[RemovableHandle]:
+        yield self.adapter.tower.register_forward_hook(self._end)  # before that of the facade, which closes the call
         yield from self.facade.install()
 
-    def _begin(self, module: Any, args: tuple) -> None:
-        if self.whole:
+    def _begin(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.whole and self.moved:
             self.follow()
+            self.facade.start(module, args, kwargs)  # the other hooks of this call are those from before
+
+    def _end(self, module: Any, args: tuple, output: Any) -> None:
+        self.last = self.facade.run().lengths[0], self.facade.merged

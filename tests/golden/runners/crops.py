@@ -14,6 +14,7 @@ import mmcompress as mm
 from mmcompress.methods.globalcom2 import LOGITS, GlobalCom2, global_scores
 from mmcompress.methods.hiprune import HiPrune
 from mmcompress.runtime.adapter import Adapter, Block, Encoded
+from mmcompress.runtime.scope import ENCODE, Scope, enter, leave
 from mmcompress.runtime.signals import VisionTap
 
 from ..form import Arrays, Results, mask_of, runner, visuals
@@ -43,18 +44,20 @@ class OneBlock(Adapter):
     def blocks(self) -> list[Block]:
         at, none = self.module, nn.Identity()
         scale = (at.q.out_features // self.heads) ** -0.5
-        return [Block(at, at, none, none, self.heads, scale, at.q, at.k)]
+        return [Block(at, none, at, none, none, self.heads, scale, at.q, at.k)]
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         return list(rows)
 
     @torch.no_grad()
     def signal(self, name: str, hidden: Tensor) -> Tensor:
-        tap = VisionTap(self, {name}, None)
+        tap = VisionTap(self, self, {name}, None)
         tap.install()
-        tap.start()
+        enter(Scope(self, ENCODE))
         self.module(hidden)
-        return torch.stack(tap.collect(Encoded("image", []), {})[name])
+        found = tap.collect(Encoded("image", []), {})[name]
+        leave(self, ENCODE)
+        return torch.stack(found)
 
 
 @runner("globalcom2")
