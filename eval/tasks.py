@@ -266,7 +266,7 @@ def _exact(task: Task, question: Question, reply: str, protocol: Protocol) -> tu
     """Equal to any gold answer after the VQA normaliser, for tables of users."""
 
     def plain(text: str) -> str:
-        return vqa.normalize_answer(text) or text.strip().lower()  # "A" and "?" are more than nothing
+        return vqa.normalize_answer(text) or text.strip().rstrip(".").lower()  # "A" and "?" are more than nothing
 
     return plain(reply), plain(reply) in map(plain, question.answers)
 
