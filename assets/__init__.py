@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 MODELS = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes")
@@ -20,6 +21,30 @@ def weights_path(method: str, model: str) -> Path:
             f"no weights for {method!r} with {model}: there are those for {', '.join(there) or 'no method'}"
         )
     return path
+
+
+def checkpoint(name: str) -> str:
+    """What `from_pretrained` loads for a name that a user writes: the folder of an embedded model, else the name. Raises ValueError
+    at once, without a look on the hub, for a folder that is not there and for what can only be a slip of the pen."""
+    if name in MODELS:
+        return str(model_path(name))
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    if name == CLIP:
+        raise ValueError(
+            f"{name} answers no questions: it is the pair of towers for open_clip, create_model_and_transforms('local-dir:' + "
+            f"str(mmcompress.assets.model_path({name!r}))), and for the option clip= of methods; models are {', '.join(MODELS)}"
+        )
+    if name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{name}: no such folder; give one with a checkpoint, a hub name, or one of {', '.join(MODELS)}"
+        )
+    if "/" not in name and (close := difflib.get_close_matches(name.lower(), (*MODELS, CLIP), n=1)):
+        raise ValueError(
+            f"no model {name!r} here: did you mean {close[0]!r}? embedded are {', '.join(MODELS)}; a name on the hub is written "
+            "OWNER/NAME, a folder as ./NAME"
+        )
+    return name
 
 
 def model_path(name: str = "llava-shapes") -> Path:

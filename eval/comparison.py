@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from .data import Question
 from .evaluator import STOCK, rows_of
+from .prompts import conversation, question_text, unknown_words
 from .statistics import (
     TOO_FEW,
     Difference,
@@ -167,6 +169,22 @@ def by_chance(record: Mapping[str, Any]) -> str:
         f"{record['settings']['plan']}: {shown(score, task.percent)} of {len(judged)} questions is hardly more than guessing "
         f"({shown(chance, task.percent)}): look at the prompt and the reply above, and whether --task reads such replies"
     )
+
+
+def remarks(processor: Any, questions: Sequence[Question], records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What a look at a run of the stock model, or of the first plan, may show: one whole prompt as the model gets it, what each
+    of the records has as reply, and what is right; then what is suspicious."""
+    settings, asked = records[0]["settings"], {question.id: question for question in questions}
+    for row in rows_of(records[0])[:1]:
+        question = asked[row.id]
+        text = question_text(task_of(settings["task"]), question, settings["protocol"], settings["suffix"])
+        yield f"question {row.id} of {settings['task']} as it was asked (--suffix changes that):"
+        yield conversation(processor, text, len(question.images), settings["template"])
+        for record in records:
+            replies = [other.reply for other in rows_of(record) if other.id == row.id]
+            yield from (f"{record['settings']['plan']} replied {reply!r}" for reply in replies)
+        yield f"right: {', '.join(map(repr, row.answers[:3])) or 'not known'}"
+    yield from filter(None, (by_chance(records[0]), unknown_words(processor, (q.text for q in questions))))
 
 
 def summary_table(base: dict[str, Any], others: Sequence[dict[str, Any]], force: bool = False) -> Table:

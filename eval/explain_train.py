@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from ..assets import MODELS, model_path
+from ..assets import MODELS, checkpoint
 from ..explain.compressor import KEEPS, Fitting, Pair, agreement, fit
 from ..explain.relevance import owed
 from ..records import read, replacing, write_json
@@ -350,7 +350,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         options.epochs, rate=options.rate, patience=options.patience, kernel=options.kernel, scaling=options.scaling,
         seed=options.seed,
     )  # fmt: skip
-    path = str(model_path(options.model)) if options.model in MODELS else options.model
+    path = checkpoint(options.model)
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(path)

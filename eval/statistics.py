@@ -64,6 +64,19 @@ class Difference:
         return f"{self.changed} of {self.clusters} {what} count differently; questions needed: {shown}"
 
 
+def unsettled(found: Sequence[Difference], questions: int) -> str:
+    """Of several plans on the same questions, how many cannot be told from the stock model, and how many questions would show a
+    point; nothing if all can."""
+    few = [one for one in found if one.verdict == TOO_FEW]
+    if not few:
+        return ""
+    needed = sorted(one.needed(POINT * one.full) * questions / one.clusters for one in few)
+    return (
+        f"{TOO_FEW} for {len(few)} of {len(found)} plans; needed for a difference of {points(few[0].full)}: about "
+        f"{about(needed[0])} to {about(needed[-1])}, there are {questions}"
+    )
+
+
 def points(full: float) -> str:
     """One point of a full score, as scores are printed: in percent, or of more than 1 in its own unit."""
     return "1 point" if full <= 1 else f"{POINT * full:g} points"

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import bisect
 import math
+import warnings
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 
 
 def check_keep(keep: float | int) -> float | int:
@@ -21,6 +23,35 @@ def check_keep(keep: float | int) -> float | int:
         count = max(1, round(keep)) if math.isfinite(keep) else 64
         raise ValueError(f"keep={keep}: a ratio must lie in (0, 1]; for a count write an int, e.g. keep={count}")
     return keep
+
+
+def percent(value: str) -> float | None:
+    """`25%` as a ratio; None for any other text."""
+    try:
+        return float(Decimal(value.strip().removesuffix("%")) / 100) if value.strip().endswith("%") else None
+    except InvalidOperation:
+        return None
+
+
+def read_keep(text: str) -> float | int:
+    """What a user writes for `keep`: `25%` and `0.25` are ratios, `64` is a count; raises ValueError for others."""
+    value: float | int | None = percent(text)
+    try:
+        value = value if value is not None else int(text) if text.strip().isdigit() else float(text)
+    except ValueError as error:
+        raise ValueError(f"keep={text!r}: write a ratio as 0.25 or 25%, a count as an int, such as 64") from error
+    return check_keep(value)
+
+
+def keep_text(keep: float | int) -> str:
+    """`keep` for people: 25% or 64."""
+    return f"{round(100 * keep, 6):g}%" if isinstance(keep, float) else str(keep)
+
+
+def warn_of_one(keep: float | int | None) -> None:
+    """Warn of the count 1, which many write for all."""
+    if isinstance(keep, int) and keep == 1:
+        warnings.warn("keep=1 is a count, one token; for all write keep=1.0 or 100%", UserWarning, stacklevel=2)
 
 
 def resolve(keep: float | int, tokens: int) -> int:

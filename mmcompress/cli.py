@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cli_explain, cli_learn
-from .assets import CLIP, MODELS, model_path
+from .assets import CLIP, MODELS, checkpoint
 from .eval import explain_train
 from .eval.cli import OutFile, OutFolder, OutPicture, add_load_options, bench, check_least, evaluate, tune
 from .eval.machine import check_device
@@ -70,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handlers = _listen()
     try:
         _check(options)
-        options.run(options, console)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warnings()
+            options.run(options, console)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
@@ -137,6 +140,18 @@ def _mute() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+def _warnings() -> Callable[..., None]:
+    """Shows each warning once, as a user of the command needs it: in one line, without the place in the code."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *place: object) -> None:
+        if str(message) not in told:
+            print(f"warning: {message}", file=sys.stderr)
+        told.add(str(message))
+
+    return show
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmcompress", description="fewer visual tokens for vision-language models")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
@@ -153,14 +168,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--objects", type=int, default=4, help="most objects in a scene, 2 to 6 (default 4, the benchmark)"
     )
-    demo.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="keep ratios")
+    demo.add_argument(
+        "--keep", nargs="+", default=["50%", "25%", "10%"], help="ratios as 0.25 or 25%% (default 50%% 25%% 10%%)"
+    )
 
     run = command("run", _run, "ask a checkpoint about images, with and without compression")
     run.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")
     run.add_argument("--image", type=Path, action="append", default=[], help="picture; may be given several times")
     run.add_argument("--question", required=True)
     run.add_argument(
-        "--plan", default="visionzip(keep=0.25)", help="e.g. 'visionzip(keep=0.25) >> fastv(layer=2, keep=0.5)'"
+        "--plan",
+        default="divprune(keep=0.25)",
+        help="default: divprune(keep=0.25), a quarter of the tokens; others: 'divprune(keep=50%%) >> fastv(layer=2, keep=64)'",
     )
     run.add_argument(
         "--positions", choices=("keep", "reindex"), help="position ids of kept tokens (default: the method's)"
@@ -194,13 +213,17 @@ def _quiet() -> None:
 
 
 def _demo(options: argparse.Namespace, console: Console) -> None:
-    from .budget import check_keep
+    from .budget import read_keep
     from .demo import run
 
     _quiet()
     if options.questions < 7:
         raise UserError(f"--questions {options.questions}: at least 7, one of each type")
-    ratios = [float(check_keep(keep)) for keep in options.keep]
+    ratios = [read_keep(keep) for keep in options.keep]
+    if counts := [keep for keep in ratios if isinstance(keep, int)]:
+        raise UserError(
+            f"--keep {counts[0]}: a count, and these models have pictures of other numbers of tokens: give a ratio"
+        )
     run(options.out, options.questions, ratios, console, options.objects, options.model or MODELS)
 
 
@@ -217,11 +240,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:
     from .eval.team import Team
 
     _quiet()
-    name = str(model_path(options.model)) if options.model in MODELS else options.model
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UserError(
-            f"{name}: no such folder; give one with a checkpoint, a hub name, or one of {', '.join(MODELS)}"
-        )
+    name = checkpoint(options.model)
     device = options.device or Team.here().device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any
     try:
@@ -241,6 +260,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from .eval.cost.record import prompt_text
     from .eval.data import Question
     from .eval.inputs import inputs_of
+    from .eval.prompts import unknown_words
     from .eval.synthetic.benchmark import takes_any_shape
     from .plan import as_pipeline
     from .visualize import Panel, encoded_view, kept_figure, kept_overlay
@@ -249,6 +269,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     plan = as_pipeline(options.plan, positions=options.positions)
     check_least(options, max_new_tokens=1)
     model, processor, _ = _load(options)
+    if unknown := unknown_words(processor, [options.question]):
+        warnings.warn(unknown, UserWarning, stacklevel=1)
     question = Question("--question", options.question, tuple(pictures))
     _, inputs, wrong = inputs_of(
         model, processor, [question], [prompt_text(processor, options.question, len(pictures))], [0]

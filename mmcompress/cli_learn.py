@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .assets import MODELS, model_path
+from .assets import MODELS, checkpoint
 from .eval.cli import Command, OutFolder
 
 METHODS = ("dyvte", "tokenflex", "p_mod", "gamma_mod")
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         if given.get(name, least) < least:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]}: at least {least}")
     recipe = replace(RECIPES[options.method], **given)
-    path = str(model_path(options.model)) if options.model in MODELS else options.model
+    path = checkpoint(options.model)
     try:
         model, processor = load(path)
     except (OSError, KeyError) as error:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -18,6 +19,7 @@ from rich.table import Table
 from .api import compress, compressed, report, trace, uncompress
 from .assets import MODELS, model_path
 from .eval.machine import machine, synchronize
+from .eval.statistics import Difference, bootstrap, unsettled
 from .eval.synthetic import CHANCE, KINDS, Item, Score, evaluate, items, prepare
 from .eval.synthetic.benchmark import encode, load, same, takes_any_shape
 from .records import read, update
@@ -40,7 +42,8 @@ PLANS = {
 @dataclass(frozen=True)
 class Row:
     """One line of the table. Tokens, FLOPs and KV bytes are those of the visual tokens of one image in the LLM (computed);
-    prefill is the median of single forward passes with one image, vision tower included (measured)."""
+    prefill is the median of single forward passes with one image, vision tower included (measured). change: of the accuracy,
+    against that of the stock model on the same questions."""
 
     method: str
     plan: str
@@ -52,6 +55,7 @@ class Row:
     visual_flops: int
     visual_kv_bytes: int
     prefill_ms: float
+    change: Difference | None = None
 
 
 def sweep(
@@ -73,6 +77,7 @@ def sweep(
         tokens = trace(model).visuals[0].tokens
     shape = Shape.of(model.config.text_config)
     width = next(model.parameters()).dtype.itemsize
+    stock: Score | None = None
     for name, plan, keep in plans:
         if show and bar is not None:
             show.update(bar, description=f"{name} {keep:.0%}")
@@ -84,10 +89,21 @@ def sweep(
         uncompress(model)
         if show and bar is not None:
             show.advance(bar)
+        stock = stock or score
         yield Row(
             name, plan, keep, per_layer[-1], score.accuracy(), {kind: score.accuracy(kind) for kind in KINDS},
             score.standard_error, prefill_flops(shape, per_layer), kv_bytes(shape, per_layer, width), milliseconds,
+            change(stock, score) if plan else None,
         )  # fmt: skip
+
+
+def change(stock: Score, score: Score) -> Difference:
+    """How the accuracy differs from that of the stock model, question by question."""
+    kinds = np.repeat(list(KINDS), [len(stock.right[kind]) for kind in KINDS])
+    parts = [kinds == kind for kind in KINDS]
+    before, after = (np.concatenate([one.right[kind] for kind in KINDS]).astype(float) for one in (stock, score))
+    terms = [[(1 / len(parts), values * part, 1.0 * part) for part in parts] for values in (before, after)]
+    return bootstrap(terms[0], terms[1], [str(number) for number in range(len(kinds))])
 
 
 def visual_tokens_per_layer(model: Any) -> list[int]:
@@ -115,8 +131,17 @@ def prefill_milliseconds(model: Any, inputs: Sequence[Any], rounds: int = 3) -> 
 def accuracy_table(name: str, rows: Sequence[Row], questions: int) -> Table:
     stock = rows[0]
     table = Table(title=f"{name} on {questions} held-out questions (one image each)")
-    for heading in ("method", "tokens kept", "accuracy", "of stock", "visual FLOPs", "visual KV", "prefill ms"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for heading in (
+        "method",
+        "tokens kept",
+        "accuracy",
+        "of stock",
+        "verdict",
+        "visual FLOPs",
+        "visual KV",
+        "prefill ms",
+    ):
+        table.add_column(heading, justify="left" if heading in ("method", "verdict") else "right")
     previous = 1.0
     for row in rows:
         if row.keep != previous:
@@ -127,6 +152,7 @@ def accuracy_table(name: str, rows: Sequence[Row], questions: int) -> Table:
             f"{row.tokens} ({row.tokens / stock.tokens:.0%})",
             f"{100 * row.accuracy:.1f} %",
             f"{100 * row.accuracy / stock.accuracy:.1f} %",
+            row.change.verdict if row.change else "",
             f"{row.visual_flops / 1e6:.0f} M",
             f"{row.visual_kv_bytes / 1024:.0f} KiB",
             f"{row.prefill_ms:.1f}",
@@ -202,7 +228,7 @@ def draw_page(model: Any, processor: Any, item: Item, out: Path) -> Path:
     """The HTML page about one question, stock and compressed side by side."""
     from .cli_explain import explained
 
-    plan = "visionzip(keep=0.5) >> fastv(layer=2, keep=0.5)"
+    plan = "divprune(keep=0.5) >> fastv(layer=2, keep=0.5)"
     found = explained(model, processor, [item.picture], item.question.text, plan, max_new_tokens=8)
     return page(found).save(out / "explain.html")
 
@@ -233,6 +259,8 @@ def run(
         with Progress(console=console, transient=True) as progress:
             found[name] = rows = list(sweep(model, processor, questions, ratios, progress))
         console.print(accuracy_table(name, rows, count))
+        if text := unsettled([row.change for row in rows if row.change], count):
+            console.print(text, markup=False, highlight=False)
         if name == names[0]:
             console.print(type_table(rows))
         by_kind = {item.question.kind: item for item in reversed(questions)}
@@ -246,7 +274,7 @@ def run(
             "rows": [asdict(row) for row in rows],
         }  # fmt: skip
         update(record, KIND, lambda known, new={name: measured}: {**(known or {}), **new}, _fits)
-    with compressed(model, "visionzip(keep=0.25)"), torch.no_grad():
+    with compressed(model, "divprune(keep=0.25)"), torch.no_grad():
         model.generate(**encode(processor, questions[:1]).to(model.device), do_sample=False, max_new_tokens=8)
         console.print("\nwhat mm.report(model) says after a call:", str(report(model)), sep="\n", highlight=False)
     console.print(families_table(found, 0.25 if 0.25 in ratios else ratios[0]))
@@ -254,8 +282,9 @@ def run(
     errors = [row.standard_error for row in rows]
     console.print(
         f"[dim]accuracy: mean over question types, standard error about {100 * errors[0]:.1f} (stock) to {100 * max(errors):.1f} "
-        f"points; tokens kept: after the last stage, of one picture; FLOPs and KV: visual tokens in the LLM, computed; prefill: "
-        f"measured, batch 1, median, vision tower included (so small a model is all overhead: see mmcompress bench)[/dim]"
+        f"points; verdict: against the stock model (95 %), same: within one point; tokens kept: after the last stage, of one "
+        f"picture; FLOPs and KV: visual tokens in the LLM, computed; prefill: measured, batch 1, median, vision tower included (so "
+        f"small a model is all overhead: see mmcompress bench)[/dim]"
     )
     try:
         page_ = draw_page(model, processor, questions[0], out)

@@ -8,11 +8,13 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .budget import percent, warn_of_one
 from .stage import Pipeline, Stage
 
 _registry: dict[str, type[Stage]] = {}
@@ -56,7 +58,8 @@ def make(name: str, options: dict[str, Any]) -> Stage:
             raise ValueError(
                 f"{name} has no option {option!r}: {_suggest(option, fields)}its options are: {', '.join(fields)}"
             )
-    return cls(**options)
+    parts = {option: percent(value) for option, value in options.items() if isinstance(value, str)}
+    return cls(**options | {option: part for option, part in parts.items() if part is not None})
 
 
 def as_pipeline(
@@ -84,6 +87,8 @@ def as_pipeline(
     else:
         raise TypeError(f"plan={plan!r}: give a method name, a plan string, a plan file, a stage or a pipeline")
     pipeline = made if isinstance(made, Pipeline) else Pipeline((made,))
+    for stage in pipeline.stages:
+        warn_of_one(getattr(stage, "keep", None))
     if positions is not None:
         pipeline = dataclasses.replace(pipeline, positions=positions)
     return pipeline if structural is None else dataclasses.replace(pipeline, structural=structural)
@@ -113,13 +118,18 @@ def _from_dict(values: Any) -> Pipeline:
     return Pipeline(tuple(stages), values.get("positions"), values.get("structural", "keep"))
 
 
+_PERCENT = re.compile(r"""('[^']*'|"[^"]*")|((?:\d+\.?\d*|\.\d+)\s*%)""")
+"""Texts in quotes, and outside them numbers with a percent sign."""
+
+
 def _parse(text: str) -> Pipeline:
-    """Read `a(x=1) >> b(y=2)` or `plan(a(x=1) >> b(y=2), positions="keep")`; nothing is evaluated but literals."""
+    """Read `a(x=1) >> b(y=25%)` or `plan(a(x=1) >> b(y=2), positions="keep")`; nothing is evaluated but literals."""
+    quoted = _PERCENT.sub(lambda found: found[1] or repr(found[2]), text.strip())
     try:
-        return _read(ast.parse(text.strip(), mode="eval").body, text)
+        return _read(ast.parse(quoted, mode="eval").body, text)
     except SyntaxError as error:
         raise ValueError(
-            f"cannot read the plan {text!r}: write it like 'visionzip(keep=0.25) >> fastv(layer=2, keep=0.5)'"
+            f"cannot read the plan {text!r}: write it like 'divprune(keep=0.5) >> fastv(layer=2, keep=50%)'"
         ) from error
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .budget import percent
 from .stage import LayerStage, Stage
 from .trace import Trace
 
@@ -34,12 +35,13 @@ def spent(call: Trace, unit: str) -> tuple[float, int, int]:
 
 
 def read_budget(text: str) -> tuple[float, str]:
-    """A budget as users write it: 0.3, tokens=0.3 or flops=0.3."""
+    """A budget as users write it: 0.3, 30%, tokens=0.3 or flops=0.3."""
     unit, _, number = text.rpartition("=")
     try:
-        return float(number), _known(unit or "tokens")
+        part = percent(number)
+        return float(number) if part is None else part, _known(unit or "tokens")
     except ValueError as error:
-        raise ValueError(f"--budget {text}: write 0.3, tokens=0.3 or flops=0.3") from error
+        raise ValueError(f"--budget {text}: write 0.3, 30%, tokens=0.3 or flops=0.3") from error
 
 
 def _known(unit: str) -> str:

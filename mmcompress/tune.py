@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .api import _stock, compressed, trace
+from .budget import percent
 from .plan import as_pipeline
 from .records import Lines, RecordError, write_json
 from .spending import at_budget, check, spent
@@ -204,6 +205,8 @@ def parse_space(texts: Sequence[str]) -> dict[str, Sequence[Any]]:
 
 def _literal(text: str) -> Any:
     text = text.strip()
+    if (part := percent(text)) is not None:
+        return part
     for kind in (int, float):
         try:
             return kind(text)

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mmcompress.assets import CLIP, MODELS, model_path, weights_path
+from mmcompress.assets import CLIP, MODELS, checkpoint, model_path, weights_path
 from mmcompress.eval.cost import midsize
+from mmcompress.eval.prompts import unknown_words
+from mmcompress.eval.statistics import Difference
 from mmcompress.eval.synthetic import CHANCE, KINDS, draw, evaluate, items, make_scene, prepare, scenes
 from mmcompress.eval.synthetic.benchmark import load, prompt, takes_any_shape
 from mmcompress.eval.synthetic.data import Encoder, patch_labels, small_picture
@@ -19,6 +22,7 @@ from mmcompress.eval.synthetic.families import FAMILIES
 from mmcompress.eval.synthetic.model import GRID, make_tokenizer
 from mmcompress.eval.synthetic.questions import neighbours
 from PIL import Image
+from transformers import AutoProcessor
 
 import mmcompress as mm
 from mmcompress.cli import main
@@ -299,6 +303,46 @@ def test_run_on_something_that_is_no_model(tmp_path: Path, capsys: pytest.Captur
     assert "cannot load" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llava-shape", "no model 'llava-shape' here: did you mean 'llava-shapes'?"),
+        ("Qwen3_VL_Shapes", "did you mean 'qwen3-vl-shapes'?"),
+        ("internvl-shaps", "did you mean 'internvl-shapes'?"),
+        ("clip-shape", "did you mean 'clip-shapes'?"),
+        ("clip-shapes", "clip-shapes answers no questions: it is the pair of towers for open_clip"),
+        ("./llava-shapes", "./llava-shapes: no such folder"),
+        ("~/nowhere", "~/nowhere: no such folder"),
+    ],
+)
+def test_a_slip_in_the_name_of_a_model_is_told_at_once(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", asked)
+    commands = [["run", name, "--question", "x"], ["eval", name], ["learn", "dyvte", name], ["explain-train", name]]
+    for line in [*commands, *([] if name.startswith((".", "~")) else [["bench", name]])]:
+        assert main(line) == 2
+        assert message in capsys.readouterr().err
+    assert checkpoint("someone/llava-shapes") == "someone/llava-shapes" and checkpoint("gpt2") == "gpt2"
+
+
+def test_words_that_a_model_does_not_know(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["run", "llava-shapes", "--image", str(picture), "--max-new-tokens", "2", "--question"]
+    assert main([*line, "What is the dog doing in this photo?"]) == 0
+    told = capsys.readouterr().err
+    assert told == "warning: words that this model does not know, and reads as <unk>: dog, doing, this, photo?\n"
+    assert main([*line, "what color is the ring ?", "--plan", "divprune(keep=1)"]) == 0
+    assert capsys.readouterr().err == "warning: keep=1 is a count, one token; for all write keep=1.0 or 100%\n"
+
+    class Bytes:
+        tokenizer = SimpleNamespace(unk_token_id=None)
+
+    assert unknown_words(Bytes(), ["anything"]) == ""  # a tokenizer that can read everything
+
+
 def test_methods_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
@@ -320,6 +364,20 @@ def test_demo_writes_table_pictures_and_record(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "llava-next-shapes_divprune.png").exists()
     text = capsys.readouterr().out
     assert "accuracy of every embedded model with 25%" in text and "llava-next-shapes" in text
+    assert rows["none"]["change"] is None
+    for row in (rows[name] for name in rows if name != "none"):  # two questions of each type
+        assert row["change"]["value"] == pytest.approx(row["accuracy"] - rows["none"]["accuracy"])
+        assert row["change"]["clusters"] == 14 and row["change"]["full"] == pytest.approx(1.0)
+        assert row["change"]["changed"] >= 14 * abs(row["change"]["value"]) - 1e-9
+    few = sum(
+        Difference(**row["change"]).verdict == "too few questions to tell" for row in rows.values() if row["change"]
+    )
+    assert (
+        few >= 5
+        and f"too few questions to tell for {few} of 7 plans; needed for a difference of 1 point: about" in text
+    )
+    assert main(["demo", *models, "--keep", "64", "--out", str(tmp_path / "x")]) == 2
+    assert "--keep 64: a count" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("family", list(midsize.FAMILIES))

@@ -492,7 +492,7 @@ def test_the_commands(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "divprune" in text and "agreement" in text and text.count("record:") == 3
     first = read_questions("exact", table)[0]
     prompt = conversation(load(model_path())[1], first.text, 1)
-    assert f"question q0 as it was asked (--suffix and --template change that):\n{prompt}\n" in text
+    assert f"question q0 of exact as it was asked (--suffix changes that):\n{prompt}\n" in text
     assert f"stock replied {first.answers[0]!r}\n" in text and f"right: {first.answers[0]!r}\n" in text
     assert "do not know" not in text and "guessing" not in text
     stock, less = (str(next(out.glob(f"exact_official_{name}*.json"))) for name in ("stock", "divprune"))

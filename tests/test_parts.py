@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmcompress as mm
-from mmcompress.budget import exact_merge_schedule, merge_schedule, resolve
+from mmcompress.budget import exact_merge_schedule, keep_text, merge_schedule, read_keep, resolve, scaled_to_mean
 from mmcompress.ops import argmax_first, bipartite_match, merge_mean
 from mmcompress.trace import Shape, kv_bytes, prefill_flops
 
@@ -69,6 +71,44 @@ def test_merge_schedules_are_exact(tokens: int, blocks: int, protected: int, dat
 def test_an_even_schedule_is_even() -> None:
     assert exact_merge_schedule(576, 64, 23, 1) == [23] * 6 + [22] * 17
     assert merge_schedule((5, 4), 3) == [5, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "keep"),
+    [
+        ("0.25", 0.25), ("25%", 0.25), (" 12.5 % ", 0.125), ("33.3%", 0.333), ("100%", 1.0), ("1.0", 1.0), ("1e-1", 0.1),
+        ("64", 64), ("1", 1), ("007", 7),
+    ],
+)  # fmt: skip
+def test_keep_as_it_is_written(text: str, keep: float) -> None:
+    found = read_keep(text)
+    assert found == keep and type(found) is type(keep)
+    again = read_keep(keep_text(found))
+    assert again == keep and type(again) is type(keep)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a", "keep='a': write a ratio as 0.25 or 25%, a count as an int"),
+        ("", "keep=''"), ("%", "keep='%'"), ("1/4", "keep='1/4'"), ("0", "keep=0: a count must be at least 1"),
+        ("0%", "keep=0.0: a ratio"), ("150%", "keep=1.5: a ratio"), ("nan", "keep=nan"), ("nan%", "keep=nan"), ("-3", "keep=-3.0"),
+        ("2.0", "keep=2.0: a ratio must lie in (0, 1]; for a count write an int, e.g. keep=2"),
+    ],
+)  # fmt: skip
+def test_what_is_no_keep(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_keep(text)
+
+
+def test_what_rounding_leaves_goes_to_no_count_above_the_budget() -> None:
+    """A mean of just under the next token is not rounded up to it, and a product of floats that should be whole is."""
+    assert scaled_to_mean((0.5,), 100, (1,), 2, 0.75) == (50,)
+    for part in range(2, 100):  # keep * tokens * depth is whole, but for the error of floats
+        keep = (100 + part) / 200
+        assert scaled_to_mean((0.5,), 100, (1,), 2, keep) == (part,), keep
+        assert scaled_to_mean((0.5,), 100, (1,), 2, keep - 1e-5) == (part - 1,), keep
+        assert scaled_to_mean((0.5,), 100, (1,), 2, keep + 1e-5) == (part,), keep
 
 
 # ---------------------------------------------------------------------- methods alone
@@ -178,6 +218,16 @@ def test_selection_follows_companions() -> None:
     assert merged.scatter(torch.tensor([[1.0, 2.0]]), 6)[0, [0, 1, 3, 4, 5]].tolist() == [1, 1, 2, 2, 2]
 
 
+def test_who_speaks_for_a_cluster_that_keeps_several() -> None:
+    """Five tokens for two clusters: the large one keeps more members, and its dropped ones go to its median, not to the last."""
+    found = mm.Selection.of_clusters(torch.tensor([[7, 7, 7, 2, 7, 7, 7, 2]]), 5)
+    # the medians 3 (of 3, 7) and 2 (of 0, 1, 2, 4, 5, 6), then members of the larger cluster in order
+    assert found.keep.tolist() == [[0, 1, 2, 3, 4]]
+    assert found.assign is not None and found.assign.tolist() == [[0, 1, 2, 3, 4, 2, 2, 3]]
+    only = mm.Selection.of_clusters(torch.tensor([[5, 5, 5, 5, 9, 9]]), 1)  # the smaller cluster is dropped
+    assert only.keep.tolist() == [[1]] and only.assign is not None and only.assign.tolist() == [[0, 0, 0, 0, -1, -1]]
+
+
 # ---------------------------------------------------------------------- plans
 @pytest.mark.parametrize(
     "text",
@@ -186,6 +236,8 @@ def test_selection_follows_companions() -> None:
         "visionzip(keep=0.25) >> fastv(layer=3, keep=0.5)",
         "tome(keep=0.5) >> divprune(keep=64) >> fastv(keep=0.5)",
         "plan(random(keep=0.25, seed=7) >> uniform(keep=3), positions='keep')",
+        "plan(divprune(keep=0.25), structural='drop')",
+        "plan(divprune(keep=0.25) >> fastv(layer=3, keep=0.5), positions='reindex', structural='drop')",
         "tome(keep=None, r=(4, 3))",
     ],
 )
@@ -194,6 +246,70 @@ def test_plan_strings_round_trip(text: str) -> None:
     assert repr(plan) == text
     assert mm.as_pipeline(repr(plan)) == plan
     assert mm.as_pipeline(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_plain_values_say_everything() -> None:
+    plan = mm.as_pipeline("divprune(keep=64)", structural="drop")
+    assert plan.to_dict() == {"stages": [{"method": "divprune", "keep": 64}], "positions": None, "structural": "drop"}
+    assert mm.as_pipeline({"stages": [{"method": "divprune"}]}).structural == "keep"
+    both = mm.as_pipeline("divprune", structural="drop") >> mm.as_pipeline("fastv")
+    assert both.structural == "drop" and (mm.as_pipeline("divprune") >> mm.as_pipeline("fastv")).structural == "keep"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("divprune(keep=25%)", "divprune(keep=0.25)"),
+        ("divprune(keep=.5%) >> fastv(layer=20 %, keep=50 %)", "divprune(keep=0.005) >> fastv(layer=0.2, keep=0.5)"),
+        ("plan(random(keep=100%), positions='keep')", "plan(random(keep=1.0), positions='keep')"),
+        ("random(keep='25%')", "random(keep=0.25)"),
+        ({"stages": [{"method": "random", "keep": "25%"}]}, "random(keep=0.25)"),
+    ],
+)
+def test_percent_in_plans(written: Any, meant: str) -> None:
+    assert repr(mm.as_pipeline(written)) == meant
+    assert mm.as_pipeline("random", keep="25%") == mm.as_pipeline("random(keep=0.25)")
+
+
+def test_percent_signs_in_texts_stay() -> None:
+    plan = mm.as_pipeline("explain_compress(weights='a 25% b', keep=25%)")
+    assert (plan.stages[0].options()["weights"], plan.stages[0].options()["keep"]) == ("a 25% b", 0.25)
+
+
+def test_one_token_is_warned_about() -> None:
+    plans = [
+        "divprune(keep=1)",
+        mm.DivPrune(keep=1),
+        mm.DivPrune(keep=0.5) >> mm.FastV(layer=2, keep=1),
+        "pyramiddrop(keep=1)",
+    ]
+    for plan in plans:
+        with pytest.warns(UserWarning, match="keep=1 is a count, one token; for all write keep=1.0 or 100%") as seen:
+            mm.as_pipeline(plan)
+        assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plan in (
+            "divprune(keep=1.0)",
+            "divprune(keep=100%)",
+            "divprune(keep=2)",
+            "tome(keep=None, r=1)",
+            "cmai",
+            "fastv(layer=1)",
+        ):
+            mm.as_pipeline(plan)
+    with warnings.catch_warnings(record=True) as told:  # as python shows warnings unless told otherwise: once
+        warnings.simplefilter("default")
+        for _ in range(3):
+            mm.as_pipeline("divprune(keep=1)")
+    assert len(told) == 1
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match=r"method 'divprune' is registered already, by mmcompress\.methods\.divprune"):
+        mm.register("divprune")(mm.FastV)
+    assert mm.FastV.name == "fastv" and mm.methods()["divprune"] is mm.DivPrune
+    assert mm.register("divprune")(mm.DivPrune) is mm.DivPrune  # a module that is read again
 
 
 def test_operators_and_defaults() -> None:
@@ -217,6 +333,9 @@ def test_operators_and_defaults() -> None:
         ("tome >> tome", "one encoder stage"),
         ("plan(visionzip, positions='none')", "choose 'keep', 'reindex'"),
         ("", "cannot read the plan"),
+        ("divprune(keep=150%)", "keep=1.5: a ratio must lie in"),
+        ("divprune(keep=%)", "cannot read the plan"),
+        ("divprune(keep=5 % 3)", "cannot read the plan"),
     ],
 )
 def test_bad_plans(plan: str, message: str) -> None:

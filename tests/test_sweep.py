@@ -17,7 +17,7 @@ from mmcompress.eval.readme import methods
 from mmcompress.eval.statistics import Difference, Flips
 from mmcompress.eval.sweep import run as sweeping
 from mmcompress.eval.sweep.examples import worst
-from mmcompress.eval.sweep.retained import Standing, front, standings, unsettled
+from mmcompress.eval.sweep.retained import Standing, front, standings, undecided
 from mmcompress.eval.sweep.run import load_sweep, points, read_tasks
 from mmcompress.eval.synthetic import Item, items
 from mmcompress.eval.synthetic.benchmark import load
@@ -174,10 +174,10 @@ def test_how_many_questions_a_sweep_would_need() -> None:
         row("c", Difference(-0.3, -0.4, -0.2, 0.05, 40, 100)),
     ]  # fmt: skip
     assert [one.verdict for one in rows] == ["too few questions to tell"] * 2 + ["worse"]
-    assert unsettled(rows) == [
+    assert undecided(rows) == [
         "shapes: too few questions to tell for 2 of 3 plans; needed for a difference of 1 point: about 800 to 4,000, there are 100"
     ]
-    assert unsettled(rows[2:]) == []
+    assert undecided(rows[2:]) == []
 
 
 def test_pictures_are_processed_once(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +103,9 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
 
     from ...plan import as_pipeline
     from .. import evaluator as runs
-    from ..comparison import by_chance, compare, outlook, summary_table
+    from ..comparison import compare, outlook, remarks, summary_table
     from ..data import read_questions
     from ..metrics import check_protocol
-    from ..prompts import unknown_words
     from ..tasks import task_of
     from ..team import Team
 
@@ -151,8 +149,7 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
     console.print(summary_table(records[0], records[1:]))
     for other in records[1:]:
         _print(console, outlook(compare(records[0], other)))
-    _print(console, *asked_and_answered(processor, questions, records))
-    _print(console, by_chance(records[0]), unknown_words(processor, (question.text for question in questions)))
+    _print(console, *remarks(processor, questions, records))
     for record in records:
         plan = record["settings"]["plan"]
         if record["empty"]:
@@ -182,24 +179,6 @@ def check_data(task: str, data: Path | None) -> None:
             f"--data {data} needs a --task, which says how replies are judged: for a table of your own one of {own}, or the name "
             f"of a benchmark; shapes, the default, has its own data"
         )
-
-
-def asked_and_answered(processor: Any, questions: Sequence[Any], records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """One whole prompt as the model gets it, what was replied to it, and what is right."""
-    from ..evaluator import rows_of
-    from ..prompts import conversation, question_text
-    from ..tasks import task_of
-
-    settings, known = records[0]["settings"], {question.id: question for question in questions}
-    for row in rows_of(records[0])[:1]:
-        question = known[row.id]
-        text = question_text(task_of(settings["task"]), question, settings["protocol"], settings["suffix"])
-        yield f"question {row.id} as it was asked (--suffix and --template change that):"
-        yield conversation(processor, text, len(question.images), settings["template"])
-        for record in records:
-            replies = [other.reply for other in rows_of(record) if other.id == row.id]
-            yield from (f"{record['settings']['plan']} replied {reply!r}" for reply in replies)
-        yield f"right: {', '.join(map(repr, row.answers[:3])) or 'not known'}"
 
 
 def _print(console: Console, *lines: str) -> None:

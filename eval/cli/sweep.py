@@ -9,7 +9,7 @@ from rich.console import Console
 
 from . import Command, Load, OutFolder, add_load_options, check_least
 
-KEEPS = (0.5, 0.25, 0.1)
+KEEPS = ("50%", "25%", "10%")
 
 
 def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
@@ -27,7 +27,12 @@ def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
         help="method that takes a budget, plan with {keep} in it, other plan or method (once, as it is), or all: every method that "
         "needs no trained weights; may be given several times",
     )
-    sweep.add_argument("--keep", type=float, nargs="+", default=list(KEEPS), help="keep ratios (default 0.5 0.25 0.1)")
+    sweep.add_argument(
+        "--keep",
+        nargs="+",
+        default=list(KEEPS),
+        help="ratios as 0.25 or 25%%, or counts as 64 (default 50%% 25%% 10%%)",
+    )
     sweep.add_argument(
         "--task",
         action="append",
@@ -36,6 +41,10 @@ def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
     sweep.add_argument("--questions", type=int, metavar="N", help="only the first N of each task (shapes: default 210)")
     sweep.add_argument(
         "--protocol", default="official", help="whose prompts and metric: official (default), llava or lmms"
+    )
+    sweep.add_argument(
+        "--suffix",
+        help="instruction behind each question, '' for none (default: that of the protocol; for own tables none)",
     )
     sweep.add_argument("--batch-size", type=int, default=8, help="default 8; 1 for numbers to publish (no padding)")
     sweep.add_argument("--strict", action="store_true", help="stop at a question that cannot be asked")
@@ -50,23 +59,28 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    from ...budget import check_keep
+    from ...budget import read_keep
     from ...visualize.figure import cannot_draw
-    from ..evaluator import Progress, Setup
+    from ..comparison import remarks
+    from ..evaluator import Progress, Setup, load_record
     from ..metrics import check_protocol
     from ..sweep.examples import examples
     from ..sweep.pareto import plot
     from ..sweep.report import write_report
-    from ..sweep.retained import standings, table, unsettled
+    from ..sweep.retained import standings, table, undecided
     from ..sweep.run import FILE, points, read_tasks, sweep
 
     check_least(options, questions=1, repeats=0, examples=0)
-    for keep in options.keep:
-        check_keep(keep)
-    wanted = points(options.plan, options.keep)
+    wanted = points(options.plan, [read_keep(keep) for keep in options.keep])
     tasks = options.task or ["shapes"]
     first = tasks[0].partition("=")[0]
-    setup = Setup(first, check_protocol(options.protocol), batch_size=options.batch_size, strict=options.strict)
+    setup = Setup(
+        first,
+        check_protocol(options.protocol),
+        suffix=options.suffix,
+        batch_size=options.batch_size,
+        strict=options.strict,
+    )
     model, processor, _ = load(options)
     works = read_tasks(tasks, options.questions, model)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -83,7 +97,11 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
         )  # fmt: skip
     rows = standings(content)
     console.print(table(content, rows))
-    for line in unsettled(rows):
+    lines = undecided(rows)
+    for work in works:
+        stock = load_record(options.out / content["points"][0]["tasks"][work.name]["record"])
+        lines += remarks(processor, work.questions, [stock])
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     picture = None
     missing = cannot_draw()

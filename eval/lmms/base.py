@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...assets import MODELS, model_path
+from ...assets import checkpoint
 
 _missing: ImportError | None = None
 try:
@@ -30,7 +30,7 @@ def load(
     """Model and processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    place = str(model_path(pretrained)) if pretrained in MODELS else pretrained
+    place = checkpoint(pretrained)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen: Any = torch.float32 if dtype == "auto" and device.type == "cpu" else dtype
     more = {"attn_implementation": attn_implementation, "revision": revision, "device_map": device_map}

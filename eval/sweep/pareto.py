@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...budget import keep_text
 from ...visualize.figure import new_figure, written
 from ..evaluator import STOCK
 from .retained import AXES, Standing, front
@@ -97,5 +98,5 @@ def _name(axes: Any, rows: Sequence[Standing], axis: str) -> None:
 
 def label(row: Standing) -> str:
     """A short name of a plan."""
-    text = row.method if row.keep is None else row.plan if "{" in row.method else f"{row.method} {row.keep:.0%}"
+    text = row.method if row.keep is None else row.plan if "{" in row.method else f"{row.method} {keep_text(row.keep)}"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

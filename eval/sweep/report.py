@@ -12,7 +12,7 @@ from typing import Any
 
 from ...records import write_text
 from .examples import Example
-from .retained import HEADINGS, Standing, cells, task_lines, unsettled
+from .retained import HEADINGS, Standing, cells, task_lines, undecided
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
@@ -40,7 +40,7 @@ def write_report(
         '<p class="note">RelAcc: mean over tasks of score / stock score in %, with one standard error of a paired bootstrap; OP: '
         "root mean square of it; OG: its spread over tasks; agreement: the benchmark's parser reads the same in both replies; "
         "verdict: against the stock model (95 %), same: within one point; FLOPs: of the whole prefill, % of the stock model, "
-        f"counted; TTFT: measured, interleaved. {escape('. '.join(unsettled(rows)))}</p>",
+        f"counted; TTFT: measured, interleaved. {escape('. '.join(undecided(rows)))}</p>",
         "<h2>Tasks and question types</h2>",
         _table(
             ("plan", "task", "stock", "score", "above chance", "verdict", "by type: stock > plan, %"), task_lines(rows)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..comparison import Comparison, retained, shown
 from ..evaluator import STOCK
-from ..statistics import POINT, TOO_FEW, VERDICTS, about, points
+from ..statistics import VERDICTS, unsettled
 from ..tasks import task_of
 
 AXES = {
@@ -31,7 +31,7 @@ class Standing:
 
     plan: str
     method: str
-    keep: float | None
+    keep: float | int | None
     relative: float
     error: float
     op: float
@@ -139,22 +139,13 @@ def table(content: dict[str, Any], rows: Sequence[Standing]) -> Table:
     return made
 
 
-def unsettled(rows: Sequence[Standing]) -> list[str]:
-    """For each task on which some plans cannot be told from the stock model: how many questions would show a point."""
+def undecided(rows: Sequence[Standing]) -> list[str]:
+    """For each task on which some plans cannot be told from the stock model: how many questions would."""
     found = []
     for task in dict.fromkeys(name for row in rows for name in row.comparisons):
         every = [row.comparisons[task] for row in rows if task in row.comparisons]
-        few = [one for one in every if one.change and one.change.verdict == TOO_FEW]
-        counts = sorted(
-            one.change.needed(POINT * one.change.full) * one.questions / one.change.clusters
-            for one in few
-            if one.change
-        )
-        if few:
-            found.append(
-                f"{task}: {TOO_FEW} for {len(few)} of {len(every)} plans; needed for a difference of "
-                f"{points(few[0].change.full)}: about {about(counts[0])} to {about(counts[-1])}, there are {few[0].questions}"
-            )
+        if text := unsettled([one.change for one in every if one.change], every[0].questions):
+            found.append(f"{task}: {text}")
     return found
 
 

@@ -41,7 +41,7 @@ class Point:
 
     plan: str
     method: str = STOCK
-    keep: float | None = None
+    keep: float | int | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     refused: str = ""
@@ -65,7 +65,7 @@ def training_free() -> list[str]:
     return [name for name, cls in methods().items() if "weights" not in cls.__dataclass_fields__ or name in FREE]
 
 
-def points(plans: Iterable[str], keeps: Sequence[float]) -> list[Point]:
+def points(plans: Iterable[str], keeps: Sequence[float | int]) -> list[Point]:
     """The stock model, and every plan at every ratio: a method that takes a budget, or a text with {keep} in it; another plan is
     taken once, as it is. "all" stands for every method that needs no weights of its own."""
     found = [Point(STOCK)]
