@@ -387,6 +387,7 @@ def test_verdicts() -> None:
         (Difference(-0.002, -0.009, 0.005, 0.0035, 20, 2000), "same", ""),
         (Difference(-0.004, -0.007, -0.001, 0.0015, 20, 2000), "same", ""),  # sure, and less than a point
         (Difference(-0.004, -0.0101, 0.002, 0.0025, 20, 2000), "too few questions to tell", ""),
+        (Difference(0.004, -0.002, 0.0101, 0.0025, 20, 2000), "too few questions to tell", ""),
         (Difference(-0.02, -0.03, -0.01, 0.005, 60, 2000), "worse", ""),
         (Difference(0.02, 0.01, 0.03, 0.005, 60, 2000), "better", ""),
         (Difference(0.02, 0.01, 0.03, 0.0101, 60, 2000), "too few questions to tell", ""),
@@ -401,6 +402,7 @@ def test_verdicts_and_how_many_questions_would_tell(change: Difference, verdict:
         assert change.outlook(change.clusters) == outlook
     if change.full > 1:
         assert "for a difference of 28 points" in change.outlook(2 * change.clusters)
+        assert f"about {about(2 * change.needed(28))} for a difference of 28" in change.outlook(2 * change.clusters)
         assert f"of {change.clusters} groups of answers" in change.outlook(2 * change.clusters)
 
 
@@ -473,6 +475,8 @@ def test_a_comparison_tells_before_from_after_by_kind_and_above_chance() -> None
     text = by_chance(record("stock", {"color": [1] * 11 + [0] * 9}))
     assert "stock: 55.0 % of 20 questions is hardly more than guessing (50.0 %): look at the prompt" in text
     assert by_chance(record("stock", {"color": [1] * 15 + [0] * 5})) == ""
+    many = record("stock", {"color": [1] * 2160 + [0] * 1840})  # sure to be more than half, and hardly is
+    assert "54.0 % of 4000 questions is hardly more than guessing" in by_chance(many)
     assert stock_first([other, base]) == [base, other] and stock_first([other]) == [other]
     with pytest.raises(ValueError, match=r"suffix: None and 'Be brief.': with --force"):
         compare(base, {**other, "settings": {**other["settings"], "suffix": "Be brief."}})
