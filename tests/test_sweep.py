@@ -323,8 +323,9 @@ def test_the_worst_examples_come_from_different_types() -> None:
 # ---------------------------------------------------------------------- tuning on answers
 def test_budgets_as_text() -> None:
     assert read_budget("0.3") == (0.3, "tokens") and read_budget("flops=0.25") == (0.25, "flops")
+    assert read_budget("30%") == (0.3, "tokens") and read_budget("flops=12.5%") == (0.125, "flops")
     for text in ("flops", "time=0.3", "flops=x"):
-        with pytest.raises(ValueError, match=r"write 0\.3, tokens=0\.3 or flops=0\.3"):
+        with pytest.raises(ValueError, match=r"write 0\.3, 30%, tokens=0\.3 or flops=0\.3"):
             read_budget(text)
 
 

@@ -32,7 +32,7 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
     )
     tune.add_argument(
         "--budget",
-        help="largest part of the visual tokens that may be left, mean over the LLM layers (0.3), or of the FLOPs of the LLM "
+        help="largest part of the visual tokens that may be left, mean over the LLM layers (0.3, 30%%), or of the FLOPs of the LLM "
         "prefill (flops=0.3)",
     )
     tune.add_argument(
@@ -129,6 +129,7 @@ def _data(options: argparse.Namespace, load: Load, open_image: OpenImage) -> tup
     from ..evaluator import shapes_questions
     from ..tasks import task_of
     from ..tuning import answers, batches
+    from .evaluate import check_data
 
     task = options.task or ("shapes" if options.metric != "state" and options.data is None else None)
     if task is not None:
@@ -139,8 +140,7 @@ def _data(options: argparse.Namespace, load: Load, open_image: OpenImage) -> tup
         shown = _pictures(options.data, options.question, open_image)[: options.samples] if options.data else None
         model, processor, _ = load(options)
         return _Inputs(model, _samples(model, processor, shown, options.samples)), FINAL_STATE
-    if (task == "shapes") != (options.data is None):
-        raise ValueError("--task shapes has its own data" if task == "shapes" else f"--task {task} needs --data")
+    check_data(task, options.data)
     asked = read_questions(task, options.data) if options.data else None
     model, processor, _ = load(options)
     if asked is None:
