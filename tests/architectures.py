@@ -46,6 +46,7 @@ RULES: list[tuple[str, int, int]] = [  # field, in a language model, in a vision
     (r"position_embedding_size|pos_emb_(height|width)|posemb_grid_size", 16, 16),
     (r"sliding_window|sliding_window_size|attention_chunk_size", 24, 24),
     (r"index_topk|index_topk_blocks", 8, 8),
+    (r"index_n_heads", 16, 16),  # with few, many scores are 0, and ties fall as they like
     (r"index_block_size|index_kpool", 4, 4),
 ]  # fmt: skip
 INDICES = {"fullatt_block_indexes": [1, 3], "deepstack_visual_indexes": [0, 1, 2]}
@@ -261,7 +262,7 @@ def pictures(model: Any, rows: list[list[int]]) -> dict[str, Any]:
     frames = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1)
 
     def noise(*shape: int) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in numbers])
+        return pictures_of(numbers, *shape)
 
     def same(*values: Any) -> Tensor:
         return torch.tensor(values).expand(count, *torch.tensor(values).shape).clone()
@@ -310,28 +311,80 @@ def pictures(model: Any, rows: list[list[int]]) -> dict[str, Any]:
     return found
 
 
-@torch.no_grad()
-def prompts(model: Any, samples: list[list[int | str]], first: int = 0) -> dict[str, Any]:
-    """Inputs for `samples`, padded on the left: an int is so many text tokens, a string is the picture of that number."""
-    found = pictures(model, [[int(part) for part in sample if isinstance(part, str)] for sample in samples])
-    base = base_of(model)
-    accepted = inspect.signature(base.get_image_features).parameters
-    output = base.get_image_features(**{name: value for name, value in found.items() if name in accepted})
+def clips(model: Any, numbers: list[int]) -> dict[str, Any]:
+    """What the model is given for videos of two frames (packed: of two temporal patches), each of one picture's size."""
+    accepted, kind = inspect.signature(base_of(model).get_video_features).parameters, model.config.model_type
+    frames = [2 * n + frame for n in numbers for frame in (0, 1)]
+    if kind == "nemotron_h_omni":  # frames are channels
+        pixels = pictures_of(frames, 3, SIDE, SIDE).view(len(numbers), 1, 6, SIDE, SIDE)
+        return {"pixel_values_videos": pixels}
+    if kind == "video_llava":
+        return {"pixel_values_videos": pictures_of(frames, 3, SIDE, SIDE).unflatten(0, (len(numbers), 2))}
+    image = pictures(model, [frames])
+    if "target_sizes_videos" in accepted:
+        return {"pixel_values_videos": image["pixel_values"], "target_sizes_videos": image["target_sizes"]}
+    found = {"pixel_values_videos": image["pixel_values"]}
+    if "video_grid_thw" in accepted:
+        found["video_grid_thw"] = image["image_grid_thw"][::2] * torch.tensor([2, 1, 1])
+    if "video_merge_sizes" in accepted:
+        found["video_merge_sizes"] = image["image_merge_sizes"][::2]
+    if "video_token_pooling" in accepted:
+        found |= {
+            "video_token_pooling": image["image_token_pooling"],
+            "video_grids": torch.tensor([[2, 4, 4]] * len(numbers)),
+        }
+    return found
+
+
+def pictures_of(numbers: list[int], *shape: int) -> Tensor:
+    """Noise for each number, always the same."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(number)) for number in numbers])
+
+
+def video_id(model: Any) -> int:
+    """The token that features of videos are put at."""
+    return IMAGE if model.config.model_type.startswith(("glm", "molmo", "nemotron")) else VIDEO
+
+
+def lengths_of(base: Any, modality: str, found: dict[str, Any]) -> int:
+    """How many tokens the features of what is given have."""
+    encode = getattr(base, f"get_{modality}_features")
+    accepted = inspect.signature(encode).parameters
+    output = encode(**{name: value for name, value in found.items() if name in accepted})
     features = output.pooler_output
     if features is None:
         features = output.last_hidden_state if output.last_hidden_state is not None else output.deepstack_features[0][1]
-    count = sum(isinstance(part, str) for sample in samples for part in sample)
-    tokens = sum(f.numel() // f.shape[-1] for f in features) // count
+    return sum(f.numel() // f.shape[-1] for f in features)
+
+
+@torch.no_grad()
+def prompts(model: Any, samples: list[list[int | str]], first: int = 0, runs: int = 2) -> dict[str, Any]:
+    """Inputs for `samples`, padded on the left: an int is so many text tokens, a string the picture of that number, or the
+    video after a "v", whose tokens stand in `runs` runs between marks of text."""
+    base, config = base_of(model), model.config
+    shown = [[part for part in sample if isinstance(part, str)] for sample in samples]
+    rows_of = [[int(part) for part in row if part.isdigit()] for row in shown]
+    films = [int(part[1:]) for row in shown for part in row if not part.isdigit()]
+    found: dict[str, Any] = {}
+    tokens = 0
+    if any(rows_of):
+        found = pictures(model, rows_of)
+        tokens = lengths_of(base, "image", found) // sum(map(len, rows_of))
+    if films:
+        found |= (more := clips(model, films))
+        frame = lengths_of(base, "video", more) // len(films) // runs
     rows = []
     for number, sample in enumerate(samples, start=first):
         generator = torch.Generator().manual_seed(1000 + number)
         row: list[int] = []
         for part in sample:
-            row += (
-                [IMAGE] * tokens
-                if isinstance(part, str)
-                else torch.randint(5, 120, (part,), generator=generator).tolist()
-            )
+            if isinstance(part, int):
+                row += torch.randint(5, 120, (part,), generator=generator).tolist()
+            elif part.isdigit():
+                row += [IMAGE] * tokens
+            else:
+                start, end = (getattr(config, f"video_{at}_token_id", 120) for at in ("start", "end"))
+                row += [start, *([121, *[video_id(model)] * frame] * runs), end]
         rows.append(row)
     longest = max(map(len, rows))
     ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
@@ -342,7 +395,9 @@ def prompts(model: Any, samples: list[list[int | str]], first: int = 0) -> dict[
     taken = inspect.signature(model.forward).parameters
     for name in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
         if name in taken:
-            found[name] = (ids == IMAGE).long()
+            found[name] = (ids == IMAGE).long() + (2 if name == "mm_token_type_ids" else 1) * (ids == VIDEO).long()
+            if films and name == "mm_token_type_ids" and video_id(model) == IMAGE:
+                found[name] *= 2
     return {name: value for name, value in found.items() if name in taken}
 
 
