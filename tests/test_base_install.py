@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `pip install` gives without extras: enough for the first example of the README and for every embedded model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mmcompress.assets import MODELS
+from mmcompress.eval.cli.sweep import KEEPS
+from packaging.requirements import Requirement
+
+import mmcompress as mm
+
+ROOT = Path(__file__).parent.parent
+
+
+def listed(group: str) -> list[str]:
+    """The distributions of a list in pyproject.toml (Python 3.10 cannot read TOML)."""
+    text = re.search(rf"^{group} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(), re.S | re.M)
+    assert text is not None
+    return [Requirement(entry).name for entry in re.findall(r'"([^"]+)"', text[1])]
+
+
+def called(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def brought() -> set[str]:
+    """The distributions that the dependencies and what they depend on bring."""
+    found: set[str] = set()
+    waiting = [called(name) for name in listed("dependencies")]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # of another platform
+            continue
+        for need in map(Requirement, needs):
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                waiting.append(called(need.name))
+    return found
+
+
+@pytest.mark.slow
+def test_first_example_and_embedded_models_without_extras(tmp_path: Path) -> None:
+    """In a process that sees no module of any other distribution."""
+    base = brought()
+    assert {"torchvision", "accelerate", "jinja2"} <= base and not {"matplotlib", "timm", "pyarrow"} & base
+    packages = importlib.metadata.packages_distributions()
+    hidden = sorted(
+        module
+        for module, names in packages.items()
+        if not {called(name) for name in names} & (base | {"mmcompress"}) and module.isidentifier()
+    )
+    assert {"matplotlib", "timm", "open_clip", "optuna", "scipy", "peft", "pyarrow"} <= set(hidden)
+    code = f"""
+import sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {hidden!r} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
+import torch
+from mmcompress.assets import MODELS, model_path
+from mmcompress.cli import main
+from mmcompress.eval.synthetic import items
+import mmcompress as mm
+from transformers import AutoModelForImageTextToText
+item = items(1)[0]
+item.picture.save("a.png")
+for name in MODELS:
+    assert main(["run", name, "--image", "a.png", "--question", item.question.text]) == 0, name
+model = AutoModelForImageTextToText.from_pretrained(model_path(), dtype="auto", device_map="auto")
+mm.compress(model, "divprune(keep=0.25)")
+print("all ran")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0 and done.stdout.endswith("all ran\n"), done.stderr[-3000:]
+    assert done.stdout.count("compressed  ") == len(MODELS)
+
+
+def test_plans_that_readme_and_helps_name_are_plans() -> None:
+    """Every text that looks like a plan, and the options of every extra that the README tells to install."""
+    text = (ROOT / "README.md").read_text()
+    plans = re.findall(r'"((?:[a-z_0-9]+\([a-z_]+=[^"()]*\))(?: >> [a-z_0-9]+\([^"()]*\))*)"', text)
+    assert len(plans) >= 5
+    for plan in plans:
+        if not plan.startswith("contrast"):  # the example of a method of one's own
+            mm.as_pipeline(plan)
+    extras = re.findall(r"mmcompress\[([a-z,]+)\]", text)
+    assert extras and all(listed(extra) for names in extras for extra in names.split(","))
+    assert [mm.budget.read_keep(keep) for keep in KEEPS] == [0.5, 0.25, 0.1]
