@@ -356,7 +356,7 @@ def _faithful(record: dict[str, Any]) -> str:
     for name in others:
         for plan in plans:
             mine = [found[name, plan, m] for m in models]
-            marks = [" (tie)" if abs(r["lead"]) < 2 * r["lead_error"] else "" for r in mine]
+            marks = [" (too few)" if abs(r["lead"]) < 2 * r["lead_error"] else "" for r in mine]
             leads.append([name, _called(plan), *(cell(r, "lead") + mark for r, mark in zip(mine, marks, strict=True))])
     few = [max(r["samples"] for r in rows if (r["explanation"] in names[3:], r["plan"] != "") == key) for key in (
         (False, False), (False, True), (True, False))]  # fmt: skip
@@ -366,7 +366,8 @@ def _faithful(record: dict[str, Any]) -> str:
         f"questions, with compression of 70, explanations by gradients of 14 (up to {few[0]}, {few[1]} and {few[2]}). Objects are "
         f"the true boxes of the scenes, cells that some explanation cannot see do not count. Words of question and answer do.\n\n"
         f"{table(['explanation', 'model', *models], scores, ('model',))}\n\nF1-IoU of the {first} less that of attention, "
-        f"paired; a tie is less than two errors:\n\n{table(['over', 'model', *models], leads, ('model',))}\n\n"
+        f"paired; too few: questions to tell, it is less than two errors:\n\n"
+        f"{table(['over', 'model', *models], leads, ('model',))}\n\n"
         f"Shown by `python -m mmcompress.eval.synthetic.faithful {options}` ({conditions(record)})."
     )
 

@@ -33,7 +33,7 @@ def add(command: Command, load: Load, open_image: OpenImage) -> None:
     )
     explain.add_argument("--video", action="store_true", help="the pictures are the frames of one video, in order")
     explain.add_argument("--question", required=True)
-    explain.add_argument("--plan", help="also with this compression, side by side: e.g. 'visionzip(keep=0.25)'")
+    explain.add_argument("--plan", help="also with this compression, side by side: e.g. 'divprune(keep=0.25)'")
     explain.add_argument(
         "--method", action="append", choices=NAMES,
         help=f"explanation; several allowed (default {WORDS}, and {GRADIENTS} where a backward pass is affordable)",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def test_first_example_and_embedded_models_without_extras(tmp_path: Path) -> Non
         if not {called(name) for name in names} & (base | {"mmcompress"}) and module.isidentifier()
     )
     assert {"matplotlib", "timm", "open_clip", "optuna", "scipy", "peft", "pyarrow"} <= set(hidden)
+    (example,) = re.findall(r"```python\n(import mmcompress as mm\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    example = example.replace('"llava-hf/llava-1.5-7b-hf"', "model_path()").replace("picture.png", "a.png")
     code = f"""
 import sys
 class Without:
@@ -75,14 +78,12 @@ import torch
 from mmcompress.assets import MODELS, model_path
 from mmcompress.cli import main
 from mmcompress.eval.synthetic import items
-import mmcompress as mm
-from transformers import AutoModelForImageTextToText
 item = items(1)[0]
 item.picture.save("a.png")
 for name in MODELS:
     assert main(["run", name, "--image", "a.png", "--question", item.question.text]) == 0, name
-model = AutoModelForImageTextToText.from_pretrained(model_path(), dtype="auto", device_map="auto")
-mm.compress(model, "divprune(keep=0.25)")
+{example}
+assert mm.trace(model).visuals[0].kept == 36
 print("all ran")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=500)
@@ -101,3 +102,20 @@ def test_plans_that_readme_and_helps_name_are_plans() -> None:
     extras = re.findall(r"mmcompress\[([a-z,]+)\]", text)
     assert extras and all(listed(extra) for names in extras for extra in names.split(","))
     assert [mm.budget.read_keep(keep) for keep in KEEPS] == [0.5, 0.25, 0.1]
+
+
+def test_the_first_numbers_of_the_readme_are_those_of_the_records() -> None:
+    """The default plan against stock and random, of every embedded model, and its speed-up on every mid-size one."""
+    demo, bench = (json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("demo", "bench"))
+    lost: dict[str, list[float]] = {"divprune": [], "random": []}
+    for model in MODELS:
+        found = {(row["method"], row["keep"]): row["accuracy"] for row in demo[model]["rows"]}
+        for name, values in lost.items():
+            values.append(100 * (found["none", 1.0] - found[name, 0.25]))
+    rows = [row for family in bench["families"].values() for row in family["rows"]]
+    faster = [row["prefill_speedup"] for row in rows if row["plan"] == "divprune(keep=0.25)"]
+    text = " ".join((ROOT / "README.md").read_text().split("## Install")[0].split())
+    assert f"{min(faster):.2f} to {max(faster):.2f} times faster" in text and len(faster) == 5
+    assert f"{min(lost['divprune']):.1f} to {max(lost['divprune']):.1f} points of accuracy" in text
+    assert f"at random costs them {min(lost['random']):.1f} to {max(lost['random']):.1f}." in text
+    assert max(lost["divprune"]) < min(lost["random"]) and min(faster) > 1

@@ -157,7 +157,7 @@ def drawn_f1(parts: Sequence[Scores], draws: int = 2000) -> np.ndarray:
 
 def rows_of(model: str, found: Sequence[Faithfulness]) -> list[dict[str, Any]]:
     """Lines of a table, scores as they were measured. f1_error: standard error by a bootstrap over questions. lead: F1-IoU of the
-    first explanation less this one's on the same questions, with its paired error: a tie below two of them."""
+    first explanation less this one's on the same questions, with its paired error: below two of these they cannot be told apart."""
     rows, first = [], found[0]
     for one in found:
         s, answers = one.scores, Scores.pooled(one.answers)
