@@ -534,9 +534,9 @@ def run(folder: Path, count: int, seed: int, only: str = "") -> tuple[Counter[st
 
 def test_some_hundreds_of_changed_tables(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    found, wrong = run(tmp_path, 1500, seed=1)
+    found, wrong = run(tmp_path, 600, seed=1)
     assert not wrong, "\n".join(wrong[:5])
-    assert min(found["same"], found["value"], found["refused"]) > 100  # the changes reach every outcome
+    assert min(found["same"], found["value"], found["refused"]) > 20  # the changes reach every outcome
 
 
 @pytest.mark.slow

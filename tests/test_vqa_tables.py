@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from mmcompress.eval.data import Question, digest, open_picture, read_questions
 from mmcompress.eval.data.cells import parse_list
+from mmcompress.eval.tasks import task_of
 from PIL import Image
 
 Q = {"question": "q ?", "image": "0.png"}
@@ -434,3 +436,124 @@ def test_lists_as_text() -> None:
     ):
         with pytest.raises(ValueError, match=r".+"):
             parse_list(bad)
+
+
+HUB: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+    "vqav2": (
+        {
+            "question_id": 1,
+            "question_type": "what is",
+            "multiple_choice_answer": "a",
+            "answer_type": "other",
+            "image_id": 3,
+            "answers": [{"answer": "a", "answer_confidence": "yes", "answer_id": i} for i in range(10)],
+        },
+        ("a",) * 10,
+        "other",
+    ),
+    "textvqa": (
+        {"question_id": 1, "question_tokens": ["what"], "answers": ["a"] * 10, "ocr_tokens": ["x"], "set_name": "val"},
+        ("a",) * 10,
+        "",
+    ),
+    "vizwiz": ({"question_id": "VizWiz_val_0.jpg", "answers": ["a"] * 10, "category": "other"}, ("a",) * 10, "other"),
+    "pope": (
+        {"id": "0", "question_id": "1", "answer": "yes", "image_source": "COCO_1", "category": "popular"},
+        ("yes",),
+        "popular",
+    ),
+    "mme": (
+        {"question_id": "code_reasoning/0020.png", "answer": "Yes", "category": "code_reasoning"},
+        ("yes",),
+        "code_reasoning",
+    ),
+    "scienceqa": (
+        {"choices": ["x", "y"], "answer": 1, "hint": "", "task": "closed choice", "subject": "s", "category": "c"},
+        ("B",),
+        "c",
+    ),
+    "seedbench": (
+        {
+            "choice_a": "x",
+            "choice_b": "y",
+            "choice_c": "z",
+            "choice_d": "w",
+            "answer": "D",
+            "data_type": "image",
+            "data_id": "1",
+            "question_id": "7",
+            "question_type_id": 2,
+            "segment": None,
+        },
+        ("D",),
+        "2",
+    ),
+    "mmstar": (
+        {"index": 0, "answer": "A", "category": "coarse", "l2_category": "fine", "meta_info": {"a": 1}},
+        ("A",),
+        "fine",
+    ),
+    "ai2d": ({"options": ["a", "b", "0", "d"], "answer": "2"}, ("C",), ""),
+    "mmmu": (
+        {
+            "id": "validation_Art_1",
+            "options": "['a', \"b's\"]",
+            "answer": "B",
+            "question_type": "multiple-choice",
+            "explanation": "",
+            "image_2": None,
+            "topic_difficulty": "Easy",
+            "img_type": "['Photo']",
+        },
+        ("B",),
+        "multiple-choice",
+    ),
+    "chartqa": ({"type": "human_test", "answer": "14"}, ("14",), "human_test"),
+    "docvqa": (
+        {
+            "questionId": "49153",
+            "question_types": ["handwritten", "form"],
+            "docId": 1,
+            "answers": ["0.28", ".28"],
+            "data_split": "val",
+        },
+        ("0.28", ".28"),
+        "handwritten",
+    ),
+    "ocrbench": ({"dataset": "HME100k", "question_type": "Formula", "answer": ["x ^ 2"]}, ("x ^ 2",), "Formula"),
+    "realworldqa": ({"answer": "C"}, ("C",), ""),
+    "hallusionbench": (
+        {
+            "category": "VD",
+            "subcategory": "figure",
+            "visual_input": "1",
+            "set_id": "0",
+            "figure_id": "1",
+            "sample_note": "x",
+            "question_id": "2",
+            "gt_answer": "1",
+            "gt_answer_details": "y",
+            "filename": "./x.png",
+        },
+        ("1",),
+        "VD",
+    ),
+}
+"""Columns of the tables on the hub, as ../eval/vqa_metrics.md has them: row, gold answers, kind."""
+
+
+@pytest.mark.parametrize("task", HUB)
+def test_columns_of_the_hub(tmp_path: Path, task: str) -> None:
+    row, answers, kind = HUB[task]
+    shown = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(shown, "PNG")
+    image = {"bytes": shown.getvalue(), "path": None}
+    key = "image_1" if task == "mmmu" else "image"
+    (question,) = read(tmp_path, {"test-00000-of-00001.parquet": [{"question": "q ?", **row, key: image}]}, task)
+    assert question.answers == answers and question.kind == kind and question.images == (shown.getvalue(),)
+    gold = (
+        {"yes": "Yes", "1": "Yes"}.get(answers[0], answers[0])
+        if task in ("pope", "mme", "hallusionbench")
+        else answers[0]
+    )
+    assert task_of(task).row(question, gold, task_of(task).protocols[0]).value == pytest.approx(1.0)

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from .files import PICTURES, Folder, Images
 from .plain import golds, is_video, letter_of, options_of, table_questions
 from .question import Question
-from .rows import Row, blank
+from .rows import COLUMNS, Row, blank
 from .tables import document, objects, read_json, read_rows, read_text
 
 Reader: TypeAlias = Callable[[Folder, "Path | None", "str | None"], list[Question]]
@@ -406,7 +406,7 @@ def _ocrbench(folder: Folder, images: Path | None, split: str | None) -> list[Qu
                 images=(finder.find(row.text("image_path", "image"), place=row.place),),
                 answers=row.texts("answers", "answer"),
                 kind=row.label("type", "question_type"),
-                extra={"dataset": row.text("dataset_name", "dataset")},
+                extra={"dataset": row.text(*COLUMNS["dataset"])},
                 place=row.place,
             )
         )

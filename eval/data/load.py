@@ -37,7 +37,7 @@ def read_questions(
         if reader is not None:
             return reader(folder, given, split)  # raises: it says what it looked for
         raise ValueError(f"{data}: no table of questions ({', '.join(TABLES)}) in it; found {folder.inventory()}")
-    rows = [row for part in _chosen(task, tables, split, folder.root) for path in part.paths for row in read_rows(path)]
+    rows = [row for part in _chosen(task, folder, tables, split) for path in part.paths for row in read_rows(path)]
     questions = table_questions(rows, Images(folder, given, "images", "image"), task)
     if task == "mmstar":  # its average is over the finer categories
         questions = [replace(q, kind=q.extra.get("l2_category", q.kind)) for q in questions]
@@ -50,17 +50,19 @@ REPEATED = ("mme", "pope")
 """Benchmarks whose hub files give one id to several questions."""
 
 
-def _chosen(task: str, tables: Sequence[Part], split: str | None, root: Path) -> list[Part]:
+def _chosen(task: str, folder: Folder, tables: Sequence[Part], split: str | None) -> list[Part]:
     """The tables to read: one, but POPE's three splits, and of MMMU one for each subject."""
+    if split and folder.file and not tables[0].of(split):
+        raise ValueError(f"{folder.file}: --split {split} is not in its name; without --split it is read as it is")
     names = {part.name.lower() for part in tables}
     if task == "pope" and not split and len(tables) > 1 and names & set(POPE_PARTS):
-        all_parts("POPE", POPE_PARTS, [part.name.lower() for part in tables], root)
+        all_parts("POPE", POPE_PARTS, [part.name.lower() for part in tables], folder.root)
         return list(tables)
     if task == "mmmu" and len({part.folder for part in tables}) > 1:
         subjects = [part for part in tables if split is None or part.of(split)]
         if len({part.name for part in subjects}) == 1:
             return subjects
-    return [choose(task, tables, split, root)]
+    return [choose(task, tables, split, folder.root)]
 
 
 def _distinct(questions: Sequence[Question]) -> list[Question]:

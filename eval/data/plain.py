@@ -51,7 +51,7 @@ def table_questions(rows: Sequence[Row], finder: Images, task: str = "exact") ->
                 hint=row.maybe(*COLUMNS["hint"]),
                 kind=row.label(*COLUMNS["kind"]),
                 group=row.maybe(*COLUMNS["group"]),
-                extra=_extra(row),
+                extra=_extra(row, task),
                 place=row.place,
             )
         )
@@ -72,13 +72,16 @@ def is_video(row: Row) -> bool:
     return kind == "video"
 
 
-def _extra(row: Row) -> dict[str, str]:
-    row.column(*COLUMNS["domain"])
-    return {
-        row.names[name] if name not in COLUMNS["domain"] else name: str(value)
+def _extra(row: Row, task: str) -> dict[str, str]:
+    """Other short columns by canonical name; `dataset` whatever it is called, which OCRBench cannot do without."""
+    found = {
+        name: str(value)
         for name, value in row.fields.items()
         if isinstance(value, (str, int, float)) and name not in _TOLD and len(name) > 1 and len(str(value)) < 200
     }
+    row.column(*COLUMNS["domain"])
+    dataset = row.text(*COLUMNS["dataset"]) if task == "ocrbench" else row.maybe(*COLUMNS["dataset"])
+    return found | ({"dataset": dataset} if dataset else {})
 
 
 def options_of(row: Row) -> tuple[tuple[str, str], ...]:
@@ -183,9 +186,10 @@ def _pictures(row: Row) -> list[tuple[str, Any]]:
 
 
 def _picture(row: Row, column: str, value: Any, finder: Images) -> Picture:
-    if isinstance(value, dict):  # the hub's Image feature
+    told = isinstance(value, dict)
+    if told:  # the hub's Image feature
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes) and is_picture(value):
+    if isinstance(value, bytes) and (told or is_picture(value)):
         return value
     if not isinstance(value, str) or absent(value) or "\0" in value:
         raise row.wrong(column, value, "a path, the bytes of a picture, or these in base64 are needed")

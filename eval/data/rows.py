@@ -23,9 +23,11 @@ COLUMNS = {
     "kind": ("kind", "type", "category", "answer_type", "question_type", "question_types", "types", "question_type_id"),
     "group": ("group",),
     "domain": ("l2_category",),
+    "dataset": ("dataset", "dataset_name"),
 }
 """What a column of a plain table may be called (whatever the case, with dashes or underscores); the first that a row has counts."""
-_KNOWN = frozenset(name for names in COLUMNS.values() for name in names)
+_KNOWN = frozenset({"content", *(name for names in COLUMNS.values() for name in names)})
+"""Names that are no slip of another."""
 MISSING = ("nan", "NaN", "<NA>")
 """How programs write a missing value as text."""
 MISSING_CELL = (*MISSING, "NAN", "None", "null", "NULL", "NaT")
