@@ -16,6 +16,7 @@ import mmcompress as mm
 
 from ..assets import MODELS, weights_path
 from ..explain.compressor import KEEPS
+from ..flops import WHOLE
 from ..runtime.needs import names_of
 from ..weights import Saved
 from .cost.latency import Timing
@@ -68,7 +69,7 @@ def accuracy(record: dict[str, Any]) -> str:
     body = [["stock model", *(f"{100 * stock[m]['accuracy']:.1f}" for m in models), "100%", "100%"]]
     body += [[f"`{name}`", *(cell(m, name) for m in models), *cost(name)] for name in order]
     shares = " / ".join(f"{keep:.0%}" for keep in ratios)
-    headings = ["method", *models, "visual FLOPs at 25 %", "visual KV at 25 %"]
+    headings = ["method", *models, "LLM layers: visual FLOPs at 25 %", "visual KV at 25 %"]
     errors = ", ".join(
         f"{m}: {record[m]['questions']} questions, standard error up to "
         f"{100 * max(row['standard_error'] for row in record[m]['rows']):.1f}"
@@ -215,10 +216,10 @@ def methods(sweeps: Mapping[str, dict[str, Any]], speed: dict[str, Any]) -> str:
         f"Accuracy (%) with {shares} % of the visual tokens ({asked}; the stock models: {stock}), the mean over seven "
         f"question types; sorted by the mean over models at {quarter}, baselines included. `keep` counts tokens behind the last "
         f"cut, for methods with several cuts it is the mean over all LLM layers; one number: the method takes no `keep`; `-`: "
-        f"cannot be reached, or not possible with this model. FLOPs: of the whole prefill at {quarter}, vision and compression "
-        f"included, % of the stock model, mean over models. ms: selection of 288 of 2,880 tokens of 4,096 features, without its "
-        f"signals, float32; in brackets with the naive twins of our kernels. Last column: question types on which the baseline is "
-        f"better by more than two standard errors, all models together. Every budget is exact; all methods run on all families, "
+        f"cannot be reached, or not possible with this model. FLOPs: {WHOLE}, at {quarter}, compression too, % of the stock "
+        f"model, mean over models. ms: selection of 288 of 2,880 tokens of 4,096 features, without its signals, float32; in "
+        f"brackets with the naive twins of our kernels. Last column: question types on which the baseline is better by more than "
+        f"two standard errors, all models together. Every budget is exact; all methods run on all families, "
         f"but where the text below says otherwise.\n\n{table(headings, body, (*headings[:6], headings[-1]))}\n\n"
         f"Shown by `mmcompress sweep MODEL --plan all` and `mmcompress bench selection` ({conditions(sweeps[models[0]])})."
     )
@@ -248,7 +249,7 @@ def bench(record: dict[str, Any]) -> str:
     shapes = "; ".join(FAMILIES[name] for name in families)
     return (
         f"Speed on mid-size random models ({shapes}; language model of LLaMA shapes 1024 x 12 everywhere, 40 text tokens, float32, "
-        f"sdpa, batch 1), medians of {llava['conditions']['repeats']} interleaved rounds, prefill with the vision tower. Reached: "
+        f"sdpa, batch 1), medians of {llava['conditions']['repeats']} interleaved rounds, {WHOLE}. Reached: "
         f"measured speed-up over the FLOPs ratio (counted by torch). `uniform(keep=0.998)` drops a token or two: its decode step "
         f"shows what the hooks cost. The LLaVA in full:\n\n{table(Timing.HEADINGS, body)}\n\nSpeed-up of the prefill (and how "
         f"much of the FLOPs ratio that is) by family, as far as measured:\n\n{table(['plan', *families], side)}\n\n"

@@ -16,6 +16,8 @@ from .kernels import coverage, diverse  # noqa: F401 - they define operators
 from .kernels.dispatch import preferring
 from .runtime.cache import cache_of, held_bytes
 
+LLM, WHOLE = "LLM layers", "whole prefill, vision included"
+"""What the two are called wherever they are shown."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ACTIVE = ("top_k", "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 """What modules and configs call the number of experts that a token runs."""

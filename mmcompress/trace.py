@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flops import layer_costs
+from .flops import LLM, WHOLE, layer_costs
 from .runtime.record import CallRecord, Span
 from .selection import Selection
 from .stage import Pipeline
@@ -145,9 +145,7 @@ class Trace:
             full += sum(cost.flops(self.call.counts[row], logical) for row in rows)
         missing = Counter(what for cost in costs for what in cost.missing)
         held = self.call.held
-        notes = [
-            f"not in the FLOPs of LLM layers: {what}, in {n} of {len(costs)} layers" for what, n in missing.items()
-        ]
+        notes = [f"not in the FLOPs of the {LLM}: {what}, in {n} of {len(costs)} layers" for what, n in missing.items()]
         if held.states:
             notes.append(
                 f"beside keys and values the cache holds {_si(held.states, 'B')} of states, for any number of tokens"
@@ -201,9 +199,9 @@ class Report:
         steps = [i for i, n in enumerate(self.layers) if i == 0 or n != self.layers[i - 1]]
         shown = ", ".join(f"{self.layers[i]} from layer {i}" for i in steps)
         lines.append(f"layers    {shown} (of {self.full_tokens} tokens, text included)")
-        lines.append(f"FLOPs     LLM layers: {_of(self.flops, self.full_flops, 'FLOP')}")
+        lines.append(f"FLOPs     {LLM}: {_of(self.flops, self.full_flops, 'FLOP')}")
         whole = _of(*self.prefill, "FLOP") if self.prefill else "mm.report(model, inputs) counts it"
-        lines.append(f"          whole prefill, vision included: {whole}")
+        lines.append(f"          {WHOLE}: {whole}")
         lines.append(f"KV cache  {_of(self.kv_bytes, self.full_kv_bytes, 'B') if self.full_kv_bytes else 'none'}")
         if self.milliseconds:
             lines.append("time      " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in self.milliseconds.items()))

@@ -142,7 +142,7 @@ def tune(
     space    what is searched, besides what the methods of the plan declare themselves (`search_space`, as vflowopt does); it
              goes before that where both name an option.
     budget   the largest part of the visual tokens that may be left on average over the layers of the LLM (a token per visual
-             more, for rounding), or with unit="flops" of the FLOPs of its prefill, text included; plans with more than that
+             more, for rounding), or with unit="flops" of the FLOPs of its LLM layers, text included; plans with more than that
              count 0. In a plan of one stage before the LLM, or of one recipe, it is also the `keep`, unless that is searched;
              with FLOPs the largest `keep` within them is found first, also of a stage in the LLM.
     trials   how many plans are tried besides the given one (0: none), by a Gaussian process with expected improvement

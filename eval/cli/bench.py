@@ -63,6 +63,7 @@ def run(
     models: Sequence[str],
 ) -> None:
     """Find out what is to be measured, and measure it."""
+    from ...flops import WHOLE
     from ...plan import as_pipeline
     from ..cost.midsize import FAMILIES
 
@@ -99,7 +100,7 @@ def run(
         if name in wanted:
             _keep(options.out, name, measure(options, console))
     console.print(
-        "[dim]FLOPs ratio: stock over compressed, vision tower included, counted by torch; reached: measured speed-up over that "
+        f"[dim]FLOPs ratio: stock over compressed, {WHOLE}, counted by torch; reached: measured speed-up over that "
         "ratio; uniform(keep=0.998) drops a token or two: its decode step shows the hooks alone[/dim]"
     )
     if options.out:

@@ -92,6 +92,7 @@ def scene() -> Any:
 
 def tables(rows: Sequence[Any], about: dict[str, Any]) -> list[Table]:
     """Costs of all plans, and their decoder layers in the conventions of the literature."""
+    from ...flops import WHOLE
     from ..cost.record import HEADINGS, conventions
 
     here = about["machine"]
@@ -100,8 +101,8 @@ def tables(rows: Sequence[Any], about: dict[str, Any]) -> list[Table]:
         f"medians of {about['repeats']} interleaved rounds, {here['device']}, {here['threads']} threads"
     )
     caption = (
-        "visual tokens: mean over the LLM layers; FLOPs: counted, 2 per multiply-add, of vision, overhead (compression), decoder "
-        "layers and logits, of which vision and overhead are the parts shown; KV: tensors of the cache; TTFT = vision + compress + "
+        f"visual tokens: mean over the LLM layers; FLOPs: {WHOLE}, counted, 2 per multiply-add; vision and overhead (compression) "
+        "are the parts of it shown; KV: tensors of the cache; TTFT = vision + compress + "
         "prefill; decode: per token; ±: half of the middle half"
     )
     first, second = (

@@ -33,7 +33,7 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
     tune.add_argument(
         "--budget",
         help="largest part of the visual tokens that may be left, mean over the LLM layers (0.3, 30%%), or of the FLOPs of the LLM "
-        "prefill (flops=0.3)",
+        "layers (flops=0.3)",
     )
     tune.add_argument(
         "--search",

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import mmcompress as mm
 
+from ...flops import counted
 from ...runtime.cache import CACHE, cache_of
 from ..machine import synchronize
 from .clock import Spread
+from .counts import language_model
 from .midsize import one_image_prompt
 
 
@@ -78,13 +78,9 @@ def milliseconds(run: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-@torch.no_grad()
 def count_flops(model: Any, inputs: dict[str, torch.Tensor]) -> int:
-    """FLOPs (2 per multiply-add) of one prefill as torch counts them: vision tower, projector, compression, LLM, one row
-    of logits. Attention counts all pairs (no causal discount)."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(**inputs, use_cache=True, logits_to_keep=1)
-    return int(counter.get_total_flops())
+    """FLOPs (2 per multiply-add) of the whole prefill, vision included, as torch counts them."""
+    return counted(model, inputs, language_model(model)).total
 
 
 @torch.no_grad()
@@ -126,9 +122,8 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 1
     for plan in ("stock", *plans):
         if plan != "stock":
             mm.compress(model, plan)
-        cache = cache_of(model(**inputs, use_cache=True, logits_to_keep=1))
-        held = sum(x.numel() * x.itemsize for layer in cache.layers for x in (layer.keys, layer.values))
-        cost[plan] = count_flops(model, inputs), held
+        found = counted(model, inputs, language_model(model))
+        cost[plan] = found.total, found.held
         mm.uncompress(model)
     rows = []
     for plan in plans:

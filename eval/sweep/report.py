@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ...flops import WHOLE
 from ...records import write_text
 from .examples import Example
 from .retained import HEADINGS, Standing, cells, task_lines, undecided
@@ -39,7 +40,7 @@ def write_report(
         _table(HEADINGS, [cells(row) for row in rows]),
         '<p class="note">RelAcc: mean over tasks of score / stock score in %, with one standard error of a paired bootstrap; OP: '
         "root mean square of it; OG: its spread over tasks; agreement: the benchmark's parser reads the same in both replies; "
-        "verdict: against the stock model (95 %), same: within one point; FLOPs: of the whole prefill, % of the stock model, "
+        f"verdict: against the stock model (95 %), same: within one point; FLOPs: {WHOLE}, % of the stock model, "
         f"counted; TTFT: measured, interleaved. {escape('. '.join(undecided(rows)))}</p>",
         "<h2>Tasks and question types</h2>",
         _table(

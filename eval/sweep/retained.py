@@ -12,13 +12,14 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from ...flops import WHOLE
 from ..comparison import Comparison, retained, shown
 from ..evaluator import STOCK
 from ..statistics import VERDICTS, unsettled
 from ..tasks import task_of
 
 AXES = {
-    "flops": ("FLOPs of the prefill, % of stock", lambda cost: 100 * cost["flops_ratio"]),
+    "flops": (f"FLOPs of the {WHOLE}, % of stock", lambda cost: 100 * cost["flops_ratio"]),
     "ttft": ("time to the first token, ms", lambda cost: cost["milliseconds"]["ttft"]["median"]),
     "kv": ("KV cache, MiB", lambda cost: cost["kv_bytes"] / 2**20),
 }
@@ -130,7 +131,7 @@ def table(content: dict[str, Any], rows: Sequence[Standing]) -> Table:
         title=escape(f"{content['model']} on {', '.join(content['tasks'])}"),
         caption="RelAcc: mean over tasks of score / stock score in %, ± one standard error of a paired bootstrap; OP: root mean "
         "square of it; agreement: the parser reads the same in both replies; verdict: against the stock model (95 %), same: within "
-        "one point; FLOPs: % of stock",
+        f"one point; FLOPs: {WHOLE}, % of stock",
     )
     for heading in HEADINGS:
         made.add_column(heading, justify="left" if heading in ("plan", "verdict") else "right")
