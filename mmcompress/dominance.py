@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .adapters import adapter_for
 from .api import _ATTRIBUTE, _stock
-from .ops.attention import attention_rows
 from .ops.dominance import depth_stages, dominance, modality_mass
 from .runtime.adapter import Adapter
 from .runtime.cache import PrunedLayer, cache_of, is_plain
 from .runtime.call import Call
 from .runtime.engine import Engine
 from .runtime.layers import Heads
+from .runtime.probe import Form, Forms
 
 STAGES = ("early", "middle", "late")
 
@@ -117,15 +117,9 @@ def modality_dominance(
     first = real & (real.long().cumsum(1) == 1)
     keys = torch.stack([real & ~visual, visual, real & ~visual & ~first, visual & ~first])
     tally = _Tally(engine if isinstance(engine, Engine) else None, keys, real)
-    handles = []
-    for i, layer in enumerate(adapter.language_model.layers):
-        attention = getattr(layer, "self_attn", None)
-        if attention is None or getattr(attention, "sliding_window", None):
-            kind = "linear attention" if attention is None else f"a sliding window of {attention.sliding_window}"
-            raise NotImplementedError(
-                f"layer {i} of the language model has {kind}: only full attention can be measured"
-            )
-        handles.append((attention, functools.partial(tally.record, i)))
+    forms = Forms(adapter.language_model, adapter.model)
+    found = [forms.of(i, "text dominance", "cached") for i in range(len(adapter.language_model.layers))]
+    handles = [(form.attention, functools.partial(tally.record, i, form)) for i, form in enumerate(found)]
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in handles]
     try:
         out = model.generate(
@@ -165,7 +159,7 @@ class _Tally:
         """By layer: `keys` and `real` of the tokens that it has."""
         self.mass: dict[int, list[Tensor]] = {}
 
-    def record(self, index: int, attention: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def record(self, index: int, form: Form, attention: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         layer = self._cache_layer(index, kwargs)
         stored = int(layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length())
@@ -176,15 +170,18 @@ class _Tally:
             self.mass[index] = []
         keys, real = self.held[index]
         tables = tuple(t[:, -1:] for t in kwargs["position_embeddings"])
-        heads = Heads(attention, hidden[:, -1:], tables, None, Call(None, None, []), index, ran=True)
+        positions = kwargs.get("position_ids")
+        positions = positions[..., -1:] if isinstance(positions, Tensor) else None
+        heads = Heads(form, hidden[:, -1:], tables, None, Call(None, None, []), index, True, positions)
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4:  # what the module has seen, whatever made it
             mask = mask[:, :, -1:, :stored]
+            mask = mask if mask.dtype == torch.bool else mask >= 0
         else:
             mask = torch.nn.functional.pad(real, (0, stored - real.shape[1]), value=True)[:, None, None]
         cached = layer.keys[:, :, :stored].to(hidden.device)
-        weights = attention_rows(heads.queries(rows, torch.zeros_like(rows)), cached, attention.scaling, mask).mean(1)
+        weights = heads.rows(heads.queries(rows, torch.zeros_like(rows)), cached, mask).mean(1)
         self.mass[index].append(modality_mass(weights[..., : real.shape[1]], keys))
 
     @staticmethod

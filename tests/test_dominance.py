@@ -17,7 +17,7 @@ import mmcompress as mm
 from mmcompress.ops.dominance import depth_stages, dominance, modality_mass, modality_shares
 
 from .families import FAMILIES, IMAGE, START, build, image, prompts
-from .tiny import GREEDY
+from .tiny import GREEDY, handing
 from .tiny import build as tiny
 
 STEPS = 5
@@ -227,8 +227,10 @@ def test_what_cannot_be_measured() -> None:
     longer = torch.cat([ids, ids], 1)
     with pytest.raises(NotImplementedError, match="an earlier turn"):
         mm.modality_dominance(model, {"input_ids": longer, "past_key_values": cache}, 2)
-    model.model.language_model.layers[1].self_attn.sliding_window = 8
-    with pytest.raises(NotImplementedError, match="layer 1 of the language model has a sliding window of 8"):
+    handing(model.model.language_model.layers[1].self_attn, sliding_window=8)
+    with pytest.raises(
+        NotImplementedError, match=r"text dominance .*layer 1 of the language model.*sliding window of 8"
+    ):
         mm.modality_dominance(model, {"input_ids": ids}, 2)
     assert hooks(model) == 0
 

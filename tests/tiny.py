@@ -97,6 +97,18 @@ def prompts(
     return inputs
 
 
+def handing(attention: Any, **more: Any) -> Any:
+    """Lets an attention module hand further keywords to its attention function; returns what undoes it."""
+    kind = type(attention)
+
+    class Handing(kind):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **{**kwargs, **more})
+
+    attention.__class__ = Handing
+    return lambda: setattr(attention, "__class__", kind)
+
+
 RAGGED: list[list[int | str]] = [[5, "image", 4], [3, "image", 2, "image", 6]]
 """Two samples, one and two images: padding, several images, unequal numbers of visual tokens."""
 ALIKE: list[list[int | str]] = [[4, "image", 3], [2, "image", 6]]

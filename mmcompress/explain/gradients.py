@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
 from ..runtime.adapter import Adapter
-from ..runtime.attention import PLAIN
+from ..runtime.layers import Heads
+from ..runtime.probe import Form, Forms
 from .attention import BLOCK, back_through_cut, check_normalise, on_cells, refuse_rewriting
 from .cells import slots_of
 from .result import Explanation
@@ -47,22 +48,19 @@ def gradient_relevance(
     The gradient of an attention weight is that of the heads' output times the value, so any attention implementation will do, and
     no map is stored. Cost: one answer, one more prefill with its activations kept, and for each token a backward pass and all
     attention once more. Memory: activations of a training step, and four hidden states per token and layer. Raises what
-    `last_attention` raises, and NotImplementedError for language models whose attention is not known to be plain.
+    `last_attention` raises, and NotImplementedError for language models whose heads cannot be told from their output.
     """
     check_normalise(normalise)
     with session(model, processor, visuals, question, **asked) as s:
         refuse_rewriting(s)
-        kind = s.adapter.language_model.config.model_type
-        if kind not in PLAIN:
-            raise NotImplementedError(
-                f"attention of language models of type {kind!r} is not known to be plain: use grad_cam"
-            )
         depth = len(s.adapter.language_model.layers)
-        attention, graph, states = AttentionTap(range(depth)), GraphTap(range(depth)), StatesTap()
+        forms = Forms(s.adapter.language_model, s.adapter.model)
+        outs = {i: forms.of(i, "gradient relevance", "out") for i in range(depth)}
+        attention, graph, states = AttentionTap(range(depth), forms), GraphTap(outs), StatesTap()
         with differentiated(s, attention, graph, states):
             assert s.trace is not None
             groups = s.trace.call.groups
-            layers = [(attention.heads(i), graph.values(i)) for i in range(depth)]
+            layers = [(heads := attention.heads(i), graph.values(i, heads)) for i in range(depth)]
             values = torch.full((len(s.text_ids), layers[0][0].hidden.shape[1]), float("nan"))
             for token, place, logit in wanted(s, states.states(), explain_question):
                 grads = graph.gradients(logit)
@@ -96,7 +94,7 @@ def grad_cam(
     backward pass for each token. DeepStack levels of Qwen3-VL are no part of the features.
     """
     with session(model, processor, visuals, question, **asked) as s:
-        graph, states = GraphTap(()), StatesTap()
+        graph, states = GraphTap({}), StatesTap()
         with differentiated(s, graph, states):
             assert s.trace is not None and graph.leaf is not None
             rows, group = s.rows(0), s.trace.call.groups[0]
@@ -128,20 +126,19 @@ def weighted(row: Tensor, heads: Any, values: Tensor, gradient: Tensor) -> Tenso
 class GraphTap:
     """Makes what enters the language model a leaf of the graph, and keeps what the heads of some layers give, and their values."""
 
-    def __init__(self, layers: Sequence[int]) -> None:
-        self.layers = list(layers)
+    def __init__(self, forms: Mapping[int, Form]) -> None:
+        self.forms, self.layers = forms, list(forms)
         self.leaf: Tensor | None = None
         self.outputs: dict[int, list[Tensor]] = {i: [] for i in self.layers}
-        self.projected: dict[int, list[Tensor]] = {i: [] for i in self.layers}
-        self.modules: dict[int, Any] = {}
+        self.width = 0
 
     def install(self, adapter: Adapter) -> list[RemovableHandle]:
         model = adapter.language_model
         handles = [model.register_forward_pre_hook(self._cut, with_kwargs=True)]
-        for i in self.layers:
-            self.modules[i] = attention = model.layers[i].self_attn
-            handles.append(attention.o_proj.register_forward_pre_hook(functools.partial(self._output, i)))
-            handles.append(attention.v_proj.register_forward_hook(functools.partial(self._values, i)))
+        for i, form in self.forms.items():
+            assert form.out is not None
+            out = getattr(form.attention, form.out)
+            handles.append(out.register_forward_pre_hook(functools.partial(self._output, i)))
         return handles
 
     def _cut(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -153,15 +150,13 @@ class GraphTap:
     def _output(self, index: int, module: Any, args: tuple) -> None:
         self.outputs[index].append(args[0])
 
-    def _values(self, index: int, module: Any, args: tuple, output: Tensor) -> None:
-        self.projected[index].append(output.detach())
-
-    def values(self, index: int) -> Tensor:
+    @torch.no_grad()
+    def values(self, index: int, heads: Heads) -> Tensor:
         """[S, heads, d] float32, repeated for grouped queries."""
-        width = self.modules[index].head_dim
-        values = torch.cat(self.projected[index], 1)[0].unflatten(-1, (-1, width)).float()
-        heads = self.outputs[index][0].shape[-1] // width
-        return values.repeat_interleave(heads // values.shape[1], dim=1)
+        values = heads.project("v")[0].transpose(0, 1).float()
+        self.width = values.shape[-1]
+        count = self.outputs[index][0].shape[-1] // self.width
+        return values.repeat_interleave(count // values.shape[1], dim=1)
 
     def gradients(self, logit: Tensor) -> list[Tensor]:
         """Gradient of `logit` by what the heads of each layer gave, [S, heads, d] float32."""
@@ -171,7 +166,7 @@ class GraphTap:
         result = []
         for i in self.layers:
             parts = [torch.zeros_like(part) if (g := next(found)) is None else g for part in self.outputs[i]]
-            result.append(torch.cat(parts, 1)[0].unflatten(-1, (-1, self.modules[i].head_dim)).float() / scale)
+            result.append(torch.cat(parts, 1)[0].unflatten(-1, (-1, self.width)).float() / scale)
         return result
 
 

@@ -15,6 +15,7 @@ from ..api import _ATTRIBUTE, _stock, compressed, trace
 from ..methods.explain_compress import ExplainCompress
 from ..runtime.adapter import Adapter
 from ..runtime.call import Call
+from ..runtime.probe import Forms
 from ..runtime.prompt import ending_tokens, first_heads, mean_text_attention
 from ..runtime.record import Span
 from ..runtime.relevance import MODES, Prompt, answer_relevance, check_relevance
@@ -61,7 +62,8 @@ def owed(
         raise NotImplementedError("answers are explained, and this model has no language model to answer with")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
-    check_relevance(adapter.language_model)
+    forms = Forms(adapter.language_model, stock)
+    check_relevance(forms)
     given: list[dict[str, Any]] = []
 
     def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -99,8 +101,8 @@ def owed(
         none: list[Owed | None] = [None] * len(cut)
         if not any(cut):
             return none, seen
-        found = answer_relevance(adapter.language_model, stock.get_output_embeddings(), prompt, cut, mode)
-        attention = _first_attention(adapter, prompt, seen)
+        found = answer_relevance(forms, stock.get_output_embeddings(), prompt, cut, mode)
+        attention = _first_attention(forms, prompt, seen)
     finally:
         stock.train(was_training)
     samples = none
@@ -180,12 +182,12 @@ def _on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _first_attention(adapter: Adapter, prompt: Prompt, seen: Trace) -> list[Tensor]:
+def _first_attention(forms: Forms, prompt: Prompt, seen: Trace) -> list[Tensor]:
     """What a compressor reads of each visual, [N]."""
     positions, device = prompt.positions, prompt.embeds.device
     if positions is None:
         positions = torch.arange(prompt.embeds.shape[1], device=device)[None]
-    heads = first_heads(adapter.language_model, prompt.embeds, positions, prompt.valid, Call(None, None, []))
+    heads = first_heads(forms, prompt.embeds, positions, prompt.valid, Call(None, None, []))
     found = []
     for span in seen.call.spans:
         row = torch.tensor([[span.row]], device=device)

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..runtime.adapter import Adapter
 from ..runtime.call import Call
-from ..runtime.layers import Heads, _states
+from ..runtime.layers import Heads
+from ..runtime.probe import Form, Forms, states_of
 
 ROWS = 1024
 """Rows of hidden states that are converted to float32 at a time."""
@@ -44,27 +45,26 @@ class AttentionTap:
     Memory: one hidden state per token and layer, in the model's type.
     """
 
-    def __init__(self, layers: Sequence[int]) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[int], forms: Forms | None = None) -> None:
+        self.layers, self.forms = list(layers), forms
         self.seen: dict[int, list[tuple[Tensor, ...]]] = {}
-        self.modules: dict[int, Any] = {}
+        self.places: dict[int, list[Tensor]] = {}
+        self.form: dict[int, Form] = {}
 
     def install(self, adapter: Adapter) -> list[RemovableHandle]:
-        handles = []
-        self.seen = {i: [] for i in self.layers}
+        handles, forms = [], self.forms or Forms(adapter.language_model, adapter.model)
+        self.seen, self.places = {i: [] for i in self.layers}, {i: [] for i in self.layers}
         for i in self.layers:
-            attention = getattr(adapter.language_model.layers[i], "self_attn", None)
-            if attention is None or getattr(attention, "sliding_window", None):
-                kind = "linear attention" if attention is None else f"a sliding window of {attention.sliding_window}"
-                raise NotImplementedError(
-                    f"layer {i} of the language model has {kind}: only full attention can be read; use the token activation map"
-                )
-            self.modules[i] = attention
-            handles.append(attention.register_forward_pre_hook(functools.partial(self._record, i), with_kwargs=True))
+            self.form[i] = form = forms.of(i, "this explanation")
+            handles.append(
+                form.attention.register_forward_pre_hook(functools.partial(self._record, i), with_kwargs=True)
+            )
         return handles
 
     def _record(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.seen[index].append(tuple(x.detach() for x in (_states(args, kwargs), *kwargs["position_embeddings"])))
+        self.seen[index].append(tuple(x.detach() for x in (states_of(args, kwargs), *kwargs["position_embeddings"])))
+        if isinstance(kwargs.get("position_ids"), Tensor):
+            self.places[index].append(kwargs["position_ids"])
 
     def length(self, index: int) -> int:
         """S, how many tokens that layer has, generated ones included."""
@@ -73,7 +73,10 @@ class AttentionTap:
     def heads(self, index: int) -> Heads:
         """Queries and keys of a layer for the S tokens that it has, generated ones last."""
         hidden, cos, sin = (torch.cat(parts, 1) for parts in zip(*self.seen[index], strict=True))
-        return Heads(self.modules[index], hidden, (cos, sin), None, Call(None, None, []), index, ran=False)
+        places = torch.cat(self.places[index], -1) if self.places[index] else None
+        if places is not None and places.shape[-1] != hidden.shape[1]:
+            places = None
+        return Heads(self.form[index], hidden, (cos, sin), None, Call(None, None, []), index, False, places)
 
 
 def attention_block(heads: Heads, first: int, last: int) -> Tensor:

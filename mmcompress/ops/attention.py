@@ -8,9 +8,34 @@ from torch import Tensor
 
 from ..kernels.attention import attention_received, attention_rows
 
-__all__ = ["attention_received", "attention_rows", "proportional_bias"]
+__all__ = ["attention_received", "attention_rows", "capped_rows", "masked_softmax", "proportional_bias"]
 
 
 def proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     """What ToMe adds to the logits of a key that stands for `size` [n, T] patches: log(size) as [n, 1, 1, T]."""
     return size.float().log().to(dtype)[:, None, None, :]
+
+
+def masked_softmax(logits: Tensor, seen: Tensor, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    """Softmax of logits [B, heads, q, K] over the keys that are `seen`; it has a gradient.
+
+    softcap: logits l become softcap * tanh(l / softcap). sinks [heads]: logits of a key that is nothing, and takes a share.
+    """
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)  # -inf: NaN in rows of padding
+    if sinks is None:
+        return logits.softmax(-1)
+    column = sinks.to(logits)[None, :, None, None].expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+
+
+def capped_rows(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """`attention_rows` with soft-capped logits or sinks: [n, heads, Q, S] float32, the map as a whole."""
+    if softcap is None and sinks is None:
+        return attention_rows(q, k, scale, mask)
+    grouped = q.float().unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    logits = (grouped @ k.float().transpose(2, 3) * scale).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    return masked_softmax(logits, mask, softcap, sinks).masked_fill(~mask, 0)

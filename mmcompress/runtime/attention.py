@@ -11,32 +11,26 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
-from ..ops import attention_rows
+from ..ops.attention import masked_softmax
 from ..stage import AttentionStage, Pipeline
 from ..visuals import AttentionRows, widened
-from .cache import PrunedLayer, cache_of, is_plain
+from .cache import PrunedLayer, cache_of, is_plain, ledger_of
 from .call import Call
 from .layers import Heads
 from .packing import Group
+from .probe import Form, Forms
+from .rotary import shifted
 
-PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"})
-"""Language models (by the type of their config) whose attention is nothing but q, k, v and o projections, rotary embedding over
-whole heads in the half-split form, and at most a norm of queries and keys."""
 GIVEN = "mmcompress_attention"
 """Private keyword that a layer hands on to its attention: gradient checkpointing replays both with their keywords."""
 BLOCK = 256
 """How many rows are computed at a time."""
 
 
-def rewriters(plan: Pipeline, language_model: Any) -> dict[int, Rewriter]:
-    """A rewriter for each layer in which stages of `plan` act. Raises NotImplementedError where attention is of another kind."""
-    stages, depth = plan.attention_stages, len(language_model.layers)
-    kind = language_model.config.model_type
-    if stages and kind not in PLAIN:
-        raise NotImplementedError(
-            f"{stages[0]!r} computes attention once more, which is known for language models of type "
-            f"{', '.join(sorted(PLAIN))}; this one is of type {kind!r}: choose a method that acts before the language model"
-        )
+def rewriters(plan: Pipeline, forms: Forms) -> dict[int, Rewriter]:
+    """A rewriter for each layer in which stages of `plan` act. Raises NotImplementedError where attention cannot be computed once
+    more, down to the output of the module."""
+    stages, depth = plan.attention_stages, len(forms.language_model.layers)
     found: dict[int, Rewriter] = {}
     for stage in stages:
         layers = stage.layers(depth)
@@ -45,7 +39,8 @@ def rewriters(plan: Pipeline, language_model: Any) -> dict[int, Rewriter]:
                 f"{stage!r} acts in layers {layers.start} to {layers.stop - 1}; the model has 0 to {depth - 1}"
             )
         for i in layers:
-            found.setdefault(i, Rewriter(language_model.layers[i].self_attn, i)).stages.append(stage)
+            form = forms.of(i, repr(stage), "cached", "out")
+            found.setdefault(i, Rewriter(form, i)).stages.append(stage)
     return found
 
 
@@ -53,15 +48,15 @@ class Rewriter:
     """Rewrites the attention of one layer where that is given the keyword GIVEN: (the call, the group of tokens that the layer
     has, the residual stream [B, S, D] that enters it)."""
 
-    def __init__(self, attention: Any, index: int) -> None:
-        self.attention, self.index = attention, index
+    def __init__(self, form: Form, index: int) -> None:
+        self.form, self.index = form, index
         self.stages: list[AttentionStage] = []
         self.given: tuple[Call, Group, Tensor] | None = None
 
     def install(self) -> list[RemovableHandle]:
         return [
-            self.attention.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.attention.register_forward_hook(self._after, with_kwargs=True),
+            self.form.attention.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.form.attention.register_forward_hook(self._after, with_kwargs=True),
         ]
 
     def _before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -73,7 +68,7 @@ class Rewriter:
             return None
         (call, group, stream), self.given = self.given, None
         hidden = args[0] if args else kwargs["hidden_states"]
-        columns = Columns(module, hidden, kwargs["position_embeddings"], group, call, self.index, cache_of(kwargs))
+        columns = Columns(self.form, hidden, kwargs["position_embeddings"], group, call, self.index, cache_of(kwargs))
         with torch.autocast(hidden.device.type, enabled=False):
             todo = self._read(columns, stream)
         if not todo:
@@ -89,7 +84,7 @@ class Rewriter:
                     changed = changed | now
             changed = (changed & columns.changing[:, part])[..., None]
             kernel = output[0][:, first + part.start : first + part.stop]
-            made.append(torch.where(changed, module.o_proj(columns.mixed(weights)).to(kernel), kernel))
+            made.append(torch.where(changed, self.form.mix(columns.mixed(weights)).to(kernel), kernel))
         return (torch.cat(made, 1), *output[1:])
 
     @torch.no_grad()
@@ -123,20 +118,16 @@ class Columns:
     """Rows and columns of one attention module in one call: Q queries of the call by K keys of cache and call."""
 
     def __init__(
-        self, attention: Any, hidden: Tensor, tables: Any, group: Group, call: Call, index: int, cache: Cache | None
+        self, form: Form, hidden: Tensor, tables: Any, group: Group, call: Call, index: int, cache: Cache | None
     ) -> None:
         self.group, self.call = group, call
-        self.heads = Heads(attention, hidden, tables, group.valid, call, index, ran=True)
+        positions = None if group.positions is None else shifted(group.positions, ledger_of(cache, index))
+        self.heads = Heads(form, hidden, tables, group.valid, call, index, True, positions)
         self.length, self.device = hidden.shape[1], hidden.device
         self.autocast = torch.is_autocast_enabled(hidden.device.type)
         layer: Any = cache.layers[index] if cache is not None else None
         self.layer = layer
         self.noted: dict[str, Tensor] = self.layer.state if isinstance(self.layer, PrunedLayer) else {}
-        if self.heads.tables[0].shape[-1] != attention.head_dim:
-            raise NotImplementedError(
-                f"rotary tables of width {self.heads.tables[0].shape[-1]} for heads of width {attention.head_dim}: only rotary "
-                f"embedding over whole heads is supported where attention is rewritten"
-            )
         if layer is not None and is_plain(layer):
             self.keys, self.values = (t.to(self.device) for t in (layer.keys, layer.values))
         elif layer is not None and self._stored > self.length:
@@ -145,8 +136,7 @@ class Columns:
                 f"are; use a DynamicCache or a StaticCache"
             )
         else:
-            self.keys = self.heads._project("k", hidden, *self.heads.tables)
-            self.values = attention.v_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            self.keys, self.values = self.heads.project("k"), self.heads.project("v")
         self.total = self.keys.shape[2]
         self.past = self._past()
         self.count = self.length if call.sight is None else call.sight.counts[group.source is not None]
@@ -222,7 +212,7 @@ class Columns:
         """Queries of some of the rows, [B, heads, q, d]."""
         heads, rows = self.heads, slice(self.first + part.start, self.first + part.stop)
         with torch.autocast(self.device.type, enabled=self.autocast):  # projections as the model runs them
-            return heads._project("q", *(t[:, rows] for t in (heads.hidden, *heads.tables))).to(self.keys)
+            return heads.project("q", lambda x: x[:, rows]).to(self.keys)
 
     def _seen(self, part: slice) -> Tensor:
         """Which columns some of the rows see, [B, 1, q, K]."""
@@ -233,19 +223,15 @@ class Columns:
         """Softmax attention of some of the rows, [B, heads, q, K] float32. It has a gradient."""
         q, kv = self._queries(part), self.keys.shape[1]
         grouped = q.unflatten(1, (kv, -1)).flatten(2, 3)  # the queries that share a key head, in one product
-        logits = (grouped @ self.keys.transpose(2, 3)).float() * self.heads.attention.scaling
+        logits = (grouped @ self.keys.transpose(2, 3)).float() * self.heads.form.scaling
         logits = logits.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
-        # -inf: NaN in rows of padding
-        return logits.masked_fill(~self._seen(part), torch.finfo(logits.dtype).min).softmax(-1)
+        return masked_softmax(logits, self._seen(part), self.heads.form.softcap, self.heads.sinks)
 
     def mean(self) -> Tensor:
         """Attention of all rows, mean over heads, [B, Q, K]; it has no gradient."""
         parts = [slice(i, min(i + BLOCK, self.count)) for i in range(0, self.count, BLOCK)]
-        none, scale = (
-            self.keys.new_zeros(len(self.keys), 0, self.total, dtype=torch.float32),
-            self.heads.attention.scaling,
-        )
-        made = (attention_rows(self._queries(part), self.keys, scale, self._seen(part)).mean(1) for part in parts)
+        none = self.keys.new_zeros(len(self.keys), 0, self.total, dtype=torch.float32)
+        made = (self.heads.rows(self._queries(part), self.keys, self._seen(part)).mean(1) for part in parts)
         return torch.cat([none, *made], 1)
 
     def mixed(self, weights: Tensor) -> Tensor:

@@ -17,16 +17,14 @@ from ..stage import LayerStage, Pipeline, Selecting, Stage
 from ..visuals import Layout, Visuals
 from .cache import ledger_of
 from .call import Call, rows_alike
-from .layers import AROUND, CHANGES, Cut, Heads, LayerTap, TransitionTap
+from .layers import AROUND, CHANGES, LISTENS, WANTS, Cut, Heads, LayerTap, TransitionTap
 from .needs import names_of
 from .packing import Group, pack, renumbered
-from .rotary import Tables, layer_tables
+from .probe import Forms, attention_in, final_norm, mlp_in
+from .rotary import Tables, layer_tables, shifted
+from .scope import current
+from .shards import whole
 from .signals import kind_of
-
-
-def _needs_before(name: str) -> bool:
-    """Whether a signal of a cut reads the attention module before it."""
-    return kind_of(name) in AROUND and not name.endswith("@next")
 
 
 def choose(stage: Selecting, visuals: Visuals) -> Selection:
@@ -51,10 +49,15 @@ def words_meant(call: Call, embeds: Tensor) -> Tensor:
 
 
 class Cutter:
-    """Decides the cuts; `at` says which stage cuts before which layer, and the how manieth of its cuts that is."""
+    """Decides the cuts; `at` says which stage cuts before which layer, and the how manieth of its cuts that is.
 
-    def __init__(self, language_model: Any, plan: Pipeline, reindexes: bool) -> None:
-        self.language_model, self.plan, self.reindexes = language_model, plan, reindexes
+    owner  whose scopes its taps record in. forms: how the attention modules work; each one that a signal reads is probed here.
+    """
+
+    def __init__(self, owner: Any, forms: Forms, plan: Pipeline, reindexes: bool) -> None:
+        language_model = forms.language_model
+        self.owner, self.forms, self.language_model = owner, forms, language_model
+        self.plan, self.reindexes = plan, reindexes
         layers = language_model.layers
         self.depth: int = len(layers)
         self.at = plan.cuts(self.depth)
@@ -62,10 +65,22 @@ class Cutter:
         self.exits = set(self.exit_stage.layers(self.depth)) - set(self.at) if self.exit_stage is not None else set()
         asking: list[tuple[int, Stage]] = [(i, stage) for i, (stage, _) in self.at.items()]
         asking += [(i, self.exit_stage) for i in self.exits if self.exit_stage is not None]
-        listened = {i - 1 for i, stage in asking if any(map(_needs_before, names_of(stage.needs)))}
-        self.layer_taps = {i: LayerTap(layers[i].self_attn) for i in listened}
-        changing = {i for stage in plan.layer_stages for i in self._changing(stage)}
-        self.transition_taps = {i: TransitionTap(layers[i]) for i in sorted(changing)}
+        self.layer_taps: dict[int, LayerTap] = {}
+        self.norm: Any = None
+        for i, stage in asking:
+            for kind, _, where in (name.partition("@") for name in names_of(stage.needs)):
+                if kind in AROUND and where == "next":
+                    forms.of(i, repr(stage), "norm", *WANTS.get(kind, ()))
+                elif kind in AROUND:
+                    tapped = forms.of(i - 1, repr(stage), *WANTS.get(kind, ())).attention
+                    self.layer_taps[i - 1] = LayerTap(owner, tapped)
+                elif kind in ("final_states", "text_final_states"):
+                    self.norm = final_norm(language_model, repr(stage))
+        changing = {i: stage for stage in plan.layer_stages for i in self._changing(stage)}
+        self.transition_taps = {
+            i: TransitionTap(owner, attention_in(layers[i], repr(stage)), mlp_in(layers[i], repr(stage)))
+            for i, stage in sorted(changing.items())
+        }
         self.taps: tuple[LayerTap | TransitionTap, ...] = (*self.layer_taps.values(), *self.transition_taps.values())
 
     def install(self) -> list[RemovableHandle]:
@@ -73,12 +88,9 @@ class Cutter:
 
     def arm(self) -> None:
         """Listen to the call that begins."""
-        for tap in self.taps:
-            tap.armed = True
-
-    def clear(self) -> None:
-        for tap in self.taps:
-            tap.clear()
+        scope = current(self.owner)
+        assert scope is not None
+        scope.state[LISTENS] = True
 
     @property
     def first(self) -> int | None:
@@ -218,17 +230,24 @@ class Cutter:
 
     def _around(self, call: Call, index: int, hidden: Tensor, given: Tables) -> Cut:
         """What can be asked about a cut before layer `index`, for no rows yet."""
-        group, layer = call.groups[-1], self.language_model.layers[index]
+        group = call.groups[-1]
+
+        def heads(i: int, states: Tensor, tables: Tables, ran: bool) -> Heads:
+            assert group.positions is not None
+            positions = shifted(group.positions, ledger_of(call.cache, i))
+            return Heads(self.forms.of(i, self.plan), states, tables, group.valid, call, i, ran, positions)
 
         def before() -> Heads:
-            seen = self.layer_taps[index - 1].seen
-            assert seen is not None
-            return Heads(self.language_model.layers[index - 1].self_attn, *seen, group.valid, call, index - 1, ran=True)
+            return heads(index - 1, *self.layer_taps[index - 1].seen, ran=True)
 
         def behind() -> Heads:
             ledger = ledger_of(call.cache, index)
             tables = layer_tables(self.language_model.rotary_emb, call, group, ledger, hidden, given)
-            return Heads(layer.self_attn, layer.input_layernorm(hidden), tables, group.valid, call, index, ran=False)
+            return heads(index, self.forms.of(index, self.plan).entering(hidden), tables, ran=False)
+
+        def norm(states: Tensor) -> Tensor:
+            with whole(self.forms.root, self.norm):
+                return self.norm(states)
 
         def transitions(start: str, absolute: bool) -> Tensor:
             total = torch.zeros(call.batch, group.physical, device=hidden.device)
@@ -243,6 +262,5 @@ class Cutter:
 
         none = torch.empty(0, 0, dtype=torch.int64)
         return Cut(
-            none, none, none, hidden, self.language_model.norm, functools.cache(before), functools.cache(behind),
-            transitions, call.kept,
+            none, none, none, hidden, norm, functools.cache(before), functools.cache(behind), transitions, call.kept,
         )  # fmt: skip

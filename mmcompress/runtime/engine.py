@@ -47,6 +47,7 @@ from .needs import (
 )
 from .packing import Group, pack, renumbered, take
 from .pixels import PixelFacade
+from .probe import Forms
 from .prompt import PromptTap
 from .record import CallRecord, Span
 from .rotary import layer_tables, shifted
@@ -77,8 +78,9 @@ class Engine(Following):
         check_language_model(self.language_model.config, plan)
         check_positions(adapter, plan)
         self.clip = Clip.of(adapter, plan, self.clip)
-        self.substitutes = resolve_needs(adapter, plan, self.clip is not None)
-        self.cutter = Cutter(self.language_model, plan, adapter.reindexes)
+        self.forms = Forms(self.language_model, adapter.model)
+        self.substitutes = resolve_needs(adapter, self.forms, plan, self.clip is not None)
+        self.cutter = Cutter(self, self.forms, plan, adapter.reindexes)
         self.facade = self._facade()
         inside = (*plan.layer_stages, *plan.exit_stages)
         self.layer_kinds = {kind_of(name) for stage in inside for name in names_of(stage.needs)}
@@ -86,7 +88,7 @@ class Engine(Following):
         self.reads_text = bool(self.layer_kinds & OF_TEXT) or self.inputs.reads_text
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
         self.vision_tap = VisionTap(self, adapter, names, self.facade, self.clip) if names else None
-        self.rewriters = rewriters(plan, self.language_model)
+        self.rewriters = rewriters(plan, self.forms)
         self.parameters = list(inspect.signature(self.base.forward).parameters)
         self.encoded_last: dict[str, Encoded] = {}
 
@@ -157,7 +159,6 @@ class Engine(Following):
         self.call = None
         leave(self)
         self.encoded_last.clear()
-        self.cutter.clear()  # also after a call that failed half-way
 
     def _encode(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """Runs an encoder method and records what it encoded, on its output: `generate` may call it before the forward."""
@@ -271,7 +272,7 @@ class Engine(Following):
         prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds), scores)
         tap = None
         if self.inputs.of_prompt:
-            tap = PromptTap(self.adapter, call, kwargs, self._given_positions(call, kwargs, embeds), valid)
+            tap = PromptTap(self.adapter, self.forms, call, kwargs, self._given_positions(call, kwargs, embeds), valid)
             self.call = None  # what it asks of the language model runs as if there were no engine
         try:
             for batch in alike(spans):

@@ -15,97 +15,127 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..ops import attention_received, attention_rows
+from ..ops import attention_received
+from ..ops.attention import capped_rows
 from ..ops.pagerank import attention_pagerank
 from ..ops.transitions import transition, transition_value
 from .cache import PrunedLayer, is_plain
 from .call import Call
-from .rotary import Tables, rotate
+from .probe import Form, recorded, states_of
+from .rotary import Tables
+from .scope import current
+from .shards import whole
 
 
 class LayerTap:
-    """Keeps the input of one LLM attention module."""
+    """Keeps the input of one LLM attention module, in each call of `owner` that listens."""
 
-    def __init__(self, attention: Any) -> None:
-        self.attention = attention
-        self.armed = False
-        self.seen: tuple[Tensor, Tables] | None = None
+    def __init__(self, owner: Any, attention: Any) -> None:
+        self.owner, self.attention = owner, attention
 
     def install(self) -> list[RemovableHandle]:
         return [self.attention.register_forward_pre_hook(self._record, with_kwargs=True)]
 
     def _record(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.armed:
-            self.seen = (_states(args, kwargs), kwargs["position_embeddings"])
+        scope = current(self.owner)
+        if scope is not None and scope.state.get(LISTENS):
+            scope.state[self] = (states_of(args, kwargs), kwargs["position_embeddings"])
 
-    def clear(self) -> None:
-        self.armed, self.seen = False, None
+    @property
+    def seen(self) -> tuple[Tensor, Tables]:
+        """What came in this call, [B, S, D], and its rotary tables."""
+        return _noted(self.owner, self, self.attention)
 
 
 class TransitionTap:
-    """Notes how much attention and MLP of one LLM layer change each token, as they do it."""
+    """Notes how much attention and MLP of one LLM layer change each token, as they do it, in each call of `owner` that listens."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-        self.armed = False
-        self.seen: list[tuple[Tensor, Tensor]] = []
-        self.entered: dict[str, Tensor] = {}
+    def __init__(self, owner: Any, attention: Any, mlp: Any) -> None:
+        self.owner, self.modules = owner, (attention, mlp)
 
     def install(self) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
-        for name, module in (("attention", self.layer.self_attn), ("mlp", self.layer.mlp)):
-            before, after = functools.partial(self._before, name), functools.partial(self._after, name)
+        for part, module in enumerate(self.modules):
+            before, after = functools.partial(self._before, part), functools.partial(self._after, part)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
         return handles
 
-    def _before(self, name: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.armed:
-            self.entered[name] = _states(args, kwargs)
+    def _before(self, part: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        scope = current(self.owner)
+        if scope is not None and scope.state.get(LISTENS):
+            scope.state[self, part] = states_of(args, kwargs)
 
     @torch.no_grad()
-    def _after(self, name: str, module: Any, args: tuple, output: Any) -> None:
-        if self.armed:
-            self.seen.append(transition(self.entered.pop(name), output[0] if isinstance(output, tuple) else output))
+    def _after(self, part: int, module: Any, args: tuple, output: Any) -> None:
+        scope = current(self.owner)
+        entered = None if scope is None else scope.state.pop((self, part), None)
+        if scope is not None and entered is not None:
+            left = output[0] if isinstance(output, tuple) else output
+            scope.state.setdefault(self, {})[part] = transition(entered, left)
 
     def value(self, valid: Tensor | None, absolute: bool) -> Tensor:
         """Token transition variation of this layer, [B, S]."""
-        return torch.stack([transition_value(*seen, valid, absolute) for seen in self.seen]).sum(0)
-
-    def clear(self) -> None:
-        self.armed, self.seen, self.entered = False, [], {}
+        seen = _noted(self.owner, self, self.modules[0])
+        return torch.stack([transition_value(*seen[part], valid, absolute) for part in sorted(seen)]).sum(0)
 
 
-def _states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "x"]
+LISTENS = "layer taps listen"
+"""Whether the taps of a scope's owner record: its key in the scope's state."""
+
+
+def _noted(owner: Any, tap: Any, module: Any) -> Any:
+    scope = current(owner)
+    found = None if scope is None else scope.state.get(tap)
+    if found is None:
+        raise RuntimeError(
+            f"nothing came by {type(module).__name__}, which a stage of the plan reads: the module was replaced after compress(); "
+            f"call mmcompress.compress again"
+        )
+    return found
 
 
 class Heads:
     """Queries and keys of one LLM attention module, for the tokens of a call and what its cache held before.
 
-    hidden   [B, S, D]: what enters the module.
-    valid    [B, S] bool or None; the last token of every row is its last prompt token (rows are right-aligned).
-    index    number of its cache layer, and `ran`: whether the module has put the keys of this call there already.
+    form       how the module makes them.
+    hidden     [B, S, D]: what enters the module; tables: its rotary tables, [B or 1, S, d].
+    valid      [B, S] bool or None; the last token of every row is its last prompt token (rows are right-aligned).
+    index      number of its cache layer, and `ran`: whether the module has put the keys of this call there already.
+    positions  [..., B or 1, S], for modules that read them beside their tables; of several axes the first.
     """
 
     def __init__(
-        self, attention: Any, hidden: Tensor, tables: Tables, valid: Tensor | None, call: Call, index: int, ran: bool
-    ) -> None:
-        self.attention, self.hidden, self.valid = attention, hidden, valid
+        self, form: Form, hidden: Tensor, tables: Tables, valid: Tensor | None, call: Call, index: int, ran: bool,
+        positions: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.form, self.hidden, self.valid = form, hidden, valid
         batch = len(hidden)
         self.tables = tuple(t.expand(batch, -1, -1) for t in tables)
+        if positions is not None:
+            positions = (
+                positions.to(hidden.device).flatten(0, -3)[0] if positions.dim() > 2 else positions.to(hidden.device)
+            )
+            positions = positions.expand(batch, -1)
+        self.positions = positions
         self.call, self.index, self.ran = call, index, ran
+        self.sinks: Tensor | None = None
+        """Logits of the module's attention sinks, once queries have been made."""
 
-    def _project(self, which: str, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries or keys after norm and rotation, [B, heads, S, d]."""
-        x = getattr(self.attention, f"{which}_proj")(hidden).unflatten(-1, (-1, self.attention.head_dim))
-        norm = getattr(self.attention, f"{which}_norm", None)
-        x = norm(x) if norm is not None else x
-        return rotate(x.transpose(1, 2), cos, sin)
+    def project(self, which: str, take: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """Queries, keys or values ("q", "k", "v") of the tokens that `take` picks from tensors [B, S, ...]: [B, heads, S, d]."""
+        hidden, *tables = (take(x) for x in (self.hidden, *self.tables))
+        with whole(self.form.root, self.form.attention):
+            if self.form.plain:
+                return self.form.project(which, hidden, tables)
+            positions = None if self.positions is None else take(self.positions)
+            handed = recorded(self.form.attention, hidden, tuple(tables), positions)
+        self.sinks = handed.sinks
+        return getattr(handed, which)
 
     def queries(self, rows: Tensor, at: Tensor) -> Tensor:
         """Queries of the tokens `at` [U, Q] of the batch rows `rows` [U, 1], [U, heads, Q, d]."""
-        return self._project("q", *(t[rows, at] for t in (self.hidden, *self.tables)))
+        return self.project("q", lambda x: x[rows, at])
 
     @functools.cached_property
     def new_keys(self) -> Tensor:
@@ -113,9 +143,11 @@ class Heads:
         length = self.hidden.shape[1]
         layer: Any = self._cache_layer
         if self.ran and layer is not None and is_plain(layer):
+            if not self.form.cached:
+                return self._expanded[:, :, self.past :]
             stored = self._stored
             return layer.keys[:, :, stored - length : stored].to(self.hidden.device)
-        return self._project("k", self.hidden, *self.tables)
+        return self.project("k")
 
     @functools.cached_property
     def keys(self) -> Tensor:
@@ -128,7 +160,19 @@ class Heads:
                 f"attention over a cache of type {type(layer).__name__} in a later turn: its keys are not stored as they are; use "
                 f"a DynamicCache or a StaticCache"
             )
+        if not self.form.cached:
+            return self._expanded
         return torch.cat([layer.keys[:, :, : self.past].to(self.new_keys), self.new_keys], 2)
+
+    @functools.cached_property
+    def _expanded(self) -> Tensor:
+        """Keys of past and this call as the module itself makes them of what its cache holds."""
+        last = slice(-1, None) if self.ran else slice(None)  # what is stored is read whatever comes
+        positions = None if self.positions is None else self.positions[:, last]
+        hidden, *tables = (x[:, last] for x in (self.hidden, *self.tables))
+        with whole(self.form.root, self.form.attention):
+            stored = _Stored(self._cache_layer, self._stored, self.ran)
+            return recorded(self.form.attention, hidden, tuple(tables), positions, stored).k
 
     @functools.cached_property
     def visible(self) -> Tensor:
@@ -169,8 +213,12 @@ class Heads:
         rows, at = rows.to(self.hidden.device), at.to(self.hidden.device)
         place = torch.arange(self.keys.shape[2], device=at.device)
         mask = self.visible[rows[:, 0]][:, None, None] & (place <= at[:, None, :, None] + self.past)
-        weights = attention_rows(self.queries(rows, at), self.keys[rows[:, 0]], self.attention.scaling, mask)
+        weights = self.rows(self.queries(rows, at), self.keys[rows[:, 0]], mask)
         return weights[..., self.past :]
+
+    def rows(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """Attention of queries that were just made on keys, [n, heads, Q, K] float32."""
+        return capped_rows(q, k, self.form.scaling, mask, self.form.softcap, self.sinks)
 
     def square(self, signal: str) -> tuple[Tensor, Tensor]:
         """Queries and keys of all tokens, for signals that need every row."""
@@ -179,7 +227,18 @@ class Heads:
                 f"{signal} (fastv query='all', aim) in a later turn on a cache: start again from the whole prompt, or choose a "
                 f"method that reads the last or the text tokens"
             )
-        return self._project("q", self.hidden, *self.tables), self.keys
+        return self.project("q"), self.keys
+
+
+class _Stored:
+    """What a cache layer holds, read only: stands for the cache of a module that is asked once more."""
+
+    def __init__(self, layer: Any, length: int, ran: bool) -> None:
+        self.layer, self.length, self.ran = layer, length, ran
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+        held = (x[:, :, : self.length].to(keys.device) for x in (self.layer.keys, self.layer.values))
+        return tuple(held if self.ran else (torch.cat(pair, 2) for pair in zip(held, (keys, values), strict=True)))
 
 
 @dataclass
@@ -228,14 +287,14 @@ def _mean_attention(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
     q, k = heads.square("mean_attention")
     real = heads.visible
-    received = attention_received(q, k, heads.attention.scaling, query_weight=real, key_mask=real, causal=True)
+    received = attention_received(q, k, heads.form.scaling, query_weight=real, key_mask=real, causal=True)
     return cut._of(received, cut.at)
 
 
 def _pagerank(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
     q, k = heads.square("pagerank")
-    return cut._of(attention_pagerank(q, k, heads.attention.scaling, heads.visible), cut.at)
+    return cut._of(attention_pagerank(q, k, heads.form.scaling, heads.visible), cut.at)
 
 
 def _text_attention_heads(cut: Cut, where: str) -> Tensor:
@@ -263,10 +322,12 @@ def _text_key_norms(cut: Cut, where: str) -> Tensor:
 
 def _rotary_gain(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
-    cos, sin = (t.float() for t in heads.tables)
-    ones = rotate(torch.ones_like(cos)[:, None], cos, sin)[:, 0]
+    tables = tuple(t.float() for t in heads.tables)
+    rotation, width = heads.form.rotation, heads.new_keys.shape[-1]
+    assert rotation is not None
+    ones = rotation(tables[0].new_ones(*tables[0].shape[:2], width)[:, None], *tables)[:, 0]
     text, visual = cut._of(ones, cut.text), cut._of(ones, cut.at)
-    return text @ visual.transpose(1, 2) * heads.attention.scaling
+    return text @ visual.transpose(1, 2) * heads.form.scaling
 
 
 SIGNALS: dict[str, Callable[[Cut, str], Tensor]] = {
@@ -297,6 +358,8 @@ AROUND = (
     - {"final_states", "text_final_states", "text_states", "text_relevance", "input_scores"}
 )
 """Those that read an attention module: of the layer before the cut, with "@next" of the layer behind it."""
+WANTS = {"mean_attention": ("simple",), "pagerank": ("simple",), "rotary_gain": ("rotation",)}
+"""What a signal needs the form of the module to have."""
 OF_TEXT = frozenset(
     {
         "text_attention",

@@ -10,7 +10,8 @@ from ..stage import ExitStage, LayerStage, Need, Pipeline
 from .adapter import PER_TOKEN, Adapter
 from .clip import CLIP_PATCHES, CLIP_SIGNALS
 from .layers import SIGNALS
-from .prompt import prompt_signals
+from .probe import Forms
+from .prompt import PROMPT_SIGNALS, check_prompt_signals
 from .signals import kind_of
 
 VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature", *CLIP_PATCHES})
@@ -59,12 +60,12 @@ def _of_tower(adapter: Adapter) -> frozenset[str]:
     return PER_TOKEN | {"encoder_features"} if adapter.packed else PER_TOKEN | set(CLIP_PATCHES)
 
 
-def resolve_needs(adapter: Adapter, plan: Pipeline, clip: bool) -> dict[str, str]:
-    """The signal that serves each need of each stage; raises if there is none."""
+def resolve_needs(adapter: Adapter, forms: Forms, plan: Pipeline, clip: bool) -> dict[str, str]:
+    """The signal that serves each need of each stage; raises if there is none, and where `forms` cannot give it."""
     found: dict[str, str] = {}
     for stage in plan.parts:
         inside = isinstance(stage, LayerStage | ExitStage)
-        there = set(SIGNALS) if inside else {*adapter.signals, *TEXT_SIGNALS, *prompt_signals(adapter.language_model)}
+        there = set(SIGNALS) if inside else {*adapter.signals, *TEXT_SIGNALS, *PROMPT_SIGNALS}
         if clip and not inside:
             there |= CLIP_SIGNALS
         if not plan.input_stages:
@@ -85,4 +86,5 @@ def resolve_needs(adapter: Adapter, plan: Pipeline, clip: bool) -> dict[str, str
                 )
             if name is not None:
                 found[str(names[0])] = name
+                check_prompt_signals(forms, {kind_of(name)}, repr(stage))
     return found

@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import PLAIN
 from .cache import ledger_of
 from .call import Call
 from .layers import Heads
-from .relevance import Prompt, answer_relevance, greedy_answers, relevance_refused
+from .probe import Forms
+from .relevance import Prompt, answer_relevance, check_relevance, greedy_answers
 from .rotary import shifted
 
 PROMPT_SIGNALS = ("first_text_attention", "answer_relevance")
@@ -22,22 +22,22 @@ BLOCK = 128
 """Instruction tokens whose attention is made at a time."""
 
 
-def prompt_signals(language_model: Any) -> frozenset[str]:
-    """Which of PROMPT_SIGNALS a language model can give."""
-    attention = getattr(language_model.layers[0], "self_attn", None)
-    if language_model.config.model_type not in PLAIN or attention is None or getattr(attention, "sliding_window", None):
-        return frozenset()
-    return frozenset(PROMPT_SIGNALS if not relevance_refused(language_model) else PROMPT_SIGNALS[:1])
+def check_prompt_signals(forms: Forms, kinds: Iterable[str], asked: object) -> None:
+    """Raise NotImplementedError where a language model cannot give some of PROMPT_SIGNALS."""
+    if "first_text_attention" in kinds:
+        forms.of(0, asked, "norm")
+    if "answer_relevance" in kinds:
+        check_relevance(forms, asked)
 
 
-def first_heads(language_model: Any, embeds: Tensor, positions: Tensor, valid: Tensor | None, call: Call) -> Heads:
+def first_heads(forms: Forms, embeds: Tensor, positions: Tensor, valid: Tensor | None, call: Call) -> Heads:
     """Queries and keys of the first layer from what enters it, [B, S, D]; nothing else of the layer runs."""
-    layer = language_model.layers[0]
     if positions.dim() == 3 and len(positions) == 4:  # the first are a plain count, for masks
         positions = positions[1:]
-    hidden = layer.input_layernorm(embeds)
-    tables = language_model.rotary_emb(hidden, positions.to(hidden.device))
-    return Heads(layer.self_attn, hidden, tables, valid, call, 0, ran=False)
+    form = forms.of(0, "the first attention on the instruction", "norm")
+    hidden = form.entering(embeds)
+    tables = forms.language_model.rotary_emb(hidden, positions.to(hidden.device))
+    return Heads(form, hidden, tables, valid, call, 0, False, positions)
 
 
 def mean_text_attention(heads: Heads, rows: Tensor, at: Tensor, text: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ class PromptTap:
     """The signals of one call; made when asked for."""
 
     def __init__(
-        self, adapter: Any, call: Call, given: dict[str, Any], positions: Tensor, valid: Tensor | None
+        self, adapter: Any, forms: Forms, call: Call, given: dict[str, Any], positions: Tensor, valid: Tensor | None
     ) -> None:
-        self.adapter, self.call, self.given, self.valid = adapter, call, given, valid
+        self.adapter, self.forms, self.call, self.given, self.valid = adapter, forms, call, given, valid
         self.positions = shifted(positions, ledger_of(call.cache, 0))
         self.model = adapter.language_model
 
@@ -73,7 +73,7 @@ class PromptTap:
 
     @functools.cached_property
     def heads(self) -> Heads:
-        return first_heads(self.model, self.given["inputs_embeds"], self.positions, self.valid, self.call)
+        return first_heads(self.forms, self.given["inputs_embeds"], self.positions, self.valid, self.call)
 
     @functools.cache  # noqa: B019 - lives as long as its call
     def _relevance(self, most: int, mode: str) -> Tensor:
@@ -88,7 +88,7 @@ class PromptTap:
         length = prompt.embeds.shape[1]
         if not any(answers):
             return torch.zeros(len(answers), length, device=prompt.embeds.device)
-        found = answer_relevance(self.model, head, prompt, answers, mode)[:, :, :length]
+        found = answer_relevance(self.forms, head, prompt, answers, mode)[:, :, :length]
         counts = torch.tensor([max(len(answer), 1) for answer in answers])
         return (found.sum(1) / counts[:, None]).to(prompt.embeds.device)
 

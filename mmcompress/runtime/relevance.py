@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from .attention import PLAIN
 from .cache import CACHE
 from .call import Call
-from .layers import Heads, _states
+from .layers import Heads
+from .probe import Form, Forms, states_of
+from .shards import is_sharded
 
 MODES = ("exact", "summed", "fast")
 BLOCK = 128
@@ -112,30 +114,19 @@ def greedy_answers(language_model: Any, head: Any, prompt: Prompt, most: int, en
     return [[i for i in row if i >= 0] for row in torch.stack(made, 1).tolist()]
 
 
-def check_relevance(language_model: Any) -> None:
+def check_relevance(forms: Forms, asked: object = "the relevance of an answer") -> None:
     """Raise NotImplementedError where attention cannot be followed."""
-    kind = language_model.config.model_type
-    reason = relevance_refused(language_model)
-    if reason:
+    if is_sharded(forms.language_model):
         raise NotImplementedError(
-            f"the relevance of an answer follows the attention of every layer, and {reason} (language model of type {kind!r}); "
-            f"known are {', '.join(sorted(PLAIN))} with full attention"
+            f"{asked!s} runs the language model within a call of it, which fully_shard does not allow: compute it where one "
+            f"process holds the whole model"
         )
-
-
-def relevance_refused(language_model: Any) -> str:
-    """Why attention cannot be followed, "" if it can."""
-    if language_model.config.model_type not in PLAIN:
-        return "this one is not known to be plain"
-    for i, layer in enumerate(language_model.layers):
-        attention = getattr(layer, "self_attn", None)
-        if attention is None or getattr(attention, "sliding_window", None):
-            return f"layer {i} has " + ("linear attention" if attention is None else "a sliding window")
-    return ""
+    for index in range(len(forms.language_model.layers)):
+        forms.of(index, asked, "out")
 
 
 def answer_relevance(
-    language_model: Any, head: Any, prompt: Prompt, answers: Sequence[Sequence[int]], mode: str = "exact"
+    forms: Forms, head: Any, prompt: Prompt, answers: Sequence[Sequence[int]], mode: str = "exact"
 ) -> Tensor:
     """Relevance of every token of prompt and answer for each answer token, where that is predicted: [B, T, S + T - 1] float32,
     zeros behind the end of a shorter answer.
@@ -148,11 +139,12 @@ def answer_relevance(
     backward pass from the summed log-probabilities, and the mean of the answer's rows; [B, 1, S + T - 1].
 
     Cost per token 4 S^2 D per layer beside the backward pass. Memory: activations of a training step, and five hidden states
-    per layer. Raises NotImplementedError where attention has no gradient or is not plain.
+    per layer. Raises NotImplementedError where attention has no gradient or is not as probed.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
-    check_relevance(language_model)
+    check_relevance(forms)
+    language_model, depth = forms.language_model, len(forms.language_model.layers)
     lengths = [len(answer) for answer in answers]
     if len(answers) != len(prompt.embeds) or not max(lengths, default=0):
         longest = max(lengths, default=0)
@@ -164,7 +156,7 @@ def answer_relevance(
         there = torch.arange(most, device=device) < torch.tensor(lengths, device=device)[:, None]
         new = language_model.get_input_embeddings()(ids[:, :-1]).detach()
         whole = prompt.followed_by(new)
-        taps = [_Tap(layer.self_attn) for layer in language_model.layers]
+        taps = [_Tap(forms.of(i, "the relevance of an answer")) for i in range(depth)]
         handles = [handle for tap in taps for handle in tap.install()]
         try:
             leaf = Prompt(whole.embeds.requires_grad_(), whole.positions, whole.valid, whole.levels)
@@ -226,38 +218,41 @@ def _followed(
 class _Tap:
     """Keeps what one attention module is given and what its heads make of it."""
 
-    def __init__(self, attention: Any) -> None:
-        self.attention = attention
-        self.given: tuple[Tensor, ...] = ()
-        self.values: Tensor | None = None
+    def __init__(self, form: Form) -> None:
+        self.form = form
+        self.heads: Heads | None = None
         self.output: Tensor | None = None
 
     def install(self) -> list[RemovableHandle]:
+        assert self.form.out is not None
+        attention = self.form.attention
         return [
-            self.attention.register_forward_pre_hook(self._keep_given, with_kwargs=True),
-            self.attention.v_proj.register_forward_hook(self._keep_values),
-            self.attention.o_proj.register_forward_pre_hook(self._keep_output),
+            attention.register_forward_pre_hook(self._keep_given, with_kwargs=True),
+            getattr(attention, self.form.out).register_forward_pre_hook(self._keep_output),
         ]
 
     def _keep_given(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.given = tuple(x.detach() for x in (_states(args, kwargs), *kwargs["position_embeddings"]))
-
-    def _keep_values(self, module: Any, args: tuple, output: Tensor) -> None:
-        self.values = output.detach()
+        hidden, *tables = (x.detach() for x in (states_of(args, kwargs), *kwargs["position_embeddings"]))
+        given = Call(None, None, []), 0, False, kwargs.get("position_ids")
+        self.heads = Heads(self.form, hidden, tuple(tables), None, *given)
 
     def _keep_output(self, module: Any, args: tuple) -> None:
         self.output = args[0]
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """[B, kv_heads, S, dv] float32."""
+        assert self.heads is not None
+        return self.heads.project("v").float()
 
     def weighted(
         self, row: Tensor, gradient: Tensor, scale: float, valid: Tensor | None, first: int, end: int
     ) -> Tensor:
         """row [B, S] times C of this layer, from the gradient [B, S, heads * d] of what the heads gave."""
-        hidden, *tables = self.given
-        assert self.values is not None
-        heads = Heads(self.attention, hidden, (tables[0], tables[1]), valid, Call(None, None, []), 0, ran=False)
-        width = self.attention.head_dim
-        change = gradient.unflatten(-1, (-1, width)).transpose(1, 2).float() / scale
-        values = self.values.unflatten(-1, (-1, width)).transpose(1, 2).float()
+        assert self.heads is not None
+        heads, values = self.heads, self.values
+        heads.valid = valid
+        change = gradient.unflatten(-1, (-1, values.shape[-1])).transpose(1, 2).float() / scale
         groups = change.shape[1] // values.shape[1]
         batch = torch.arange(len(row), device=row.device)[:, None]
         found = torch.zeros_like(row)

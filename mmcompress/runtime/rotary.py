@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding in the half-split form."""
+"""Rotary position embedding: its forms, and the tables of the tokens that are left."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +22,45 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], -1)
     return x * cos[:, None] + turned * sin[:, None]
+
+
+def _leading(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The two halves of the first dimensions turn, as many as the tables have; the rest passes."""
+    width = cos.shape[-1]
+    return torch.cat([rotate(x[..., :width], cos, sin), x[..., width:]], -1)
+
+
+def _narrow(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `_leading`, with tables that have each angle once."""
+    return _leading(x, *(torch.cat([t, t], -1) for t in (cos, sin)))
+
+
+def _paired(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbours of the first dimensions turn together, by tables that have each angle twice in a row."""
+    width = cos.shape[-1]
+    some = x[..., :width].unflatten(-1, (-1, 2))
+    turned = torch.stack([-some[..., 1], some[..., 0]], -1).flatten(-2)
+    return torch.cat([some.flatten(-2) * cos[:, None] + turned * sin[:, None], x[..., width:]], -1)
+
+
+def _paired_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbours turn together, by tables whose halves are equal."""
+    return _paired(x, *(t[..., : t.shape[-1] // 2].repeat_interleave(2, -1) for t in (cos, sin)))
+
+
+def _paired_narrow(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbours turn together, by tables that have each angle once."""
+    return _paired(x, *(t.repeat_interleave(2, -1) for t in (cos, sin)))
+
+
+def _still(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Nothing turns."""
+    return x
+
+
+Rotation: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+ROTATIONS: tuple[Rotation, ...] = (rotate, _leading, _paired, _paired_halves, _narrow, _paired_narrow, _still)
+"""Forms of rotary embedding that a probe tries; each turns `x` [B, heads, S, d] by tables [B, S, ...]."""
 
 
 def shifted(positions: Tensor, ledger: Ledger | None) -> Tensor:

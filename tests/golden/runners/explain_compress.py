@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import mmcompress as mm
 from mmcompress.ops.explained import relevance_target, target_divergence
 from mmcompress.runtime.call import Call
+from mmcompress.runtime.probe import Forms
 from mmcompress.runtime.prompt import first_heads, mean_text_attention
 from mmcompress.runtime.relevance import Prompt, answer_relevance, greedy_answers
 
@@ -30,17 +31,18 @@ def explain_compress(arrays: Arrays, params: dict[str, Any]) -> Results:
     model.load_state_dict(weights)
     embeds, answer = arrays["inputs_embeds"][None], arrays["answer_ids"].tolist()
     first, count = params["n_system"], params["n_visual"]
+    forms = Forms(model.model)
     prompt, here = Prompt(embeds), slice(first, first + count)
     made = greedy_answers(model.model, model.lm_head, prompt, len(answer), [])
     yield "answer_ids", torch.tensor(made[0])
-    exact = answer_relevance(model.model, model.lm_head, prompt, [answer])[0, :, here]
+    exact = answer_relevance(forms, model.lm_head, prompt, [answer])[0, :, here]
     yield "relevance_per_step", exact
     relevance = exact.mean(0)
     yield "relevance", relevance
-    fast = answer_relevance(model.model, model.lm_head, prompt, [answer], mode="fast")[0, 0, here]
+    fast = answer_relevance(forms, model.lm_head, prompt, [answer], mode="fast")[0, 0, here]
     yield "relevance_single_backward", fast
     with torch.no_grad():
-        heads = first_heads(model.model, embeds, torch.arange(embeds.shape[1])[None], None, Call(None, None, []))
+        heads = first_heads(forms, embeds, torch.arange(embeds.shape[1])[None], None, Call(None, None, []))
         every = torch.arange(embeds.shape[1])[None]
         rows = torch.zeros(1, 1, dtype=torch.int64)
         yield "first_layer_attention", heads.attention_of(rows, every)[0]
