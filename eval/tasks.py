@@ -98,6 +98,10 @@ class Task:
                 first = f"{found[0].place or found[0].id}, gold {found[0].answers[0]!r}"
                 warnings.warn(f"{len(found)} of {len(questions)} questions {what}; the first: {first}", stacklevel=2)
 
+        there = {question.kind for question in questions}
+        if self.name == "mme" and (gone := [kind for kind in (*vqa.PERCEPTION, *vqa.COGNITION) if kind not in there]):
+            warnings.warn(f"MME's sums are over 14 categories; missing: {', '.join(gone)}", stacklevel=2)
+
     def terms(self, rows: Sequence[Row], protocol: Protocol) -> Terms:
         """The headline score as sums over the rows."""
         values = np.array([row.value or 0.0 for row in rows])

@@ -233,6 +233,7 @@ def test_golds_outside_a_metrics_domain_are_told_before_anything_is_asked(recwar
             "1 of 1 questions have fewer than 10 human answers, as few as 2.*row 3, gold 'a b'",
         ),
         ("relaxed", ask("nan"), "1 of 1 questions are worth nothing by the rules of relaxed"),
+        ("mme", ask("Yes", kind="count"), "sums are over 14 categories; missing: existence, position"),
         ("contains", ask(" "), "1 of 1 questions count an empty reply as right"),
     ):
         with pytest.warns(UserWarning, match=said):

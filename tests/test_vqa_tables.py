@@ -64,6 +64,7 @@ def csv(answers: str, column: str = "answer") -> str:
             ("a\u2028b\x85c",),
         ),
         ("q.jsonl", jsonl({**Q, "answer": 3.0}), "exact", ("3",)),
+        ("q.jsonl", jsonl({**Q, "answer": 10**400}), "exact", (str(10**400),)),
         ("q.jsonl", jsonl({**Q, "answer": None}), "exact", ()),
         ("q.jsonl", jsonl({**Q, "answers": ["none", "None", ""]}), "soft", ("none", "None", "")),
         ("q.jsonl", jsonl({**Q, "answer": True}), "yesno", ("yes",)),

@@ -151,7 +151,7 @@ def letter_of(
 ) -> str:
     """The letter of a gold answer. numbered: digits are the number of an option from 0; number: so they are, if they are not
     the text of another as well."""
-    letters, texts = [letter for letter, _ in options], [text for _, text in options]
+    letters = [letter for letter, _ in options]
     listed = ", ".join(map(": ".join, options))
     index = int(answer) if re.fullmatch("[0-9]{1,2}", answer) and int(answer) < len(letters) else None
     if numbered and index is not None:
@@ -164,7 +164,7 @@ def letter_of(
         raise row.wrong(column, answer, f"which may be more than one of {listed}: give its letter")
     if same:
         return same[0]
-    if index is None or not texts:
+    if index is None:
         raise row.wrong(column, answer, f"none of the options {listed}: give its letter, its number from 0 or its text")
     return letters[index]
 

@@ -150,8 +150,10 @@ class Row:
         """
         if isinstance(value, str) and value.strip() not in marks:
             return value
-        if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
-            return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, (float, Decimal)) and math.isfinite(value):
+            return str(int(value) if value == int(value) and isinstance(value, float) else value)
         raise self.wrong(column, value, "a text is needed")
 
     @property
