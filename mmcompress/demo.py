@@ -18,10 +18,12 @@ from rich.table import Table
 
 from .api import compress, compressed, report, trace, uncompress
 from .assets import MODELS, model_path
+from .eval.cost.counts import count
 from .eval.machine import machine, synchronize
 from .eval.statistics import Difference, bootstrap, unsettled
 from .eval.synthetic import CHANCE, KINDS, Item, Score, evaluate, items, prepare
 from .eval.synthetic.benchmark import encode, load, same, takes_any_shape
+from .flops import WHOLE
 from .records import read, update
 from .trace import Shape, kv_bytes, prefill_flops
 from .visualize import Panel, kept_figure, kept_overlay, page
@@ -41,9 +43,9 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Tokens, FLOPs and KV bytes are those of the visual tokens of one image in the LLM (computed);
-    prefill is the median of single forward passes with one image, vision tower included (measured). change: of the accuracy,
-    against that of the stock model on the same questions."""
+    """One line of the table. Tokens, visual FLOPs and KV bytes are those of the visual tokens of one image in the LLM (computed);
+    prefill is the median of single forward passes with one image, vision tower included (measured), and total_flops what torch
+    counts in one. change: of the accuracy, against that of the stock model on the same questions."""
 
     method: str
     plan: str
@@ -56,6 +58,7 @@ class Row:
     visual_kv_bytes: int
     prefill_ms: float
     change: Difference | None = None
+    total_flops: int = 0
 
 
 def sweep(
@@ -78,6 +81,7 @@ def sweep(
     shape = Shape.of(model.config.text_config)
     width = next(model.parameters()).dtype.itemsize
     stock: Score | None = None
+    full = count(model, alone[-1])
     for name, plan, keep in plans:
         if show and bar is not None:
             show.update(bar, description=f"{name} {keep:.0%}")
@@ -93,7 +97,7 @@ def sweep(
         yield Row(
             name, plan, keep, per_layer[-1], score.accuracy(), {kind: score.accuracy(kind) for kind in KINDS},
             score.standard_error, prefill_flops(shape, per_layer), kv_bytes(shape, per_layer, width), milliseconds,
-            change(stock, score) if plan else None,
+            change(stock, score) if plan else None, count(model, alone[-1], plan, full).total if plan else full.total,
         )  # fmt: skip
 
 
@@ -137,7 +141,7 @@ def accuracy_table(name: str, rows: Sequence[Row], questions: int) -> Table:
         "accuracy",
         "of stock",
         "verdict",
-        "visual FLOPs",
+        "prefill FLOPs",
         "visual KV",
         "prefill ms",
     ):
@@ -153,7 +157,7 @@ def accuracy_table(name: str, rows: Sequence[Row], questions: int) -> Table:
             f"{100 * row.accuracy:.1f} %",
             f"{100 * row.accuracy / stock.accuracy:.1f} %",
             row.change.verdict if row.change else "",
-            f"{row.visual_flops / 1e6:.0f} M",
+            f"{row.total_flops / 1e6:.0f} M ({row.total_flops / stock.total_flops:.0%})",
             f"{row.visual_kv_bytes / 1024:.0f} KiB",
             f"{row.prefill_ms:.1f}",
         )
@@ -275,15 +279,18 @@ def run(
         }  # fmt: skip
         update(record, KIND, lambda known, new={name: measured}: {**(known or {}), **new}, _fits)
     with compressed(model, "divprune(keep=0.25)"), torch.no_grad():
-        model.generate(**encode(processor, questions[:1]).to(model.device), do_sample=False, max_new_tokens=8)
-        console.print("\nwhat mm.report(model) says after a call:", str(report(model)), sep="\n", highlight=False)
+        inputs = encode(processor, questions[:1]).to(model.device)
+        model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        console.print(
+            "\nwhat mm.report(model) says after a call:", str(report(model, inputs)), sep="\n", highlight=False
+        )
     console.print(families_table(found, 0.25 if 0.25 in ratios else ratios[0]))
     rows = found[names[0]]
     errors = [row.standard_error for row in rows]
     console.print(
         f"[dim]accuracy: mean over question types, standard error about {100 * errors[0]:.1f} (stock) to {100 * max(errors):.1f} "
         f"points; verdict: against the stock model (95 %), same: within one point; tokens kept: after the last stage, of one "
-        f"picture; FLOPs and KV: visual tokens in the LLM, computed; prefill: measured, batch 1, median, vision tower included (so "
+        f"picture; FLOPs: {WHOLE}, counted; KV: visual tokens in the LLM, computed; ms: measured, batch 1, median (so "
         f"small a model is all overhead: see mmcompress bench)[/dim]"
     )
     try:

@@ -358,11 +358,13 @@ def test_demo_writes_table_pictures_and_record(tmp_path: Path, capsys: pytest.Ca
     assert rows["none"]["tokens"] == 144
     assert all(rows[name]["tokens"] == 36 for name in rows if name != "none")
     assert rows["fastv"]["visual_flops"] > rows["visionzip"]["visual_flops"]
+    assert rows["none"]["total_flops"] > rows["fastv"]["total_flops"] > rows["visionzip"]["total_flops"] > 0
     for name in ("random", "uniform", "divprune", "visionzip", "tome", "fastv", "visionzip_fastv"):
         picture = np.asarray(Image.open(tmp_path / f"llava-shapes_{name}.png").convert("L"))
         assert picture.std() > 10
     assert (tmp_path / "llava-next-shapes_divprune.png").exists()
     text = capsys.readouterr().out
+    assert text.count("whole prefill, vision included") == 2  # the report, and what the table calls FLOPs
     assert "accuracy of every embedded model with 25%" in text and "llava-next-shapes" in text
     assert rows["none"]["change"] is None
     for row in (rows[name] for name in rows if name != "none"):  # two questions of each type
