@@ -225,7 +225,8 @@ class DepthEngine:
         pixels = [given.get(name) for name in ("pixel_values", "pixel_values_videos")]
         pixels += list((given.get("mm_encoder_outputs") or {}).values())
         self.call = DepthCall(
-            Call(given.get("input_ids"), given.get("inputs_embeds"), []), any(p is not None for p in pixels)
+            Call(given.get("input_ids"), given.get("inputs_embeds"), [], mask=given.get("attention_mask")),
+            any(p is not None for p in pixels),
         )
         self.now.clear()
         self.factors.clear()
@@ -254,7 +255,7 @@ class DepthEngine:
         embeds: Tensor = kwargs["inputs_embeds"]
         call.batch, length, _ = embeds.shape
         call.past = call.cache.get_seq_length() + 0 if call.cache is not None else 0
-        valid, call.past_valid = validity(call, kwargs.get("attention_mask"), length)
+        valid, call.past_valid = validity(call, length)
         counts, tail = [length] * call.batch, 0
         if depth.pixels or self.config.of_text:
             depth.seen, tail = self._look(depth, valid, embeds, length)
@@ -346,7 +347,7 @@ class DepthEngine:
         positions, gone = renumbered(base.positions, places, packed, base.valid, self.reindex)
         physical = packed.source.shape[1]
         return Group(
-            index, base.logical, physical, counts, packed.valid, packed.source, packed.source,
+            index, base.logical, physical, counts, packed.valid, packed.source, packed.place, packed.source,
             tail=min(base.tail, physical), positions=positions, gone=gone,
         )  # fmt: skip
 

@@ -41,6 +41,8 @@ class Ledger:
     valid    [B, P] bool for the first P physical rows, later ones are valid; None: all are.
     floor    logical position behind the last dropped token; the cache cannot be cropped below it.
     shift    [B] int64: what position ids are ahead of those in use (stages that reindex); None: nothing.
+    place    [B, P] logical place of the first P physical rows, ascending, -1 in padding; later ones follow on; None: nothing was
+             dropped.
     bound    why a model that is not compressed would read the layers wrong; "": it reads them right.
     """
 
@@ -48,15 +50,24 @@ class Ledger:
     valid: Tensor | None = None
     floor: int = 0
     shift: Tensor | None = None
+    place: Tensor | None = None
     bound: str = ""
+
+    def places(self, stored: int, batch: int, device: Any) -> Tensor:
+        """Logical place of all `stored` physical rows, [batch, stored]."""
+        known = torch.empty(batch, 0, dtype=torch.int64) if self.place is None else self.place[:, :stored]
+        more = torch.arange(known.shape[1], stored, device=device) + self.dropped
+        return torch.cat([known.to(device), more.expand(batch, -1)], 1)
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to everything that has one row per sequence of the batch."""
         self.valid = change(self.valid) if self.valid is not None else None
         self.shift = change(self.shift) if self.shift is not None else None
+        self.place = change(self.place) if self.place is not None else None
 
     def clear(self) -> None:
-        self.dropped, self.valid, self.floor, self.shift, self.bound = 0, None, 0, None, ""
+        self.dropped, self.floor, self.bound = 0, 0, ""
+        self.valid = self.shift = self.place = None
 
 
 class PrunedLayer:
@@ -274,7 +285,7 @@ def book(
 
 def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor | None, hidden: int) -> Ledger:
     """The ledger after `group`; `stored` rows are in the layer, this call's included."""
-    new = Ledger(old.dropped, old.valid, old.floor, shift, old.bound)
+    new = Ledger(old.dropped, old.valid, old.floor, shift, old.place, old.bound)
     if old.valid is not None or group.valid is not None:
         device = (group.valid if group.valid is not None else old.valid).device  # type: ignore[union-attr]
 
@@ -285,12 +296,15 @@ def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor |
         past = torch.cat([past, ones(stored - group.physical - past.shape[1])], 1)
         new.valid = past if group.valid is None else torch.cat([past, group.valid], 1)
     gone = group.logical - group.physical
-    past = stored - group.physical + old.dropped
+    fed = stored - group.physical + old.dropped
     if gone:
-        new.floor = past + group.logical - group.tail
+        assert group.place is not None
+        before = old.places(stored - group.physical, batch, group.place.device)
+        new.place = torch.cat([before, (group.place + fed).masked_fill(group.place < 0, -1)], 1)
+        new.floor = fed + group.logical - group.tail
         new.dropped = old.dropped + gone
     if new.shift is not None:
         new.bound = "its position ids are numbered anew"
-    elif new.dropped and (new.valid is not None or (hidden and past + hidden > new.dropped)):
+    elif new.dropped and (new.valid is not None or (hidden and fed + hidden > new.dropped)):
         new.bound = "there is padding among its tokens"
     return new

@@ -15,9 +15,10 @@ from transformers.cache_utils import Cache
 from .adapter import Adapter, Encoded
 from .packing import Group
 from .record import CallRecord, Span
+from .scope import Scope
 
-BROKEN = 64
-"""Added to the kind of a token whose embedding is not finite."""
+HIDDEN, BROKEN = 32, 64
+"""Added to the kind of a visual token that the attention mask hides; of one whose embedding is not finite."""
 
 
 @dataclass
@@ -52,10 +53,17 @@ class Sight:
         return Sight(visual.to(device), behind.to(device), tuple(fresh), (length - open_, packed))
 
 
-@dataclass
-class Call:
-    """One forward pass of the base model.
+@dataclass(eq=False)
+class Call(Scope):
+    """One forward pass of the base model, in one thread.
 
+    pixels            by modality: the keyword that brought its pixels, for what was not encoded.
+    asleep            what is asked of the language model meanwhile runs as if there were no engine.
+    visual            [B, S] bool on the host: all placeholders, structural and hidden ones too.
+    mask              the attention mask that the caller gave.
+    ready             the masks of who sees whom that came ready-made, over the tokens that the caller passed, and packed_ready:
+                      what the language model is given for them; see `masks`.
+    samples           [B, S] number of the sample that each token belongs to, where a row holds several; else None.
     past, past_valid  logical length of the cache before the call, and which tokens of an unpruned cache are real.
     hidden            how many tokens there are up to the last one that the caller's mask hides in any row.
     groups            the tokens of the call, from the first layer on and after each cut.
@@ -73,6 +81,14 @@ class Call:
     input_ids: Tensor | None
     inputs_embeds: Tensor | None
     encoded: list[Encoded]
+    owner: Any = None
+    pixels: dict[str, str] = field(default_factory=dict)
+    asleep: bool = False
+    visual: Tensor | None = None
+    mask: Any = None
+    ready: Any = None
+    packed_ready: Any = None
+    samples: Tensor | None = None
     cache: Cache | None = None
     batch: int = 0
     past: int = 0
@@ -94,6 +110,9 @@ class Call:
     tables: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict)
     record: CallRecord | None = None
     start: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(self.owner)
 
     def group_of(self, layer: int) -> Group:
         """The tokens that layer number `layer` has."""
@@ -128,32 +147,52 @@ def placeholder_masks(call: Call, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, text: bool) -> tuple[Tensor, list[Span]]:
-    """Which tokens are real, [B, S] on the host, and where each visual lies; with `text`, also where its instruction is.
-    The one wait for the device of a prefill. Raises ValueError if `embeds` [B, S, D] are not finite at a visual token."""
+    """Which tokens are real, [B, S] on the host, and where each visual lies; with `text`, also where its instruction is. Visuals
+    that the mask hides are left out. The one wait for the device of a prefill. Raises ValueError if `embeds` [B, S, D] are not
+    finite at a visual token, or a mask hides a part of a visual."""
     device = embeds.device
     masks = placeholder_masks(call, adapter)
     kinds = torch.zeros(next(iter(masks.values())).shape, dtype=torch.int8, device=device)
     for code, mask in enumerate(masks.values(), start=1):
         kinds[mask.to(device)] = code
-    if valid is not None:
-        kinds[~valid.to(device)] = -1
     broken = (kinds > 0) & ~embeds.isfinite().all(-1)
+    if valid is not None:
+        hidden = ~valid.to(device)
+        broken &= ~hidden
+        kinds = torch.where(hidden, torch.where(kinds > 0, kinds + HIDDEN, -1), kinds)
     kinds = torch.where(broken, kinds + BROKEN, kinds).cpu()
     for row in (kinds > BROKEN).any(1).nonzero()[:, 0].tolist():
         raise ValueError(
             f"visual features of batch row {row} are not finite (NaN or Inf), so nothing can be chosen among them: look at the "
             f"picture's pixel values, and run a vision encoder that overflows in float16 in bfloat16 or float32"
         )
+    hidden, call.visual = kinds > HIDDEN, kinds > 0
     spans: list[Span] = []
     for code, modality in enumerate(masks, start=1):
         encoded = [e for e in call.encoded if e.modality == modality]
-        if encoded and bool((kinds == code).any()):
-            spans += _deal(modality, encoded, kinds == code, adapter)
+        mine = (kinds == code) | (kinds == code + HIDDEN)
+        if encoded and bool(mine.any()):
+            spans += _deal(modality, encoded, mine, adapter)
+    spans = [span for span in spans if not _hidden(span, hidden)]
     if text:
-        instruction = instruction_of(kinds, adapter.delimited)
-        for span in spans:
-            span.text = instruction[span.row].nonzero()[:, 0]
-    return kinds >= 0, spans
+        for samples in (None,) if call.samples is None else call.samples.unique().tolist():
+            here = torch.ones_like(hidden) if samples is None else call.samples == samples
+            instruction = instruction_of(kinds.masked_fill(~here, -1), adapter.delimited)
+            for span in spans:
+                if here[span.row, span.patches[0]]:
+                    span.text = instruction[span.row].nonzero()[:, 0]
+    return (kinds >= 0) & ~hidden, spans
+
+
+def _hidden(span: Span, hidden: Tensor) -> bool:
+    """Whether `hidden` [B, S] hides a visual."""
+    part = int(hidden[span.row, span.patches].sum())
+    if part not in (0, len(span.patches)):
+        raise ValueError(
+            f"the attention mask hides {part} of the {len(span.patches)} tokens of a {span.modality} in batch row {span.row}: "
+            f"hide all of a visual, or none of it"
+        )
+    return part > 0
 
 
 def instruction_of(kinds: Tensor, delimited: bool) -> Tensor:

@@ -222,8 +222,10 @@ class Cutter:
             call.patches, call.texts = call.patches & packed.valid, call.texts & packed.valid
         call.kept = {name: follow(values) for name, values in call.kept.items()}
         call.patch_counts = patch_counts
+        assert before.place is not None
+        place = before.place.gather(1, packed.place.clamp_min(0)).masked_fill(packed.place < 0, -1)
         group = Group(
-            index, before.logical, packed.source.shape[1], counts, packed.valid, follow(before.source),
+            index, before.logical, packed.source.shape[1], counts, packed.valid, follow(before.source), place,
             follow(before.from_base), packed.source, min(before.tail, packed.source.shape[1]), positions, gone, merges,
         )  # fmt: skip
         call.groups.append(group)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +29,7 @@ from ..kernels.compact import compact
 from ..stage import Pipeline
 from .adapter import Adapter, Encoded
 from .attention import GIVEN, keep_notes, rewriters
-from .cache import book, cache_of, held_bytes, is_pruned, ledger_of, lengths
+from .cache import CACHE, Ledger, book, cache_of, held_bytes, is_pruned, ledger_of, lengths
 from .call import Call, Sight, alike, locate, placeholder_masks
 from .clip import Clip
 from .cuts import Cutter, words_meant
@@ -37,7 +38,18 @@ from .encoder import EncoderFacade
 from .hooks import Following
 from .inputs import InputStages, Prompt
 from .layers import OF_TEXT
-from .masks import layer_mask, layers_differ, logical_mask, validity
+from .masks import (
+    carried,
+    check_masks,
+    entry_of,
+    is_static,
+    layer_mask,
+    layers_differ,
+    logical_mask,
+    packed_samples,
+    ready_made,
+    validity,
+)
 from .needs import (
     VISION_SIGNALS,
     check_language_model,
@@ -45,18 +57,32 @@ from .needs import (
     names_of,
     resolve_needs,
 )
-from .packing import Group, pack, renumbered, take
+from .packing import Group, follow, pack, renumbered, take
 from .pixels import PixelFacade
 from .probe import Forms
 from .prompt import PromptTap
 from .record import CallRecord, Span
 from .rotary import layer_tables, shifted
-from .scope import ENCODE, Scope, current, enter, leave
+from .scope import ENCODE, Scope, current, enter, leave, notes
 from .signals import VisionTap, kind_of
 
 CALL = "mmcompress_call"
 """Private keyword that carries the call from the language model to its layers. Gradient checkpointing replays layers
-with their keywords when the call is over; engine state would be gone then."""
+with their keywords when the call is over, and in a thread of their own."""
+BY_THEMSELVES = frozenset(
+    {
+        "inputs_embeds",
+        "hidden_states",
+        "attention_mask",
+        "position_ids",
+        "position_embeddings",
+        "visual_pos_masks",
+        "deepstack_visual_embeds",
+        CACHE,
+        CALL,
+    }
+)
+"""Keywords of the language model and its layers that the engine packs in a way of their own; all others follow the tokens."""
 
 
 class Engine(Following):
@@ -65,7 +91,8 @@ class Engine(Following):
     kept = (*Following.kept, "timing", "clip", "last")
     clip: Clip | None = None
     last: CallRecord | None = None
-    call: Call | None = None
+    told: frozenset[str] = frozenset()
+    """What has been warned of once."""
 
     def __init__(self, adapter: Adapter, plan: Pipeline, timing: bool = False) -> None:
         super().__init__()
@@ -90,7 +117,7 @@ class Engine(Following):
         self.vision_tap = VisionTap(self, adapter, names, self.facade, self.clip) if names else None
         self.rewriters = rewriters(plan, self.forms)
         self.parameters = list(inspect.signature(self.base.forward).parameters)
-        self.encoded_last: dict[str, Encoded] = {}
+        self.counting = [_counts(layer) for layer in self.language_model.layers]
 
     # ------------------------------------------------------------------ checks at compress time
     def _facade(self) -> PixelFacade | EncoderFacade | None:
@@ -120,6 +147,13 @@ class Engine(Following):
             # signature of this method.
             wrapper = functools.partial(self._encode, original, name)
             self.replace(self.base, name, functools.update_wrapper(wrapper, original))
+        model = self.adapter.model
+        if hasattr(model, "loss_function"):
+            self.replace(model, "_loss_function", functools.partial(self._loss, model.loss_function))
+
+    def remove(self) -> None:
+        super().remove()
+        notes(self).clear()
 
     # ------------------------------------------------------------------ base model
     def _model_pre(self, module: Any, args: tuple) -> None:
@@ -138,14 +172,19 @@ class Engine(Following):
             self.follow()
         outputs = {m: o for m, o in (given.get("mm_encoder_outputs") or {}).items() if o is not None}
         encoded = [self._encoded_before(modality, output) for modality, output in outputs.items()]
-        self.call = Call(given.get("input_ids"), given.get("inputs_embeds"), encoded)
-        enter(Scope(self))
+        pixels = {
+            "video" if "video" in name else "image": name
+            for name, value in given.items()
+            if name.startswith("pixel_values") and value is not None
+        }
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        enter(Call(ids, embeds, encoded, self, pixels, mask=given.get("attention_mask")))
 
     def _encoded_before(self, modality: str, output: Any) -> Encoded:
         """The record of features that `generate` encoded before the forward pass."""
         if hasattr(output, "mmcompress"):
             return output.mmcompress
-        last = self.encoded_last.get(modality)
+        last = notes(self).get(modality)
         # accelerate's hooks copy outputs from device to device, and only the tensors in them
         if last is not None and hasattr(self.adapter.model, "_hf_hook"):
             return last
@@ -156,9 +195,19 @@ class Engine(Following):
         )
 
     def _base_post(self, module: Any, args: tuple, output: Any) -> None:
-        self.call = None
+        call = self.call
         leave(self)
-        self.encoded_last.clear()
+        if call is not None and call.encoded:
+            kept = notes(self)
+            kept.clear()
+            if call.groups and call.groups[-1].source is not None:
+                kept["visual"] = call.visual
+
+    @property
+    def call(self) -> Call | None:
+        """The forward pass that runs in this thread."""
+        call = current(self)
+        return call if isinstance(call, Call) and not call.asleep else None
 
     def _encode(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """Runs an encoder method and records what it encoded, on its output: `generate` may call it before the forward."""
@@ -172,10 +221,10 @@ class Engine(Following):
         start = self._now()
         try:
             output = original(*args, **kwargs)
-            lengths = [f.numel() // f.shape[-1] for f in self.adapter.features(output, arguments)]
-            if not lengths:
+            counts = [f.numel() // f.shape[-1] for f in self.adapter.features(output, arguments)]
+            if not counts:
                 raise ValueError(f"{name} was given no images: leave the pixels out for a text-only prompt")
-            encoded = self.adapter.encoded(self.adapter.encoders[name], arguments, lengths)
+            encoded = self.adapter.encoded(self.adapter.encoders[name], arguments, counts)
             if self.vision_tap is not None:
                 encoded.signals = self.vision_tap.collect(encoded, arguments)
             encoded.seconds = self._since(start)
@@ -186,12 +235,44 @@ class Engine(Following):
                 encoded.left = [self.facade.left(layout.cells, layout.views[0].cells) for layout in encoded.layouts]
         finally:
             leave(self, ENCODE)
-        self.encoded_last[encoded.modality] = encoded
         if hasattr(output, "pooler_output"):
             output.mmcompress = encoded
-        if self.call is not None:
-            self.call.encoded.append(encoded)
+        call = self.call
+        if call is not None:
+            call.encoded.append(encoded)
+        else:
+            notes(self)[encoded.modality] = encoded
         return output
+
+    def _loss(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of the model, without labels that are visual tokens: those may be gone, or are means of several."""
+        visual = notes(self).pop("visual", None)
+        if visual is None:
+            return original(*args, **kwargs)
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        shown = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        ignored = shown.get("ignore_index", -100)
+        for name, at in (("labels", visual), ("shift_labels", torch.nn.functional.pad(visual, (0, 1))[:, 1:])):
+            labels = shown.get(name)
+            if labels is None or labels.shape != at.shape:
+                continue
+            at = at.to(labels.device)
+            self._tell_labels(labels, at, ignored)
+            labels = labels.masked_fill(at, ignored)
+            if name in bound.arguments:
+                bound.arguments[name] = labels
+            else:
+                bound.arguments["kwargs"][name] = labels
+        return original(*bound.args, **bound.kwargs)
+
+    def _tell_labels(self, labels: Tensor, visual: Tensor, ignored: int) -> None:
+        if "labels" not in self.told and bool((labels.ne(ignored) & visual).any()):
+            warnings.warn(
+                "labels hold visual tokens, which compression may drop: they do not count in the loss of a compressed model "
+                f"(set them to {ignored})",
+                stacklevel=2,
+            )
+        self.told |= {"labels"}  # looked at once: it waits for the device
 
     # ------------------------------------------------------------------ language model, before
     def _language_pre(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -199,6 +280,8 @@ class Engine(Following):
         if call is None or kwargs.get("inputs_embeds") is None:
             return None
         call.cache = cache_of(kwargs)
+        if call.pixels:
+            self._check_encoded(call)
         if not call.encoded and not is_pruned(call.cache):
             self._check_text(call)
             return None  # no visuals in call or cache: the stock path, untouched
@@ -206,7 +289,7 @@ class Engine(Following):
         call.batch, length, _ = kwargs["inputs_embeds"].shape
         # + 0: a copy, for static caches count in place
         call.past = call.cache.get_seq_length() + 0 if call.cache is not None else 0
-        valid, call.past_valid = validity(call, kwargs.get("attention_mask"), length)
+        valid, call.past_valid = validity(call, length)
         if call.encoded and self._compress(call, kwargs, valid):
             kwargs[CALL] = call
             return args, kwargs
@@ -220,9 +303,31 @@ class Engine(Following):
             kwargs[CALL] = call
         return args, kwargs
 
+    def _check_encoded(self, call: Call) -> None:
+        """Pixels that went to the language model by another road than the encoder methods would stay uncompressed."""
+        there = {encoded.modality for encoded in call.encoded}
+        for modality, name in call.pixels.items():
+            if modality not in there:
+                raise NotImplementedError(
+                    f"{name} was given, but {type(self.base).__name__} did not encode it by get_{modality}_features, so "
+                    f"nothing of it would be compressed: uncompress the model for prompts with {modality}s"
+                )
+
     def _check_text(self, call: Call) -> None:
-        """A prompt with placeholders but without features would run uncompressed, on the embeddings of the placeholders."""
-        if call.input_ids is None or call.input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+        """A prompt with placeholders but without features would run uncompressed, on the embeddings of the placeholders; so
+        would features that the caller has put among the embeddings."""
+        if torch.compiler.is_compiling():
+            return
+        if call.input_ids is None:
+            if call.inputs_embeds is not None and call.inputs_embeds.shape[1] > 1 and "embeds" not in self.told:
+                self.told |= {"embeds"}
+                warnings.warn(
+                    "inputs_embeds came without pixels: if visual features are among them, they are not compressed. Give "
+                    "input_ids and pixel_values, or mm_encoder_outputs of this model's encoder methods",
+                    stacklevel=2,
+                )
+            return
+        if call.input_ids.shape[1] == 1:
             return
         for modality, mask in placeholder_masks(call, self.adapter).items():
             if bool(mask.any()):
@@ -236,6 +341,11 @@ class Engine(Following):
         call.start = self._now()
         embeds: Tensor = kwargs["inputs_embeds"]
         device = embeds.device
+        config = self.language_model.config
+        call.ready = ready_made(kwargs.get("attention_mask"))
+        call.samples, packed_mask = packed_samples(call, kwargs, config)
+        if packed_mask is not None:
+            call.ready = packed_mask
         host_valid, spans = locate(call, self.adapter, valid, embeds, self.reads_text)
         for span in spans:
             span.kept = self.inputs.budget(call, span)
@@ -252,7 +362,10 @@ class Engine(Following):
             known = None if call.sight is None or bool(host_valid.all()) else host_valid.to(device)
             call.record.groups = [Group(0, embeds.shape[1], embeds.shape[1], counts, known)]
             return False
+        check_masks(kwargs)
         self._check_ends(host_valid, spans)
+        if call.samples is not None:
+            self._check_packed()
 
         start = self._now()
         places = torch.arange(embeds.shape[1]).masked_fill(~host_valid, -1)
@@ -273,12 +386,12 @@ class Engine(Following):
         tap = None
         if self.inputs.of_prompt:
             tap = PromptTap(self.adapter, self.forms, call, kwargs, self._given_positions(call, kwargs, embeds), valid)
-            self.call = None  # what it asks of the language model runs as if there were no engine
+            call.asleep = True  # what it asks of the language model runs as if there were no engine
         try:
             for batch in alike(spans):
                 self.inputs.select(call, batch, prompt, tap)
         finally:
-            self.call = call
+            call.asleep = False
         packed = pack(prompt.places, counts)
         call.record.seconds["select"] = self._since(start)
 
@@ -294,11 +407,14 @@ class Engine(Following):
             packed,
             valid,
             self.adapter.reindexes and self.plan.position_policy() == "reindex",
+            call.samples,
         )
         group = Group(
-            0, length, physical, counts, packed.valid, packed.source, tail=tail, positions=positions, gone=gone
-        )
+            0, length, physical, counts, packed.valid, packed.source, packed.place, tail=tail, positions=positions, gone=gone
+        )  # fmt: skip
         call.groups = call.record.groups = [group]
+        for name in kwargs.keys() - BY_THEMSELVES:
+            kwargs[name] = follow(kwargs[name], packed.source, length, name)
         given = [prompt.embeds, patches.to(device), texts.to(device), *prompt.levels]
         moved = compact(given, packed.source, packed.valid)
         kwargs["inputs_embeds"], call.patches, call.texts, *levels = moved
@@ -309,9 +425,27 @@ class Engine(Following):
             call.kept["text_relevance"] = words_meant(call, kwargs["inputs_embeds"])
         if levels:
             give_levels(call, kwargs, levels, self.cutter.first)
-        kwargs["attention_mask"] = logical_mask(call, group, 0, device)
+        self._give_mask(call, kwargs, group)
         self.cutter.arm()
         return True
+
+    def _give_mask(self, call: Call, kwargs: dict[str, Any], group: Group) -> None:
+        """The mask of the tokens that enter the language model."""
+        embeds = kwargs["inputs_embeds"]
+        if call.ready is None:
+            kwargs["attention_mask"] = logical_mask(call, group, 0, embeds.device)
+        else:
+            made = carried(self.language_model.config, call, group, 0, call.ready, embeds)
+            kwargs["attention_mask"] = call.packed_ready = made
+
+    def _check_packed(self) -> None:
+        """Raise for what decides by rows, where rows hold several samples."""
+        deciding = (*self.plan.layer_stages, *self.plan.exit_stages, *self.plan.attention_stages)
+        if deciding or self.inputs.of_prompt:
+            raise NotImplementedError(
+                f"{self.plan!r} on rows that hold several samples (position_ids that start again): cuts in layers and attention "
+                f"signals of the language model are decided per row; give one sample per row, or a stage before the language model"
+            )
 
     def _check_ends(self, valid: Tensor, spans: list[Span]) -> None:
         """The answer begins at the last token of a prompt, so that one must not be dropped."""
@@ -334,11 +468,15 @@ class Engine(Following):
 
     def _follow(self, call: Call, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Nothing is dropped in this call, but the cache is pruned: mask and positions that fit it."""
-        device, length = kwargs["inputs_embeds"].device, kwargs["inputs_embeds"].shape[1]
+        length = kwargs["inputs_embeds"].shape[1]
         if valid is not None and bool(valid.all()):
             valid = None
         call.groups = [Group(0, length, length, [length] * call.batch, valid)]
-        kwargs["attention_mask"] = logical_mask(call, call.groups[0], 0, device)
+        ready = ready_made(kwargs.get("attention_mask"))
+        if ready is not None and (length > 1 or (ready_made(call.mask) is not None and not is_static(call))):
+            check_masks(kwargs)
+            call.ready = ready
+        self._give_mask(call, kwargs, call.groups[0])
         call.groups[0].positions = positions = self._given_positions(call, kwargs, kwargs["inputs_embeds"])
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
 
@@ -370,7 +508,9 @@ class Engine(Following):
             keep_notes(cache, call)
         self._weigh(call, cache)
         if compressed:
-            output.last_hidden_state = last.restore(output.last_hidden_state)
+            assert call.visual is not None
+            ends = call.visual & ~torch.nn.functional.pad(call.visual, (0, 1))[:, 1:]
+            output.last_hidden_state = last.restore(output.last_hidden_state, ends)
         return output
 
     @staticmethod
@@ -404,12 +544,30 @@ class Engine(Following):
         given, rotary = kwargs["position_embeddings"], self.language_model.rotary_emb
         kwargs["position_embeddings"] = layer_tables(rotary, call, group, mine, hidden, given)
         if group.from_base is not None or mine is not first:  # other tokens than layer 0 has: an own mask
-            kwargs["attention_mask"] = layer_mask(self.language_model.config, call, group, index, hidden)
+            config = self.language_model.config
+            if call.ready is None:
+                kwargs["attention_mask"] = layer_mask(config, call, group, index, hidden)
+            else:
+                entry = entry_of(call, kwargs["attention_mask"])
+                kwargs["attention_mask"] = carried(config, call, group, index, entry, hidden)
+        if group.from_base is not None:
+            length = call.groups[0].physical
+            for name in kwargs.keys() - BY_THEMSELVES:
+                kwargs[name] = follow(kwargs[name], group.from_base, length, name)
+            args = (*args[:1], *(follow(x, group.from_base, length, "an argument of the layer") for x in args[1:]))
         if call.groups[0].source is not None:
-            kwargs["position_ids"] = None  # gaps would be taken for packed sequences by flash attention
+            kwargs["position_ids"] = self._layer_positions(index, group, mine, kwargs.get("position_ids"))
         if index in self.rewriters:
             kwargs[GIVEN] = (call, group, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _layer_positions(self, index: int, group: Group, ledger: Ledger | None, given: Any) -> Any:
+        """Position ids for a layer that reads them. None for others: flash attention would take gaps for packed sequences."""
+        if given is None or not self.counting[index]:
+            return None
+        if group.positions is not None and group.positions.dim() == given.dim():
+            return shifted(group.positions, ledger).to(given.device)
+        return given if group.from_base is None else follow(given, group.from_base, given.shape[-1], "position_ids")
 
     # ------------------------------------------------------------------ timing
     def _now(self) -> float | None:
@@ -427,3 +585,8 @@ class Engine(Following):
         """Seconds since `start`, nan where that is not measured."""
         now = self._now() if start is not None else None
         return now - start if now is not None and start is not None else float("nan")
+
+
+def _counts(layer: Any) -> bool:
+    """Whether a part of a decoder layer reads position ids by name (to scale queries, say)."""
+    return any("position_ids" in inspect.signature(part.forward).parameters for part in layer.children())

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks of calls whose layers hold fewer tokens than the caller believes."""
+"""Attention masks of calls whose layers hold fewer tokens than the caller believes.
+
+Two sorts come in. A mask of padding, [B, tokens], or none: every layer gets one of its own, made by transformers for the tokens
+that it holds. A mask that is ready-made, [B or 1, heads or 1, queries, keys] or a dict of them by kind of layer (static
+caches, models whose pictures see themselves, prefix models, masks of the caller, samples packed into one row): nobody else
+knows who sees whom, so its rows and columns are carried along.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +13,99 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 
 from .cache import CACHE, PrunedLayer, is_pruned, ledger_of
 from .call import Call
 from .packing import Group
 
+BY_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
+"""Keywords that say by lengths which tokens see each other (rows packed for flash attention)."""
 
-def validity(call: Call, mask: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+
+def check_masks(given: dict[str, Any]) -> None:
+    """Raise NotImplementedError for what says who sees whom in a form that cannot be shortened."""
+    masks = given.get("attention_mask")
+    for mask in masks.values() if isinstance(masks, dict) else (masks,):
+        if isinstance(mask, BlockMask):
+            raise NotImplementedError(
+                "a BlockMask of flex attention cannot be shortened with the tokens: load the model with "
+                "attn_implementation='sdpa', or give a mask of padding [batch, tokens] and a cache that is not static"
+            )
+    for name in BY_LENGTHS:
+        if given.get(name) is not None:
+            raise NotImplementedError(
+                f"{name} speaks of the tokens before compression, and packed rows of flash attention are not supported: give one "
+                f"sample per row, or position_ids that start again and use_cache=False with attn_implementation='sdpa'"
+            )
+
+
+def ready_made(mask: Any) -> Any:
+    """`mask` where it says who sees whom by itself, None where it is a mask of padding or none."""
+    if isinstance(mask, dict):
+        return mask if any(getattr(m, "ndim", 0) == 4 for m in mask.values()) else None
+    return mask if getattr(mask, "ndim", 0) == 4 else None
+
+
+def packed_samples(call: Call, given: dict[str, Any], config: Any) -> tuple[Tensor | None, Any]:
+    """Where position ids start again within rows, and there is neither mask nor cache, transformers keeps the samples apart: their
+    number for each token [B, S] on the host, and the mask that it would make. Waits for the device."""
+    positions = given.get("position_ids")
+    keeps = given.get("use_cache")
+    if positions is None or call.cache is not None or given.get("attention_mask") is not None:
+        return None, None
+    if keeps or (keeps is None and getattr(config, "use_cache", False)):
+        return None, None  # the language model makes a cache, and then looks at no positions
+    counted = positions if positions.dim() == 2 else positions[0] if len(positions) == 4 else None
+    samples = None if counted is None else find_packed_sequence_indices(counted)
+    if samples is None:
+        return None, None
+    embeds = given["inputs_embeds"]
+    mask = create_causal_mask(config, embeds, None, **{CACHE: None}, position_ids=counted)
+    check_masks({"attention_mask": mask})
+    if ready_made(mask) is None:
+        raise NotImplementedError(
+            f"rows with several samples and attn_implementation={config._attn_implementation!r}: only the masks of 'sdpa' and "
+            f"'eager' can be shortened; give one sample per row"
+        )
+    return samples.cpu().expand(call.batch, -1), mask
+
+
+def _sees(mask: Tensor) -> Tensor:
+    """A mask as bool: True where a query sees a key."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _past_width(call: Call, mask: Tensor, length: int) -> int:
+    """How many columns of a ready-made mask come before those of the call's own tokens."""
+    width = mask.shape[-1]
+    if is_static(call) and width != int(call.past) + length:  # all its places, used or not
+        return int(_cached(call, 0).physical) if is_pruned(call.cache) else int(call.past)
+    return width - length
+
+
+def is_static(call: Call) -> bool:
+    return call.cache is not None and any(isinstance(layer, StaticLayer) for layer in call.cache.layers)
+
+
+def validity(call: Call, length: int) -> tuple[Tensor | None, Tensor | None]:
     """Which of the `length` new tokens are real, and which of the past in an unpruned cache, [B, ...] bool or None for all.
 
-    From whatever mask the caller gave. A decode step on a pruned cache is always real: no mask is read, nothing waits.
+    From the mask that the caller gave; in a ready-made one a token is padding if nobody sees it. A decode step on a pruned
+    cache is always real: no mask is read, nothing waits.
     """
-    pruned = is_pruned(call.cache)
+    mask, pruned = call.mask, is_pruned(call.cache)
     if isinstance(mask, dict):
-        mask = next(iter(mask.values()))
+        mask = next((m for m in mask.values() if getattr(m, "ndim", 0) == 4), next(iter(mask.values())))
     if mask is None or (pruned and length == 1):
         return None, None
-    if mask.dim() == 4:  # static caches: generate() has made the full mask already
-        if pruned:
-            return None, None
-        row = mask[:, 0, -1]
-        row = row if row.dtype == torch.bool else row == 0
-        new, past = row[:, call.past : call.past + length], row[:, : call.past]
+    if mask.dim() == 4:
+        begin, seen = _past_width(call, mask, length), _sees(mask).any(2).any(1).expand(call.batch, -1)
+        new, past = seen[:, begin : begin + length], seen[:, :begin]
+        if not is_static(call):
+            past = past[:, :0]  # later tokens may see what these do not
     else:
         new, past = mask[:, -length:].bool(), mask[:, :-length].bool()
     if pruned or not past.shape[1] or bool(past.all()):
@@ -64,6 +140,76 @@ def logical_mask(call: Call, group: Group, layer: int, device: torch.device) -> 
     new = group.valid.to(device) if group.valid is not None else ones(0)
     between = length - past.shape[1] - new.shape[1]  # decoded tokens, all real
     return torch.cat([~ones(dropped), past, ones(between), new], 1)
+
+
+def carried(config: Any, call: Call, group: Group, layer: int, mask: Any, embeds: Tensor) -> Any:
+    """A ready-made mask over the tokens that the caller passed, for those that `layer` holds (`embeds` [B, M, H]): its rows and
+    columns of what is left."""
+    if isinstance(mask, dict):
+        return {kind: carried(config, call, group, layer, m, embeds) for kind, m in mask.items()}
+    if getattr(mask, "ndim", 0) != 4:  # beside ready-made ones: plainly causal, as the kernel does it by itself
+        return None if group.valid is None else layer_mask(config, call, group, layer, embeds)
+    device, length = embeds.device, group.logical
+    begin = _past_width(call, mask, length)
+    mask = mask.to(device).expand(call.batch, -1, -1, -1)
+    rows = torch.arange(length, device=device).expand(call.batch, -1)
+    rows = rows if group.place is None else group.place.to(device).clamp_min(0)  # a mask speaks of places
+    past, real = _past_columns(call, layer, begin, device)
+    new = rows + begin
+    if group.valid is not None:
+        new = new.masked_fill(~group.valid.to(device), -1)
+    columns = torch.cat([past, new], 1)
+    spare = _stored_width(call, layer, group) - columns.shape[1]
+    columns = torch.nn.functional.pad(columns, (0, max(spare, 0)), value=-1)
+    made = mask.take_along_dim(rows[:, None, :, None], 2).take_along_dim(columns.clamp_min(0)[:, None, None], 3)
+    low = False if made.dtype == torch.bool else torch.finfo(made.dtype).min
+    if real is not None:  # made for what the cache holds, where columns of padding have moved: all that is real is seen
+        high = True if made.dtype == torch.bool else 0.0
+        seen = torch.where(real, high, low).to(made.dtype)[:, None, None]
+        made = torch.cat([seen.expand(*made.shape[:3], -1), made[..., real.shape[1] :]], 3)
+    return made.masked_fill(columns[:, None, None] < 0, low)
+
+
+def entry_of(call: Call, given: Any) -> Any:
+    """Which of the ready-made masks of a call became `given`, the mask that a layer is handed."""
+    if not isinstance(call.ready, dict):
+        return call.ready
+    for kind, mask in call.packed_ready.items():
+        if mask is given:
+            return call.ready[kind]
+    raise NotImplementedError(
+        f"the language model changes the ready-made masks ({', '.join(call.ready)}) on the way to its layers: only stages before "
+        f"the language model are supported"
+    )
+
+
+def _past_columns(call: Call, layer: int, begin: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The column of a ready-made mask for each row that the cache of `layer` holds, [B, P], -1 for padding. If the mask was made
+    for what the cache holds, and not for what the caller passed: also which of those rows are real, [B, P]."""
+    ledger = ledger_of(call.cache, layer)
+    if ledger is None:
+        return torch.arange(begin, device=device).expand(call.batch, -1), None
+    stored = int(_cached(call, layer).physical)
+    if begin == int(call.past) and ledger.dropped:
+        return ledger.places(stored, call.batch, device), None
+    real = torch.ones(call.batch, stored, dtype=torch.bool, device=device)
+    if ledger.valid is not None:
+        real[:, : ledger.valid.shape[1]] = ledger.valid.to(device)
+    return torch.zeros(call.batch, stored, dtype=torch.int64, device=device), real
+
+
+def _cached(call: Call, layer: int) -> Any:
+    assert call.cache is not None
+    cached: Any = call.cache.layers[layer]
+    return (
+        cached if isinstance(cached, PrunedLayer) else next(c for c in call.cache.layers if isinstance(c, PrunedLayer))
+    )
+
+
+def _stored_width(call: Call, layer: int, group: Group) -> int:
+    """How many columns the attention of `layer` has: all places of a static cache, used or not."""
+    cached = call.cache.layers[layer] if call.cache is not None and layer < len(call.cache.layers) else None
+    return cached.get_mask_sizes(group.physical)[0] if isinstance(cached, StaticLayer) else 0
 
 
 def layers_differ(call: Call, length: int, attention: str | None) -> bool:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels.compact import compact
@@ -25,6 +27,32 @@ def take_last(x: Tensor, index: Tensor) -> Tensor:
     index = index.to(x.device)
     x = x.expand(*x.shape[:-2], index.shape[0], x.shape[-1])
     return x.gather(-1, index.expand(*x.shape[:-2], *index.shape))
+
+
+def follow(given: Any, index: Tensor, length: int, name: str) -> Any:
+    """What a caller gave beside the tokens, for those at `index` [B, M] of `length`: every tensor in it (lists and dicts are gone
+    through) that has a batch and the tokens as neighbouring dimensions, [..., B or 1, length, ...], gets M tokens; what has no
+    such dimension stays. Raises NotImplementedError where the tokens are there in another form."""
+    if isinstance(given, dict):
+        return type(given)((key, follow(value, index, length, f"{name}[{key!r}]")) for key, value in given.items())
+    if type(given) in (list, tuple):
+        return type(given)(follow(value, index, length, name) for value in given)
+    if not isinstance(given, Tensor):
+        return given
+    batch = len(index)
+    for dim in range(1, given.dim()):
+        if given.shape[dim] == length and given.shape[dim - 1] in (1, batch):
+            flat = given.movedim((dim - 1, dim), (0, 1))
+            taken = take([flat.expand(batch, *flat.shape[1:])], index)[0]
+            return taken.movedim((0, 1), (dim - 1, dim))
+    if given.dim() == 1 and given.shape[0] == length and batch == 1:
+        return given[index[0].to(given.device)]
+    if given.dim() and given.shape[0] in (length, batch * length) and length > 1:
+        raise NotImplementedError(
+            f"{name} of shape {tuple(given.shape)} speaks of the {length} tokens of the prompt without a batch dimension, so it "
+            f"cannot be shortened with them: give it as [{batch}, {length}, ...]"
+        )
+    return given
 
 
 @dataclass
@@ -50,17 +78,28 @@ def pack(places: Tensor, counts: list[int]) -> Packed:
 
 
 def renumbered(
-    positions: Tensor, places: Tensor, packed: Packed, valid: Tensor | None, reindex: bool
+    positions: Tensor,
+    places: Tensor,
+    packed: Packed,
+    valid: Tensor | None,
+    reindex: bool,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Position ids of packed tokens, [..., B, M], and how many ids have gone in each row, [B].
 
-    positions [..., B or 1, S]; places, packed: as given to and made by `pack`; valid [B, S]: which tokens were real.
-    With `reindex` a token loses as many as have gone before its place, else every token keeps its own.
+    positions [..., B or 1, S]; places, packed: as given to and made by `pack`; valid [B, S]: which tokens were real; samples
+    [B, S]: the sample of each token, where a row holds several. With `reindex` a token loses as many as have gone before its
+    place in its sample, else every token keeps its own.
     """
     if not reindex:
         return take_last(positions, packed.source), None
     gone = places < 0
     gone = (gone if valid is None else gone & valid.to(gone.device)).long().cumsum(1)
+    if samples is not None:
+        begins = torch.nn.functional.pad(samples.to(gone.device).diff(dim=1) != 0, (1, 0), value=True)
+        numbers = torch.arange(gone.shape[1], device=gone.device).expand_as(gone)
+        first = numbers.masked_fill(~begins, 0).cummax(1).values
+        gone = gone - torch.nn.functional.pad(gone, (1, 0)).gather(1, first)
     place = packed.place.clamp_min(0)
     return take_last(positions, place) - gone.gather(1, place).to(positions.device), gone[:, -1]
 
@@ -73,6 +112,8 @@ class Group:
     counts             how many of the physical ones are real in each row (host).
     valid              [B, physical] bool, None: all.
     source             [B, physical] logical token in each slot; None: the same.
+    place              [B, physical] logical place where each slot stands, ascending, -1 in padding; None: the same. Differs from
+                       source where a method does not keep raster order.
     from_base          [B, physical] slot of the first group of the call (after cuts in layers only).
     from_previous      [B, physical] slot of the group before (after cuts in layers only).
     tail               how many tokens at the end no row has dropped.
@@ -88,6 +129,7 @@ class Group:
     counts: list[int]
     valid: Tensor | None = None
     source: Tensor | None = None
+    place: Tensor | None = None
     from_base: Tensor | None = None
     from_previous: Tensor | None = None
     tail: int = 0
@@ -106,11 +148,23 @@ class Group:
             hidden = hidden.index_put((rows.expand_as(slots), slots), made.to(hidden))
         return hidden if self.from_previous is None else take([hidden], self.from_previous)[0]
 
-    def restore(self, hidden: Tensor) -> Tensor:
-        """Rows [B, physical, H] back at their logical places, [B, logical, H], zeros where a token is gone."""
-        assert self.source is not None
-        index = self.source.to(hidden.device)
-        if self.valid is not None:  # padding goes to a spare row that is cut off
-            index = index.masked_fill(~self.valid.to(hidden.device), self.logical)
-        full = hidden.new_zeros(hidden.shape[0], self.logical + 1, hidden.shape[-1])
-        return full.scatter(1, index[..., None].expand_as(hidden), hidden)[:, :-1]
+    def restore(self, hidden: Tensor, ends: Tensor) -> Tensor:
+        """Rows [B, physical, H] at their logical places, [B, logical, H]. A place whose token is gone shows the last token that is
+        left before it: that is what the next token follows. So does the last place of a run of visual tokens (`ends`
+        [B, logical]), whatever the order inside. Zeros before the first token."""
+        assert self.source is not None and self.place is not None
+        device = hidden.device
+        slots = torch.arange(1, self.physical + 1, device=device).expand(len(self.source), -1)
+        none = slots.new_zeros(len(self.source), self.logical + 1)
+
+        def at(where: Tensor) -> Tensor:
+            """Number of the slot at each place, from 1 on, 0 where there is none; padding goes to a spare place."""
+            where = where.to(device)
+            if self.valid is not None:
+                where = where.masked_fill(~self.valid.to(device), self.logical)
+            return none.scatter(1, where, slots)[:, :-1]
+
+        own, last = at(self.source), at(self.place).cummax(1).values
+        index = torch.where((own == 0) | ends.to(device), last, own)
+        shown = torch.cat([hidden.new_zeros(len(hidden), 1, hidden.shape[2]), hidden], 1)
+        return shown.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))

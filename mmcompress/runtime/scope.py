@@ -28,6 +28,7 @@ class Scope:
 class _Stack(threading.local):
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
+        self.notes: tuple[int, dict[str, Any]] = (0, {})
 
 
 _STACK = _Stack()
@@ -59,3 +60,11 @@ def current(owner: Any, part: str = FORWARD) -> Scope | None:
 def running() -> bool:
     """Whether a forward pass of a compressed model runs in this thread."""
     return any(scope.part == FORWARD for scope in _STACK.scopes)
+
+
+def notes(owner: Any) -> dict[str, Any]:
+    """What `owner` leaves between calls of this thread: what was encoded for the forward pass that follows, what its loss has to
+    know. The next owner that asks clears it, so that nothing grows."""
+    if _STACK.notes[0] != id(owner):
+        _STACK.notes = (id(owner), {})
+    return _STACK.notes[1]
