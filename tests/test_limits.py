@@ -64,7 +64,7 @@ def test_unknown_model_takes_stages_that_need_only_features(plan: str) -> None:
 @pytest.mark.parametrize("plan", ["visionzip", "tome"])
 def test_unknown_model_says_what_it_lacks(plan: str) -> None:
     model = vip_llava()
-    with pytest.raises(NotImplementedError, match="vision encoder of VipLlavaForConditionalGeneration is not known"):
+    with pytest.raises(NotImplementedError, match=r"vision encoder of VipLlavaForConditionalGeneration .*is not known"):
         mm.compress(model, plan)
     assert not any(module._forward_pre_hooks for module in model.modules())
 

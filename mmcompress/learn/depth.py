@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from ..runtime.masks import layer_mask, layers_differ, validity
 from ..runtime.needs import check_language_model
 from ..runtime.packing import Group, Packed, pack, renumbered
 from ..runtime.rotary import layer_tables
+from ..runtime.scope import Scope, current, enter, leave
 from ..selection import gather
 
 CALL = "mmcompress_depth"
@@ -133,17 +135,37 @@ def put_back(hidden: Tensor, made: Tensor, packed: Packed | None, passing: Tenso
     return spare.scatter(1, index[..., None].expand_as(made), made.to(rest.dtype))[:, :-1]
 
 
-@dataclass
-class DepthCall:
+@dataclass(eq=False)
+class DepthCall(Scope):
     """A call of the base model: what the runtime keeps of it, what routers see (None: nothing to route), the tokens of layers."""
 
+    owner: Any
     call: Call
     pixels: bool
     seen: Seen | None = None
     groups: dict[int, Group] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__init__(self.owner)
+
     def group_of(self, layer: int) -> Group:
         return self.groups.get(layer, self.call.groups[0])
+
+
+class _Running(threading.local):
+    """What layers that are running in this thread keep from their beginning to their end: by engine and layer, the states that
+    entered with what was decided, and factors of the MLP. Not in the scope of the call: gradient checkpointing replays layers."""
+
+    def __init__(self) -> None:
+        self.now: dict[tuple[int, int], tuple[Tensor, Routed, Packed | None]] = {}
+        self.factors: dict[tuple[int, int], Tensor] = {}
+
+    def clear(self) -> None:
+        self.now.clear()
+        self.factors.clear()
+
+
+_RUNNING = _Running()
 
 
 class DepthEngine:
@@ -179,11 +201,8 @@ class DepthEngine:
         self.parameters = list(inspect.signature(self.base.forward).parameters)
         self.routers: dict[int, nn.Module] = {}
         self.handles: list[RemovableHandle] = []
-        self.now: dict[int, tuple[Tensor, Routed, Packed | None]] = {}
-        self.factors: dict[int, Tensor] = {}
         self.losses: dict[int, Tensor] = {}
         self.tokens: list[list[int]] = []
-        self.call: DepthCall | None = None
 
     # ------------------------------------------------------------------ install, remove
     def install(self) -> None:
@@ -212,6 +231,7 @@ class DepthEngine:
 
     def remove(self) -> None:
         """Take everything out again."""
+        leave(self)
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -224,18 +244,20 @@ class DepthEngine:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         pixels = [given.get(name) for name in ("pixel_values", "pixel_values_videos")]
         pixels += list((given.get("mm_encoder_outputs") or {}).values())
-        self.call = DepthCall(
-            Call(given.get("input_ids"), given.get("inputs_embeds"), [], mask=given.get("attention_mask")),
-            any(p is not None for p in pixels),
-        )
-        self.now.clear()
-        self.factors.clear()
+        call = Call(given.get("input_ids"), given.get("inputs_embeds"), [], mask=given.get("attention_mask"))
+        enter(DepthCall(self, call, any(p is not None for p in pixels)))
+        _RUNNING.clear()
         self.losses.clear()
 
     def _base_post(self, module: Any, args: tuple, output: Any) -> None:
-        self.call = None
-        self.now.clear()
-        self.factors.clear()
+        leave(self)
+        _RUNNING.clear()
+
+    @property
+    def call(self) -> DepthCall | None:
+        """The forward pass that runs in this thread."""
+        call = current(self)
+        return call if isinstance(call, DepthCall) else None
 
     # ------------------------------------------------------------------ language model
     def _language_pre(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -323,7 +345,7 @@ class DepthEngine:
             kwargs[FACTORS] = (
                 routed.mlp if packed is None else routed.mlp.gather(1, packed.source.to(routed.mlp.device))
             )
-            self.now[index] = (hidden, routed, packed)
+            _RUNNING.now[id(self), index] = (hidden, routed, packed)
             if packed is not None:
                 hidden = gather(hidden, packed.source)
         mine, first = ledger_of(call.cache, index), ledger_of(call.cache, 0)
@@ -354,21 +376,23 @@ class DepthEngine:
     def _attention_pre(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         if FACTORS not in kwargs:
             return None
-        self.factors[index] = kwargs[FACTORS]
+        _RUNNING.factors[id(self), index] = kwargs[FACTORS]
         return args, {name: x for name, x in kwargs.items() if name != FACTORS}
 
     def _mlp_post(self, index: int, module: Any, args: tuple, output: Any) -> Any:
-        if index not in self.factors:
+        weights = _RUNNING.factors.pop((id(self), index), None)
+        if weights is None:
             return None
-        weights = self.factors.pop(index)[..., None]
+        weights = weights[..., None]
         if isinstance(output, tuple):
             return (output[0] * weights.to(output[0]), *output[1:])
         return output * weights.to(output)
 
     def _layer_post(self, index: int, module: Any, args: tuple, output: Any) -> Any:
-        if index not in self.now:
+        running = _RUNNING.now.pop((id(self), index), None)
+        if running is None:
             return None
-        hidden, routed, packed = self.now.pop(index)
+        hidden, routed, packed = running
         made = output[0] if isinstance(output, tuple) else output
         made = put_back(hidden, made, packed, routed.passing)
         return (made, *output[1:]) if isinstance(output, tuple) else made
