@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,9 @@ def explained(
     """
     from .api import compressed
 
-    ask = functools.partial(_explained, model, processor, pictures, question, methods, say, **how)
+    def ask(answer: list[int] | None) -> list[Any]:
+        return _explained(model, processor, pictures, question, methods, say, answer, **how)
+
     found = ask(None)
     if plan is None:
         return found

@@ -22,7 +22,7 @@ from .cells import slots_of
 from .result import Explanation
 from .session import Asked, Session, session
 from .tam import jointly_scaled
-from .taps import AttentionTap, StatesTap, VocabularyHead, attention_block
+from .taps import AttentionTap, StatesTap, VocabularyHead, attention_block, here
 
 HALF_SCALE = 1024.0
 """What targets of float16 models are multiplied with, so that small gradients do not vanish."""
@@ -134,11 +134,11 @@ class GraphTap:
 
     def install(self, adapter: Adapter) -> list[RemovableHandle]:
         model = adapter.language_model
-        handles = [model.register_forward_pre_hook(self._cut, with_kwargs=True)]
+        handles = [model.register_forward_pre_hook(here(self._cut), with_kwargs=True)]
         for i, form in self.forms.items():
             assert form.out is not None
             out = getattr(form.attention, form.out)
-            handles.append(out.register_forward_pre_hook(functools.partial(self._output, i)))
+            handles.append(out.register_forward_pre_hook(here(functools.partial(self._output, i))))
         return handles
 
     def _cut(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,16 @@ WIDE = 16
 """Rows whose logits of the whole vocabulary are made at a time."""
 
 
+def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that hears calls of this thread alone: others may run the model meanwhile."""
+    mine = threading.get_ident()
+
+    def heard(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if threading.get_ident() == mine else None
+
+    return heard
+
+
 class StatesTap:
     """Last hidden states behind the final norm, at the places of prompt and answer: [N + A - 1, D]. A dropped token has zeros."""
 
@@ -30,7 +41,7 @@ class StatesTap:
 
     def install(self, adapter: Adapter) -> list[RemovableHandle]:
         self.parts = []
-        return [adapter.language_model.register_forward_hook(self._record)]
+        return [adapter.language_model.register_forward_hook(here(self._record))]
 
     def _record(self, module: Any, args: tuple, output: Any) -> None:
         self.parts.append(output.last_hidden_state[0])
@@ -56,9 +67,8 @@ class AttentionTap:
         self.seen, self.places = {i: [] for i in self.layers}, {i: [] for i in self.layers}
         for i in self.layers:
             self.form[i] = form = forms.of(i, "this explanation")
-            handles.append(
-                form.attention.register_forward_pre_hook(functools.partial(self._record, i), with_kwargs=True)
-            )
+            hook = here(functools.partial(self._record, i))
+            handles.append(form.attention.register_forward_pre_hook(hook, with_kwargs=True))
         return handles
 
     def _record(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
