@@ -97,7 +97,9 @@ class AnyResAdapter(LlavaAdapter):
         config = self.model.config
         pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
         tile, patch = config.vision_config.image_size, config.vision_config.patch_size
-        sizes = [(int(height), int(width)) for height, width in arguments["image_sizes"].tolist()]
+        given = arguments["image_sizes"]  # a tensor, or what a collator makes: lists, tuples, tensors in a list
+        rows = given.tolist() if hasattr(given, "tolist") else given
+        sizes = [(int(height), int(width)) for height, width in rows]
         cut = self._cut(arguments, len(sizes))
         found = (AnyRes(size, pinpoints, tile, patch, most_tiles=self._most_tiles(arguments)) for size in sizes)
         return [picture if is_cut else None for picture, is_cut in zip(found, cut, strict=True)]

@@ -228,6 +228,8 @@ class Adapter(Encoder):
         """Raise if a call of an encoder method asks for something that would make layout or signals wrong."""
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             given, configured = arguments.get(name), getattr(self.model.config, name, None)
+            if isinstance(given, list | tuple) and isinstance(configured, list | tuple):
+                given, configured = list(given), list(configured)
             if given is not None and given != configured:
                 raise NotImplementedError(
                     f"{name}={given!r} was passed to a compressed model whose config says {configured!r}: change "

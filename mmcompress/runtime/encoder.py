@@ -15,6 +15,7 @@ turns them into indices of patches. A packed tower is one row with segments that
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import weakref
 from collections import defaultdict
@@ -233,8 +234,9 @@ class EncoderFacade(TowerScope):
         for key, (storage, _) in list(self.inputs.items()):
             if storage.expired():
                 self.inputs.pop(key, None)
-        count = len(self.blocks)
-        self.begin(_Run(kwargs, [_State([])] * (count + 1), [None] * count))
+        names, count = inspect.signature(module.forward).parameters, len(self.blocks)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.begin(_Run(given, [_State([])] * (count + 1), [None] * count))
 
     def _open(self, run: _Run, hidden: Tensor) -> None:
         """Find out the shape of the rows, before the first block."""

@@ -94,10 +94,10 @@ class PixelFacade(TowerScope):
         return (coarse[0] * side, coarse[1] * side), (y[:, None] * coarse[1] + x).flatten()
 
     def _shrink(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        kwargs, run = dict(kwargs), _Run()
+        names, run = list(inspect.signature(module.forward).parameters), _Run()
         self.begin(run)
-        name = next(iter(inspect.signature(module.forward).parameters))
-        pixels = args[0] if args else kwargs.pop(name)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        pixels = kwargs.pop(names[0])
         if self.adapter.packed:
             pixels, kwargs["grid_thw"] = self._shrink_packed(run, pixels, kwargs["grid_thw"])
             return (pixels,), kwargs
@@ -108,7 +108,7 @@ class PixelFacade(TowerScope):
         run.units = [units.to(pixels.device)] * len(pixels)
         if run.coarse == run.full:
             return (pixels,), kwargs
-        if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
+        if "interpolate_pos_encoding" in names:
             kwargs["interpolate_pos_encoding"] = True
         return (_resized(pixels, run.coarse[0] * patch, run.coarse[1] * patch),), kwargs
 
