@@ -55,13 +55,23 @@ class Places:
         self.names = [way.rpartition(".")[2] for way in ways]
         self.tables = [modules[way.rpartition(".")[0]]._modules for way in ways]
         self.modules = [modules[way] for way in ways]
+        self.switches = [module for module in self.modules if "original_module" in module._modules]
+        """Wrappers of PEFT, which lead to a copy or to the original."""
+        self.switched = [_switched(module) for module in self.switches]
         self.counted = list({id(table): table for table in self.tables}.values())
         self.counts = [len(table) for table in self.counted]
 
     def changed(self) -> bool:
         """Whether another module stands at one of the places now, or beside it. Some 10 us for a large model."""
         there = list(map(dict.get, self.tables, self.names))
-        return there != self.modules or list(map(len, self.counted)) != self.counts
+        if there != self.modules or list(map(len, self.counted)) != self.counts:
+            return True
+        return bool(self.switches) and list(map(_switched, self.switches)) != self.switched
+
+
+def _switched(module: Any) -> tuple[bool, list[str]]:
+    """Where a wrapper of PEFT leads."""
+    return module.disable_adapters, list(module.active_adapters)
 
 
 class Following:

@@ -79,6 +79,15 @@ def resolve_needs(adapter: Adapter, forms: Forms, plan: Pipeline, clip: bool) ->
                     f"{stage!r} needs {' or '.join(map(str, names))}, which this model cannot give{hint} "
                     f"({adapter.lacks or adapter.family}; it has {', '.join(sorted(there))})"
                 )
+            if (
+                name is not None
+                and kind_of(name) == "answer_relevance"
+                and adapter.model.get_output_embeddings() is None
+            ):
+                raise NotImplementedError(
+                    f"{stage!r} reads what matters to the answer of the model, but a {type(adapter.model).__name__} has no "
+                    f"language model head and gives none: compress the model with its head"
+                )
             if name is not None and plan.pixel_stages and kind_of(name) in _of_tower(adapter):
                 raise NotImplementedError(
                     f"{stage!r} reads {name} of the vision encoder, which {plan.pixel_stages[0]!r} gives smaller "
