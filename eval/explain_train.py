@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from ..assets import MODELS, checkpoint
 from ..explain.compressor import KEEPS, Fitting, Pair, agreement, fit
 from ..explain.relevance import owed
+from ..plan import as_pipeline
 from ..records import read, replacing, write_json
 from ..runtime.relevance import MODES
 from ..weights import TENSORS, base_of
-from .cli import Command, OutFolder
+from .cli import Command, OutFolder, check_least
 from .data import Question, digest, read_questions
 from .evaluator import Setup, evaluate, padded_left, shapes_questions
 from .inputs import inputs_of, texts_of
@@ -341,6 +342,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Train, and say how to use what was learned."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    for name in set(options.compare) - {"learned", "proxy", "oracle"}:
+        as_pipeline(f"{name}(keep={KEEPS[0]})")
+    check_least(options, epochs=1, patience=1, score=0)
     recipe = Recipe(
         options.task, samples=options.samples, batch=options.batch, new_tokens=options.max_new_tokens, mode=options.mode
     )

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,10 @@ def draw_method(
 KIND = "`mmcompress demo`"
 
 
+def _with(new: dict[str, Any], known: dict[str, Any] | None) -> dict[str, Any]:
+    return {**(known or {}), **new}
+
+
 def _fits(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(one, dict) and "rows" in one for one in value.values())
 
@@ -277,7 +282,7 @@ def run(
             "machine": machine(), "questions": count, "objects": objects, "chance": CHANCE,
             "rows": [asdict(row) for row in rows],
         }  # fmt: skip
-        update(record, KIND, lambda known, new={name: measured}: {**(known or {}), **new}, _fits)
+        update(record, KIND, partial(_with, {name: measured}), _fits)
     with compressed(model, "divprune(keep=0.25)"), torch.no_grad():
         inputs = encode(processor, questions[:1]).to(model.device)
         model.generate(**inputs, do_sample=False, max_new_tokens=8)

@@ -89,6 +89,7 @@ PICTURE = ["run", "llava-shapes", "--question", "what ?", "--image", "0.png", "-
         (["bench", "llava", "--plan", "visionzap"], "unknown method 'visionzap'"),
         (["bench", "llava-shapes", "--plan", "visionzap"], "unknown method 'visionzap'"),
         (["bench", "selection", "--repeats", "0"], "--repeats 0: at least 1"),
+        (["explain-train", "llava-shapes", "--compare", "visionzap"], "unknown method 'visionzap'"),
         (["sweep", "llava-shapes", "--plan", "uniform", "--examples", "-1"], "--examples -1: at least 0"),
         (["run", "llava-shapes", "--question", "?", "--image", "huge.png"], "huge.png is not a readable picture"),
     ],
@@ -127,7 +128,9 @@ def test_what_is_no_record_is_named_before_any_work(
     assert path.read_text() == content
 
 
-def test_a_sweep_in_a_folder_with_another_file_of_that_name(table: Path, tmp_path: Path, capsys: Said) -> None:
+def test_a_sweep_in_a_folder_with_another_file_of_that_name(
+    table: Path, tmp_path: Path, capsys: Said, unloaded: None
+) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "sweep.json").write_text('{"mine": 1}')
     line = ["sweep", "llava-shapes", "--task", f"exact={table}", "--plan", "uniform(keep=0.5)", "--repeats", "0"]
@@ -246,6 +249,34 @@ def test_without_matplotlib(
     request.getfixturevalue("unloaded")
     picture = [*PICTURE, str(tmp_path / "k.png")]
     assert "need matplotlib" in refused(picture, capsys)
+
+
+@pytest.mark.parametrize("plan", [[], ["--no-stock", "--plan", "uniform(keep=0.5)"]])
+def test_where_nothing_can_be_asked_the_reason_is_the_pictures(
+    plan: list[str], table: Path, tmp_path: Path, capsys: Said
+) -> None:
+    for path in table.parent.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:50])
+    reason = "none of the 4 questions"
+    err = refused(evaluated(table, tmp_path / "out", *plan), capsys)
+    assert reason in err and "0.png is not a readable picture" in err
+    line = ["sweep", "llava-shapes", "--task", f"exact={table}", "--plan", "uniform(keep=0.5)", "--repeats", "0"]
+    err = refused([*line, "--out", str(tmp_path / "s")], capsys)
+    assert reason in err and "0.png is not a readable picture" in err
+
+
+@pytest.mark.slow
+def test_a_demo_without_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    """Everything is measured and kept; what could not be drawn is said at the end."""
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "demo.json").write_text('{"other": {"rows": []}}')
+    line = ["demo", "--questions", "7", "--keep", "0.5", "--out", str(tmp_path)]
+    assert main([*line, "--model", "llava-shapes", "--model", "internvl-shapes"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "no pictures: these pictures need matplotlib: pip install 'mmcompress[viz]'" in out
+    assert set(json.loads((tmp_path / "demo.json").read_text())) == {"other", "llava-shapes", "internvl-shapes"}
+    assert not list(tmp_path.glob("*.png")) and (tmp_path / "explain.html").is_file()
 
 
 @pytest.mark.slow

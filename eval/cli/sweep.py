@@ -68,9 +68,11 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
     from ..sweep.pareto import plot
     from ..sweep.report import write_report
     from ..sweep.retained import standings, table, undecided
-    from ..sweep.run import FILE, points, read_tasks, sweep
+    from ..sweep.run import FILE, load_sweep, points, read_tasks, sweep
 
     check_least(options, questions=1, repeats=0, examples=0)
+    if (options.out / FILE).exists():
+        load_sweep(options.out / FILE)
     wanted = points(options.plan, [read_keep(keep) for keep in options.keep])
     tasks = options.task or ["shapes"]
     first = tasks[0].partition("=")[0]

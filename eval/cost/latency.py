@@ -158,7 +158,10 @@ def video_memory(plan: str) -> dict[str, Any]:
         "model(**inputs, use_cache=True, logits_to_keep=1); "
         "print(before, peak_rss_mib(), 0 if plan == 'stock' else mm.trace(model).visuals[0].kept)"
     )
-    out = subprocess.run([sys.executable, "-c", code, plan], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", code, plan], capture_output=True, text=True)
+    if out.returncode:  # killed for its memory, or refused
+        last = (out.stderr.strip().splitlines() or [f"exit status {out.returncode}"])[-1]
+        raise ChildProcessError(f"{plan}: the process that measures its memory ended: {last}")
     before, peak, kept = map(float, out.stdout.split()[-3:])
     return {"plan": plan, "before_mib": before, "peak_mib": peak, "kept": int(kept)}
 
