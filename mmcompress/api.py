@@ -11,7 +11,7 @@ import torch
 
 from . import methods as _registers_all_methods  # noqa: F401
 from .adapters import adapter_for
-from .flops import counted
+from .flops import counted, layer_costs
 from .ops.sinks import outlying
 from .plan import as_pipeline
 from .runtime.adapter import Adapter, body_of, unwrapped
@@ -170,7 +170,7 @@ def trace(model: Any) -> Trace:
         raise ValueError("a vision model without language model has no trace: see mmcompress.report(model)")
     if engine.last is None:
         raise ValueError("no call with visuals yet: run the compressed model on a prompt with an image first")
-    return Trace(engine.last, engine.plan, engine.language_model)
+    return Trace(engine.last, engine.plan, engine.language_model.config, layer_costs(engine.language_model))
 
 
 def report(model: Any, inputs: Mapping[str, Any] | None = None) -> Report | EncoderReport:

@@ -54,18 +54,18 @@ class LayerCost:
         return self.token * tokens + self.pair * tokens * (tokens + past)
 
 
-def layer_costs(language_model: Any) -> list[LayerCost]:
+def layer_costs(language_model: Any) -> tuple[LayerCost, ...]:
     """The cost of each decoder layer of `language_model`, which holds them in `layers`."""
-    config = language_model.config
-    return [_cost(layer, config) for layer in language_model.layers]
+    return tuple(_cost(layer, language_model.config) for layer in language_model.layers)
 
 
 def _cost(layer: nn.Module, config: Any) -> LayerCost:
     macs, pair, missing = 0.0, 0, list[str]()
-    stacks = [name for name, module in layer.named_modules() if _is_stack(module)]
-    mixers = [(name, module) for name, module in layer.named_modules() if name and hasattr(module, "layer_idx")]
+    modules = list(layer.named_modules())
+    stacks = [name for name, module in modules if _is_stack(module)]
+    mixers = [(name, module) for name, module in modules if name and hasattr(module, "layer_idx")]
     attention = [(name, module) for name, module in mixers if hasattr(module, "is_causal")]
-    for name, module in layer.named_modules():
+    for name, module in modules:
         part = _part_of_list(layer, name, config)
         if part is None or (name in stacks and (len(stacks) > 1 or _active(layer, name, config) is None)):
             missing.append(f"{name} (which experts a token runs)")
@@ -137,7 +137,7 @@ def _active(layer: nn.Module, name: str, config: Any) -> int | None:
 def _part_of_list(layer: nn.Module, name: str, config: Any) -> float | None:
     """How much of a module's work a token asks for: less than 1 for an expert in a list of them; None: not known."""
     path = name.split(".")
-    for i in range(len(path) - 1):
+    for i in range(len(path) - 1) if "experts" in name else ():
         inner = ".".join(path[: i + 1])
         experts = layer.get_submodule(inner)
         if path[i].endswith("experts") and isinstance(experts, nn.ModuleList):

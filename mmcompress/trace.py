@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flops import LLM, WHOLE, layer_costs
+from .flops import LLM, WHOLE, LayerCost
 from .runtime.record import CallRecord, Span
 from .selection import Selection
 from .stage import Pipeline
@@ -112,15 +112,12 @@ class VisualTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward pass with visuals."""
+    """One forward pass with visuals; costs: of each LLM layer."""
 
     call: CallRecord
     plan: Pipeline
-    language_model: Any = field(repr=False)
-
-    @property
-    def text_config(self) -> Any:
-        return self.language_model.config
+    text_config: Any
+    costs: tuple[LayerCost, ...] = field(repr=False)
 
     @property
     def visuals(self) -> list[VisualTrace]:
@@ -131,12 +128,12 @@ class Trace:
 
     def tokens_per_layer(self, row: int = 0) -> list[int]:
         """How many tokens of batch row `row` (padding not counted) entered each LLM layer."""
-        layers = range(len(self.language_model.layers))
+        layers = range(len(self.costs))
         return [[g for g in self.call.groups if g.start <= i][-1].counts[row] for i in layers]
 
     def report(self, prefill: tuple[int, int] | None = None) -> Report:
         """The call in numbers. prefill: FLOPs of the whole of it, and of the stock model's, where they were counted."""
-        costs, rows = layer_costs(self.language_model), range(self.call.batch)
+        costs, rows = self.costs, range(self.call.batch)
         now = [self.tokens_per_layer(row) for row in rows]
         before = self.call.before or [(0, 0)] * len(costs)
         flops = full = 0

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, cache_utils
 
 import mmcompress as mm
 from mmcompress.runtime import cache as caches
 from mmcompress.runtime import layers, scope
 from mmcompress.runtime.cache import CACHE, cache_of, held_bytes, is_pruned
 
-from . import families, tiny
+from . import architectures, families, tiny
 from .tiny import OLDEST, build, prompts
 
 ONE: list[list[int | str]] = [[5, "image", 4]]
@@ -231,6 +231,60 @@ def test_classes_of_other_libraries_and_of_hybrid_models() -> None:
     ]  # fmt: skip
     assert filled.layers[1].calls == 1 and filled.layers[1].get_mask_sizes(3) == (17 + 3, 8)
     close(turn(model, filled, None), turn(model, cache_in(model, inputs), None), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl", "kimi_k25", "qwen3_5_moe"])
+def test_hybrid_and_latent_caches_go_on_without_the_engine(name: str) -> None:
+    """States of linear attention and convolution beside keys; latents in place of keys."""
+    model = architectures.build(name)
+    inputs = architectures.prompts(model, [[5, "0", 4]])
+    mm.compress(model, "uniform(keep=0.5)", positions="keep")
+    caches_ = [cache_in(model, inputs), filed(cache_in(model, inputs))]
+    assert sum(map(is_pruned, caches_)) == 2
+    expected = [turn(model, caches_[0], None), turn(model, caches_[0], None, 1)]
+    mm.uncompress(model)
+    for words, one in zip((3, 1), expected, strict=True):
+        close(turn(model, caches_[1], None, words), one, 1e-5)
+
+
+@torch.no_grad()
+def test_a_hybrid_cache_is_refused_before_its_states_change() -> None:
+    """Layers of linear attention come first; the model that is compressed again goes on as if nothing had been."""
+    model = architectures.build("qwen3_5")
+    inputs = architectures.prompts(model, [[5, "0", 4], [9, "1", 3]])
+    mm.compress(model, "uniform(keep=0.5)", positions="keep")
+    mask = inputs["attention_mask"]
+    positions = {"position_ids": torch.arange(3)[None, None].expand(3, 2, -1) + mask.shape[1]}
+    expected, cache = turn(model, cache_in(model, inputs), mask, **positions), cache_in(model, inputs)
+    mm.uncompress(model)
+    with pytest.raises(RuntimeError, match="there is padding"):
+        turn(model, cache, mask, **positions)
+    mm.compress(model, "uniform(keep=1.0)")
+    close(turn(model, cache, mask, **positions), expected, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="no quantised cache without other packages")
+@pytest.mark.parametrize("plan", [INPUT, LAYER])
+def test_a_quantised_cache_goes_through_a_file(plan: str) -> None:
+    model = build()
+    inputs = prompts(model, ONE)
+
+    def made() -> Any:
+        return cache_in(model, inputs, cache_utils.QuantizedCache("fp8", model.config.get_text_config()))
+
+    mm.compress(model, plan, positions="keep")
+    held = held_bytes(made())
+    assert 4 * held.full == 25 * 4 * 2 * 2 * 16 * 4 and held.now < held.full  # one byte a value
+    expected, cache = turn(model, made(), None), filed(made())
+    close(turn(model, copy.deepcopy(cache), None), expected, 1e-5)
+    mm.uncompress(model)
+    if plan == INPUT:
+        close(turn(model, cache, None), expected, 1e-5)
+    else:
+        with pytest.raises(RuntimeError, match="different tokens"):
+            turn(model, cache, None)
 
 
 class Doubled(caches.DynamicLayer):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from . import architectures, families, tiny
 
 EXACT = (
     "llava", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "glm4v_moe", "kimi_k25", "deepseek_ocr2", "aria", "minimax_m3_vl",
-    "apertus1p5", "gemma4", "step3p7", "paligemma", "molmo2", "hunyuan_vl", "glm_ocr",
+    "apertus1p5", "gemma4", "step3p7", "paligemma", "molmo2", "hunyuan_vl", "glm46v",
 )  # fmt: skip
 NAMED = {
     "qwen3_5": ("linear_attn", 3), "qwen3_5_moe": ("linear_attn", 3), "lfm2_vl": ("conv", 3), "dots3_note": ("indexer", 2),
@@ -54,7 +55,7 @@ def by_torch(language_model: Any) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def checked(name: str) -> tuple[list[LayerCost], int, int]:
+def checked(name: str) -> tuple[tuple[LayerCost, ...], int, int]:
     """Costs of the layers of an architecture; their sum over a prompt; the same by torch."""
     model = architectures.build(name)
     language_model, inputs = adapter_for(model).language_model, architectures.prompts(model, [[5, "0", 4]])
@@ -254,6 +255,16 @@ def test_milliseconds_are_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     model(**tiny.prompts(model, [[5, "image", 4]]))
     found = mm.report(model).milliseconds
     assert found["vision"] == 1000.0 and found["select"] == 1000.0 and found["language"] == 2000.0
+
+
+@torch.no_grad()
+def test_a_trace_outlives_its_model() -> None:
+    """In a file it holds what its modules cost, not the modules."""
+    model = mm.compress(tiny.build(), "uniform(keep=0.5)")
+    model(**tiny.prompts(model, [[5, "image", 4]]))
+    trace = mm.trace(model)
+    file = pickle.dumps(trace)
+    assert len(file) < 100_000 and str(pickle.loads(file).report()) == str(trace.report())
 
 
 def test_words_and_units() -> None:

@@ -12,7 +12,7 @@ import torch
 import mmcompress as mm
 
 from ...adapters import adapter_for
-from ...flops import counted, layer_costs
+from ...flops import counted
 from ...trace import CONVENTIONS, Shape, Trace, prefill_flops
 from ..evaluator import STOCK
 
@@ -83,7 +83,7 @@ def _count(model: Any, inputs: Mapping[str, Any], plan: str, stock: Counts | Non
     if stock is None:
         found, notes = counted(model, inputs, language_model(model)), []
     layers, text = seen.tokens_per_layer(), text_tokens(seen)
-    costs = layer_costs(seen.language_model)
+    costs = seen.costs
     visual = [max(0, n - text) for n in layers]
 
     def exact(tokens: list[int]) -> int:

@@ -111,9 +111,7 @@ class PrunedLayer:
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         if not self.is_compileable:  # else generate() may ask before the model runs
             self._check()  # before any layer has changed its state
-        if (
-            _stock_class(self).get_mask_sizes is DynamicLayer.get_mask_sizes
-        ):  # asks for the length, which is logical here
+        if _stock_class(self).get_mask_sizes is DynamicLayer.get_mask_sizes:  # by the length, which is logical here
             return self.physical + query_length, self.ledger.dropped
         length, offset = super().get_mask_sizes(query_length)  # type: ignore[misc]
         return length, offset + self.ledger.dropped

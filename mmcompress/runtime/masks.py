@@ -82,7 +82,8 @@ def _past_width(call: Call, mask: Tensor, length: int) -> int:
     """How many columns of a ready-made mask come before those of the call's own tokens."""
     width = mask.shape[-1]
     if is_static(call) and width != int(call.past) + length:  # all its places, used or not
-        return int(_cached(call, 0).physical) if is_pruned(call.cache) else int(call.past)
+        ledger = ledger_of(call.cache, 0)  # not its layer: that has the new tokens when later ones ask
+        return int(call.past) - (ledger.dropped if ledger is not None else 0)
     return width - length
 
 
