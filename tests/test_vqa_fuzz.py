@@ -443,7 +443,8 @@ def told(question: Question) -> tuple[Any, ...]:
 
 
 PLACE = re.compile(
-    r"(row|line|entry|lines) \d|\(line|pid_splits|two columns are called|is empty|no whole Parquet|expected an? |no rows|lines, but"
+    r"(row|line|entry|lines) \d|\(line|pid_splits|two columns are called|is empty|no whole Parquet|expected an? "
+    r"|no rows|lines, but|but it says"
     r"|\.json: no column|\.json, column|\.json, (questions|data|annotations), column|\.json, question_type"
 )
 """What names a row, or a fault of a file as a whole."""

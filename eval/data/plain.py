@@ -125,7 +125,7 @@ def golds(row: Row, options: Sequence[tuple[str, str]], task: str = "exact") -> 
     yes or no where the task wants that. Raises ValueError for what is neither."""
     value = row.value(*COLUMNS["answers"])
     column = row.column(*COLUMNS["answers"])
-    if column is None or value is None or value == []:
+    if column is None or value is None or row.listed(column, value) == []:
         return ()
     if task in YESNO:
         return (row.yesno(column, value),)

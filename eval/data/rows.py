@@ -208,7 +208,7 @@ class Row:
                     raise self.wrong(column, entry, 'an object with one "answer" is needed')
                 entry = entry["answer"]
             found.append(self.as_text(column, entry, marks))
-        if found and all(blank(text) for text in found):
+        if all(blank(text) for text in found):
             raise self.wrong(column, value, "there has to be a text in it")
         return tuple(found)
 
@@ -238,8 +238,9 @@ class Row:
             last = max((i for i, flag in enumerate(flags) if flag), default=-1)
             if False in flags[: last + 1]:
                 names = list(columns.values())
+                name = names[flags.index(False)]
                 raise ValueError(
-                    f"{self.place}, column {names[flags.index(False)].upper()}: got nothing, but there is something in column "
+                    f"{self.place}, column {self.names.get(name, name)}: got nothing, but there is something in column "
                     f"{self.names[names[last]]}; fill it, or move the others up"
                 )
         if any(there) and not all(there):

@@ -43,7 +43,7 @@ def read_text(path: Path) -> str:
     if not content.strip():
         raise ValueError(f"{path} is empty")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path} is UTF-16 (Excel's 'Unicode text'): save it as UTF-8")
+        raise ValueError(f"{path} is UTF-16 or UTF-32 (Excel's 'Unicode text'): save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -142,7 +142,7 @@ def objects(path: Path) -> list[tuple[str, Row]]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl, .json (a list of objects, or an object with one list), .csv, .tsv or .parquet file."""
+    """The rows of a .jsonl, .json (a list of objects, an object with one such list, or one row), .csv, .tsv or .parquet file."""
     kind = path.suffix.lower()
     if kind == ".parquet":
         rows = _parquet(path)
@@ -166,12 +166,8 @@ def _json(path: Path) -> list[Row]:
         if isinstance(content, Twice):
             raise ValueError(f"{path}: {content.key!r} is there twice")
         if isinstance(content, dict):
-            lists = [value for value in content.values() if isinstance(value, list)]
-            if len(lists) != 1:
-                raise ValueError(
-                    f"{path}: expected a list of questions, found an object with {', '.join(list(content)[:8])}"
-                )
-            content = lists[0]
+            lists = [v for v in content.values() if isinstance(v, list) and all(isinstance(entry, dict) for entry in v)]
+            content = lists[0] if len(lists) == 1 else [content]  # the one object is a row itself
         if not isinstance(content, list):
             raise ValueError(f"{path}: expected a list of objects, one for each question, found {content!r:.40}")
         values = [(f"{path}, row {i}", value) for i, value in enumerate(content, 1)]
