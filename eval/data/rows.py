@@ -229,20 +229,18 @@ class Row:
         return str(said.pop())
 
     def series(self, form: str, keys: Iterable[str]) -> list[tuple[str, Any]]:
-        """The values of columns like choice_a, choice_b, ... by key, up to the last that has one. Raises ValueError where a column
-        or a value between them is missing."""
+        """The values of columns like choice_a, choice_b, ... by key, up to the last that has one. Raises ValueError where one
+        between them has none."""
         columns = {key: form.format(key) for key in keys}
         there = [name in self.fields for name in columns.values()]
         given = [not _unset(self.fields.get(name)) for name in columns.values()]
-        for flags in (there, given):
-            last = max((i for i, flag in enumerate(flags) if flag), default=-1)
-            if False in flags[: last + 1]:
-                names = list(columns.values())
-                name = names[flags.index(False)]
-                raise ValueError(
-                    f"{self.place}, column {self.names.get(name, name)}: got nothing, but there is something in column "
-                    f"{self.names[names[last]]}; fill it, or move the others up"
-                )
+        last = max((i for i, flag in enumerate(given) if flag), default=-1)
+        if False in given[: last + 1]:
+            names = [self.names.get(name, name) for name in columns.values()]
+            raise ValueError(
+                f"{self.place}, column {names[given.index(False)]}: got nothing, but there is something in column {names[last]}; "
+                "fill it, or move the others up"
+            )
         if any(there) and not all(there):
             self._no_slip((list(columns.values())[sum(there)],), frozenset(columns.values()))
         return [(key, self.fields[name]) for (key, name), flag in zip(columns.items(), given, strict=True) if flag]
