@@ -174,17 +174,18 @@ def by_chance(record: Mapping[str, Any]) -> str:
 def remarks(processor: Any, questions: Sequence[Question], records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What a look at a run of the stock model, or of the first plan, may show: one whole prompt as the model gets it, what each
     of the records has as reply, and what is right; then what is suspicious."""
-    settings, asked = records[0]["settings"], {question.id: question for question in questions}
+    settings = records[0]["settings"]
+    task, how = task_of(settings["task"]), (settings["protocol"], settings["suffix"])
+    texts = {question.id: question_text(task, question, *how) for question in questions}
     for row in rows_of(records[0])[:1]:
-        question = asked[row.id]
-        text = question_text(task_of(settings["task"]), question, settings["protocol"], settings["suffix"])
-        yield f"question {row.id} of {settings['task']} as it was asked (--suffix changes that):"
-        yield conversation(processor, text, len(question.images), settings["template"])
+        images = next(len(question.images) for question in questions if question.id == row.id)
+        yield f"question {row.id} of {task.name} as it was asked (--suffix changes that):"
+        yield conversation(processor, texts[row.id], images, settings["template"])
         for record in records:
             replies = [other.reply for other in rows_of(record) if other.id == row.id]
             yield from (f"{record['settings']['plan']} replied {reply!r}" for reply in replies)
         yield f"right: {', '.join(map(repr, row.answers[:3])) or 'not known'}"
-    yield from filter(None, (by_chance(records[0]), unknown_words(processor, (q.text for q in questions))))
+    yield from filter(None, (by_chance(records[0]), unknown_words(processor, texts.values())))
 
 
 def summary_table(base: dict[str, Any], others: Sequence[dict[str, Any]], force: bool = False) -> Table:

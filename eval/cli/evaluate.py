@@ -218,7 +218,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
                 _print(
                     console,
                     f"{one.other}: if it flipped answers both ways alike, flips as uneven as these would still come in "
-                    f"{100 * one.flips.p:.2g} % of such runs (McNemar, exact)",
+                    f"{100 * one.flips.p:.3g} % of such runs (McNemar, exact)",
                 )
             lost = [
                 (a, b)
