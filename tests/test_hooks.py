@@ -96,6 +96,7 @@ def test_lora_put_on_merged_and_unloaded_after_compress(plan: str, by: str) -> N
         ["mlp", "layer_norm2"],
         ["self_attn"],
         ["k_proj"],
+        ["layers.1"],
     ],
 )
 @pytest.mark.parametrize("plan", [*PLANS[:3], "fastv(layer=2, keep=0.5)"])

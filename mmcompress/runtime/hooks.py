@@ -57,7 +57,7 @@ class Places:
         self.modules = [modules[way] for way in ways]
         self.switches = [module for module in self.modules if "original_module" in module._modules]
         """Wrappers of PEFT, which lead to a copy or to the original."""
-        self.switched = [_switched(module) for module in self.switches]
+        self.running = [running(module) for module in self.switches]
         self.counted = list({id(table): table for table in self.tables}.values())
         self.counts = [len(table) for table in self.counted]
 
@@ -66,12 +66,15 @@ class Places:
         there = list(map(dict.get, self.tables, self.names))
         if there != self.modules or list(map(len, self.counted)) != self.counts:
             return True
-        return bool(self.switches) and list(map(_switched, self.switches)) != self.switched
+        return bool(self.switches) and list(map(running, self.switches)) != self.running
 
 
-def _switched(module: Any) -> tuple[bool, list[str]]:
-    """Where a wrapper of PEFT leads."""
-    return module.disable_adapters, list(module.active_adapters)
+def running(module: Any) -> Any:
+    """The module itself; of a wrapper that PEFT has put around one (`modules_to_save`), what runs inside."""
+    while "original_module" in module._modules:
+        copies = {} if module.disable_adapters else module._modules.get("modules_to_save", {})
+        module = next((copies[name] for name in module.active_adapters if name in copies), module.original_module)
+    return module
 
 
 class Following:

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops.attention import capped_rows
 from .cache import CACHE
+from .hooks import running
 from .rotary import ROTATIONS, Rotation, Tables, rotate
 from .shards import whole
 
@@ -145,7 +146,7 @@ class Form:
 
     @property
     def attention(self) -> Any:
-        return getattr(self.layer, self.name)
+        return running(getattr(self.layer, self.name))
 
     @property
     def simple(self) -> bool:
@@ -188,7 +189,7 @@ class Forms:
         NotImplementedError with what differs."""
         if index not in self.found:
             try:
-                form, real = self._probed(self.language_model.layers[index])
+                form, real = self._probed(running(self.language_model.layers[index]))
             except (LookupError, ValueError) as error:
                 raise self._refusal(index, asked, str(error)) from error
             if not real:
@@ -200,7 +201,7 @@ class Forms:
         return self.found[index]
 
     def _refusal(self, index: int, asked: object, reason: str) -> NotImplementedError:
-        layer = self.language_model.layers[index]
+        layer = running(self.language_model.layers[index])
         kind = type(getattr(layer, attention_name(layer) or "", layer)).__name__
         return NotImplementedError(
             f"{asked!s} makes attention of layer {index} of the language model ({kind}) once more, which was compared with the "
@@ -212,7 +213,7 @@ class Forms:
         name = attention_name(layer)
         if name is None:
             raise ValueError("the layer has no attention module, or several")
-        attention = getattr(layer, name)
+        attention = running(getattr(layer, name))
         device = _device(attention)
         if device.type == "meta":
             width = getattr(attention, "head_dim", 1)
@@ -238,7 +239,11 @@ UNFIT = {
 
 def attention_name(layer: Any) -> str | None:
     """The child of a decoder layer that writes to the cache, and so knows the number of its layer. None: none or several do."""
-    names = [name for name, child in layer.named_children() if hasattr(child, "layer_idx") and hasattr(child, "config")]
+    names = [
+        name
+        for name, child in running(layer).named_children()
+        if hasattr(child, "layer_idx") and hasattr(child, "config")
+    ]
     return names[0] if len(names) == 1 else None
 
 
@@ -247,12 +252,12 @@ def attention_in(layer: Any, asked: object) -> Any:
     name = attention_name(layer)
     if name is None:
         raise NotImplementedError(f"{asked!s}: {type(layer).__name__} has no attention module, or several")
-    return getattr(layer, name)
+    return running(getattr(running(layer), name))
 
 
 def mlp_in(layer: Any, asked: object) -> Any:
     """The child beside the attention module that has matrices; raises NotImplementedError unless there is one."""
-    rest = [child for name, child in layer.named_children() if name != attention_name(layer)]
+    rest = [child for name, child in running(layer).named_children() if name != attention_name(layer)]
     found = [child for child in rest if any(p.dim() > 1 for p in child.parameters())]
     if len(found) != 1:
         raise NotImplementedError(
@@ -361,7 +366,7 @@ class _Probe:
     """One layer on a few random tokens."""
 
     def __init__(self, root: nn.Module, layer: Any, name: str, language_model: Any, device: torch.device) -> None:
-        self.root, self.layer, self.name, self.attention = root, layer, name, getattr(layer, name)
+        self.root, self.layer, self.name, self.attention = root, layer, name, running(getattr(layer, name))
         config = language_model.config
         self.stream = torch.randn(1, TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(0))
         self.stream = self.stream.to(device, language_model.dtype)
