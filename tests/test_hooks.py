@@ -316,6 +316,23 @@ def test_a_tower_that_runs_past_its_hooks_raises(plan: str) -> None:
         model(**inputs)
 
 
+@torch.no_grad()
+def test_a_language_model_that_runs_past_its_hooks_raises() -> None:
+    model = mm.compress(build(), "uniform(keep=0.5) >> fastv(layer=2, keep=0.5)")
+    inputs = prompts(model, TURN)
+    model.model.language_model.layers[2]._forward_pre_hooks.clear()
+    with pytest.raises(RuntimeError, match=r"layer 2 of the language model ran past its hooks.*again"):
+        model(**inputs)
+    mm.compress(model, "uniform(keep=0.5)")
+    model(**inputs)
+    model.model.language_model._forward_pre_hooks.clear()
+    with pytest.raises(RuntimeError, match=r"uniform.*: the language model ran past its hooks"):
+        model(**inputs)
+    mm.compress(model, "uniform(keep=0.5)")
+    model(**inputs)
+    assert mm.trace(model).visuals[0].kept == 8
+
+
 # ---------------------------------------------------------------------- copies
 @torch.no_grad()
 @pytest.mark.parametrize(

@@ -198,10 +198,18 @@ class Engine(Following):
         call = self.call
         leave(self)
         if call is not None and call.encoded:
+            if output is not None and not call.batch:
+                raise self._passed("the language model")
             kept = notes(self)
             kept.clear()
             if call.groups and call.groups[-1].source is not None:
                 kept["visual"] = call.visual
+
+    def _passed(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self.plan!r}: {what} ran past its hooks, so tokens that should be dropped were not: call "
+            f"mmcompress.compress(model, plan) again"
+        )
 
     @property
     def call(self) -> Call | None:
@@ -501,6 +509,8 @@ class Engine(Following):
             return None
         last = call.groups[-1]
         compressed = last.source is not None
+        for index in sorted(({*self.cutter.at} | self.cutter.exits) - call.cuts) if call.patches is not None else ():
+            raise self._passed(f"layer {index} of the language model")
         held = compressed or call.sight is not None or any(group.valid is not None for group in call.groups)
         if cache is not None and held:
             book(cache, call.group_of, call.past_valid, call.batch, call.hidden)
