@@ -311,7 +311,7 @@ def _answer(
                 if context is not None and length + count - 1 > context:  # the last token is not read
                     leave_out(questions[i].id, f"with its answer it has {length + count} tokens, {beyond(context)}")
                     continue
-                record = {"id": questions[i].id, "reply": reply, "new_tokens": count}
+                record: dict[str, Any] = {"id": questions[i].id, "reply": reply, "new_tokens": count}
                 record["seconds"] = found.seconds / len(asked)
                 records.append(record | ({"visual": tokens} if tokens else {}))
             records = [record for record in records if record["id"] not in answers]

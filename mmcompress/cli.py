@@ -30,6 +30,7 @@ WIDTH = 160
 ON = "the same command goes on where it was"
 STOPPED = {
     "eval": f"every answer so far is in {{out}}; {ON}",
+    "eval --harness lmms": "the plans that were finished are in {out}; the same command goes on with the others",
     "sweep": f"every answer so far is in {{out}}; {ON}",
     "tune": f"every trial so far is beside {{out}}; {ON}",
     "train": f"the last checkpoint is kept; {ON}",
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _mute()
         return 0
     except KeyboardInterrupt as stop:
-        _say(f"stopped; {STOPPED.get(options.command, 'nothing was written').format(**vars(options))}")
+        named = f"{options.command} --harness lmms" if vars(options).get("harness") == "lmms" else options.command
+        _say(f"stopped; {STOPPED.get(named, 'nothing was written').format(**vars(options))}")
         return 128 + getattr(stop, "number", signal.SIGINT)
     except (UserError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         _say(str(error))
