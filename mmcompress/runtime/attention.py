@@ -17,6 +17,7 @@ from ..visuals import AttentionRows, widened
 from .cache import PrunedLayer, cache_of, is_plain, ledger_of
 from .call import Call
 from .layers import Heads
+from .masks import who_sees
 from .packing import Group
 from .probe import Form, Forms
 from .rotary import shifted
@@ -216,6 +217,10 @@ class Columns:
 
     def _seen(self, part: slice) -> Tensor:
         """Which columns some of the rows see, [B, 1, q, K]."""
+        sees = who_sees(self.call, self.heads.index, self.device)
+        if sees is not None:
+            rows = slice(self.first + part.start, self.first + part.stop)
+            return sees[:, :, rows, : self.total] & self.real[:, None, None]
         before = torch.arange(self.total, device=self.device) <= self.at[part, None]
         return (before & self.real[:, None])[:, None]
 

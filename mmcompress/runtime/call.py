@@ -61,8 +61,8 @@ class Call(Scope):
     asleep            what is asked of the language model meanwhile runs as if there were no engine.
     visual            [B, S] bool on the host: all placeholders, structural and hidden ones too.
     mask              the attention mask that the caller gave.
-    ready             the masks of who sees whom that came ready-made, over the tokens that the caller passed, and packed_ready:
-                      what the language model is given for them; see `masks`.
+    ready             the masks of who sees whom that came ready-made, over the tokens that the caller passed; see `masks`.
+    config            of the language model.
     samples           [B, S] number of the sample that each token belongs to, where a row holds several; else None.
     past, past_valid  logical length of the cache before the call, and which tokens of an unpruned cache are real.
     hidden            how many tokens there are up to the last one that the caller's mask hides in any row.
@@ -87,7 +87,7 @@ class Call(Scope):
     visual: Tensor | None = None
     mask: Any = None
     ready: Any = None
-    packed_ready: Any = None
+    config: Any = None
     samples: Tensor | None = None
     cache: Cache | None = None
     batch: int = 0
@@ -177,7 +177,7 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
     if text:
         for samples in (None,) if call.samples is None else call.samples.unique().tolist():
             here = torch.ones_like(hidden) if samples is None else call.samples == samples
-            instruction = instruction_of(kinds.masked_fill(~here, -1), adapter.delimited)
+            instruction = instruction_of(kinds.masked_fill(~here | hidden, -1), adapter.delimited)
             for span in spans:
                 if here[span.row, span.patches[0]]:
                     span.text = instruction[span.row].nonzero()[:, 0]

@@ -287,7 +287,7 @@ class Engine(Following):
         call = self.call
         if call is None or kwargs.get("inputs_embeds") is None:
             return None
-        call.cache = cache_of(kwargs)
+        call.cache, call.config = cache_of(kwargs), self.language_model.config
         if call.pixels:
             self._check_encoded(call)
         if not call.encoded and not is_pruned(call.cache):
@@ -443,8 +443,7 @@ class Engine(Following):
         if call.ready is None:
             kwargs["attention_mask"] = logical_mask(call, group, 0, embeds.device)
         else:
-            made = carried(self.language_model.config, call, group, 0, call.ready, embeds)
-            kwargs["attention_mask"] = call.packed_ready = made
+            kwargs["attention_mask"] = carried(call.config, call, group, 0, call.ready, embeds)
 
     def _check_packed(self) -> None:
         """Raise for what decides by rows, where rows hold several samples."""
@@ -558,7 +557,7 @@ class Engine(Following):
             if call.ready is None:
                 kwargs["attention_mask"] = layer_mask(config, call, group, index, hidden)
             else:
-                entry = entry_of(call, kwargs["attention_mask"])
+                entry = entry_of(call, index, config)
                 kwargs["attention_mask"] = carried(config, call, group, index, entry, hidden)
         if group.from_base is not None:
             length = call.groups[0].physical

@@ -21,6 +21,7 @@ from ..ops.pagerank import attention_pagerank
 from ..ops.transitions import transition, transition_value
 from .cache import PrunedLayer, is_plain
 from .call import Call
+from .masks import who_sees
 from .probe import Form, recorded, states_of
 from .rotary import Tables
 from .scope import current
@@ -211,8 +212,14 @@ class Heads:
         """Causal softmax attention of the tokens `at` [U, Q] of the batch rows `rows` [U, 1] over everything before them, as
         far as it falls on tokens of this call: [U, heads, Q, S] float32."""
         rows, at = rows.to(self.hidden.device), at.to(self.hidden.device)
-        place = torch.arange(self.keys.shape[2], device=at.device)
-        mask = self.visible[rows[:, 0]][:, None, None] & (place <= at[:, None, :, None] + self.past)
+        mask = self.visible[rows[:, 0]][:, None, None]
+        sees = who_sees(self.call, self.index, at.device)
+        if sees is None:
+            place = torch.arange(self.keys.shape[2], device=at.device)
+            mask = mask & (place <= at[:, None, :, None] + self.past)
+        else:
+            sees = sees[rows[:, 0], ..., : mask.shape[3]]
+            mask = mask & sees.take_along_dim(at[:, None, :, None], 2)
         weights = self.rows(self.queries(rows, at), self.keys[rows[:, 0]], mask)
         return weights[..., self.past :]
 
@@ -222,6 +229,11 @@ class Heads:
 
     def square(self, signal: str) -> tuple[Tensor, Tensor]:
         """Queries and keys of all tokens, for signals that need every row."""
+        if self.call.ready is not None:
+            raise NotImplementedError(
+                f"{signal} (fastv query='all', aim) under a ready-made mask, by which some tokens see later ones: choose a "
+                f"method that reads the last or the text tokens"
+            )
         if self.past:
             raise NotImplementedError(
                 f"{signal} (fastv query='all', aim) in a later turn on a cache: start again from the whole prompt, or choose a "

@@ -100,7 +100,7 @@ def validity(call: Call, length: int) -> tuple[Tensor | None, Tensor | None]:
     mask, pruned = call.mask, is_pruned(call.cache)
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if getattr(m, "ndim", 0) == 4), next(iter(mask.values())))
-    if mask is None or (pruned and length == 1):
+    if not isinstance(mask, Tensor) or (pruned and length == 1):
         return None, None
     if mask.dim() == 4:
         begin, seen = _past_width(call, mask, length), _sees(mask).any(2).any(1).expand(call.batch, -1)
@@ -171,17 +171,34 @@ def carried(config: Any, call: Call, group: Group, layer: int, mask: Any, embeds
     return made.masked_fill(columns[:, None, None] < 0, low)
 
 
-def entry_of(call: Call, given: Any) -> Any:
-    """Which of the ready-made masks of a call became `given`, the mask that a layer is handed."""
+def entry_of(call: Call, layer: int, config: Any) -> Any:
+    """The ready-made mask of `layer`."""
     if not isinstance(call.ready, dict):
         return call.ready
-    for kind, mask in call.packed_ready.items():
-        if mask is given:
-            return call.ready[kind]
-    raise NotImplementedError(
-        f"the language model changes the ready-made masks ({', '.join(call.ready)}) on the way to its layers: only stages before "
-        f"the language model are supported"
-    )
+    kinds = getattr(config, "layer_types", None) or [*call.ready] * (layer + 1)
+    if kinds[layer] not in call.ready or (len(call.ready) > 1 and not hasattr(config, "layer_types")):
+        raise NotImplementedError(
+            f"which of the ready-made masks ({', '.join(call.ready)}) is that of layer {layer} is not known: only stages before "
+            f"the language model are supported"
+        )
+    return call.ready[kinds[layer]]
+
+
+def who_sees(call: Call, layer: int, device: torch.device) -> Tensor | None:
+    """By a ready-made mask: which keys of cache and call each token that comes to `layer` sees, [B, heads or 1, M, K] bool; None
+    where masks are of padding and everything is causal."""
+    if call.ready is None:
+        return None
+    mask = entry_of(call, layer, call.config)
+    if mask is None:
+        return None
+    length = mask.shape[2]
+    group = call.group_of(layer) if call.groups else Group(0, length, length, [])
+    key = (id(group), layer)
+    if key not in call.masks:
+        like = torch.empty(call.batch, group.physical, 0, device=device)
+        call.masks[key] = _sees(carried(call.config, call, group, layer, mask, like))
+    return call.masks[key]
 
 
 def _past_columns(call: Call, layer: int, begin: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -191,7 +208,7 @@ def _past_columns(call: Call, layer: int, begin: int, device: torch.device) -> t
     if ledger is None:
         return torch.arange(begin, device=device).expand(call.batch, -1), None
     stored = int(_cached(call, layer).physical)
-    if begin == int(call.past) and ledger.dropped:
+    if begin == int(call.past):
         return ledger.places(stored, call.batch, device), None
     real = torch.ones(call.batch, stored, dtype=torch.bool, device=device)
     if ledger.valid is not None:
@@ -215,15 +232,21 @@ def _stored_width(call: Call, layer: int, group: Group) -> int:
 
 def layers_differ(call: Call, length: int, attention: str | None) -> bool:
     """Whether layers need masks or rotary tables of their own in a call that drops nothing: not if all share one ledger, and
-    no mask for a single query without padding, except where `attention` is "eager", which always gets one."""
+    no mask for a single query without padding, except where `attention` is "eager", which always gets one, or masks are
+    ready-made."""
     assert call.cache is not None
     leaders: list[Any] = [layer for layer in call.cache.layers if getattr(layer, "leads", False)]
     if len(leaders) == 1:
         return False
     first = leaders[0].ledger.shift
-    return (length > 1 or attention == "eager") or any(
-        leader.ledger.shift is not first or leader.ledger.valid is not None or leader.is_compileable
-        for leader in leaders
+    return (
+        length > 1
+        or attention == "eager"
+        or call.ready is not None
+        or any(
+            leader.ledger.shift is not first or leader.ledger.valid is not None or leader.is_compileable
+            for leader in leaders
+        )
     )
 
 

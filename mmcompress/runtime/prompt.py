@@ -83,6 +83,11 @@ class PromptTap:
                 "the relevance of an answer (explain_compress mode='oracle') is known for the first turn only: give the whole "
                 "conversation as one prompt"
             )
+        if self.call.ready is not None:
+            raise NotImplementedError(
+                "the relevance of an answer (explain_compress mode='oracle') is known for causal masks only; this call has "
+                "a ready-made one"
+            )
         prompt, head = Prompt.of(self.given, self.valid), self.adapter.model.get_output_embeddings()
         answers = greedy_answers(self.model, head, prompt, most, ending_tokens(self.adapter.model))
         length = prompt.embeds.shape[1]
