@@ -201,6 +201,7 @@ def test_read_right(tmp_path: Path, name: str, content: Any, task: str, answers:
             "letter",
             "more than one of A: red, B: red",
         ),
+        ("q.jsonl", jsonl({**Q, "options": ["b", "a"], "answer": "b"}), "letter", "more than one of A: b, B: a"),
         ("q.jsonl", jsonl({**Q, "options": [2, 1, 0], "answer": 2}), "letter", "more than one of A: 2, B: 1, C: 0"),
         ("q.jsonl", jsonl({**Q, "answer": "1"}), "ai2d", "row 1: no options"),
         ("q.jsonl", jsonl({"question": "q", "answer": "a"}), "exact", "row 1: no picture in any row"),
@@ -348,6 +349,21 @@ def test_splits_and_shards(tmp_path: Path) -> None:
     (many / shard.format("test", 0, 9)).write_bytes((many / shard.format("test", 0, 3)).read_bytes())
     with pytest.raises(ValueError, match=r"of test, shard 00003 is missing"):
         read(many, files)
+    eleven = tmp_path / "eleven"
+    eleven.mkdir()
+    bare = {
+        f"test-{i}-of-11.jsonl": jsonl({**Q, "answer": str(i)}) for i in range(1, 12)
+    }  # from 1 on, without leading zeros
+    assert [q.answers[0] for q in read(eleven, bare)] == [str(i) for i in range(1, 12)]
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    with pytest.raises(ValueError, match="of test, the names tell of different numbers of shards"):
+        read(mixed, {shard.format("test", 0, 1): rows["a"], shard.format("test", 1, 2): rows["b"]})
+    twice = {shard.format("test", 0, 1): rows["a"], "data/test-00000-of-00001-abc.parquet": rows["b"]}
+    double = tmp_path / "double"
+    double.mkdir()
+    with pytest.raises(ValueError, match=r"of test, .* is one too many"):
+        read(double, twice)
     text = tmp_path / "text"
     text.mkdir()
     files = {
@@ -364,6 +380,19 @@ def test_splits_and_shards(tmp_path: Path) -> None:
         read(gqa, {"testdev_balanced_questions.json": "{}"}, "gqa", split="test")
 
 
+def test_checksums_of_parquet_are_compared(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table.from_pylist([{**Q, "answer": "scarlet"}])
+    parquet.write_table(
+        table, tmp_path / "whole.parquet", write_page_checksum=True, compression=None, write_statistics=False
+    )
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    assert whole.count(b"scarlet") == 1
+    assert read(tmp_path, {"q.parquet": whole}, main="q.parquet")[0].answers == ("scarlet",)
+    with pytest.raises(ValueError, match=r"q\.parquet is no whole Parquet file"):
+        read(tmp_path, {"q.parquet": whole.replace(b"scarlet", b"starlet")}, main="q.parquet")
+
+
 def test_parts_of_a_benchmark(tmp_path: Path) -> None:
     line = jsonl({"question_id": 1, "image": "0.png", "text": "Is it?", "label": "yes"})
     files = {f"coco_pope_{part}.json": line + line.replace("1", "2", 1) for part in ("random", "popular")}
@@ -372,6 +401,8 @@ def test_parts_of_a_benchmark(tmp_path: Path) -> None:
     assert len(read(tmp_path, files, "pope", split="random")) == 2
     assert len(read(tmp_path, files, "pope", main="coco_pope_popular.json")) == 2
     assert len(read(tmp_path, {"coco_pope_adversarial.json": files["coco_pope_random.json"]}, "pope")) == 6
+    with pytest.raises(ValueError, match=r"POPE has the parts .*, and mine is none"):
+        read(tmp_path, {"coco_pope_mine.json": files["coco_pope_random.json"]}, "pope")
     chart = tmp_path / "chart"
     chart.mkdir()
     with pytest.raises(ValueError, match=r"ChartQA has the parts .* and test_augmented\.json is missing"):
@@ -386,10 +417,11 @@ def test_parts_of_a_benchmark(tmp_path: Path) -> None:
 
 
 def test_pictures_in_base64(tmp_path: Path) -> None:
-    Image.new("RGB", (2, 2), "blue").save(tmp_path / "blue.png")
-    bits = (tmp_path / "blue.png").read_bytes()
+    colors = b"\0\0\xff" + b"\xbe\xef\xfb" * 7 + b"\xff" * 24
+    Image.frombytes("RGB", (4, 4), colors).save(tmp_path / "blue.bmp")
+    bits = (tmp_path / "blue.bmp").read_bytes()
     plain, safe = base64.b64encode(bits).decode(), base64.urlsafe_b64encode(bits).decode()
-    assert len(plain) < 200
+    assert len(plain) < 200 and {"+", "/"} <= set(plain) and {"-", "_"} <= set(safe)
     wrapped = "\n".join(plain[i : i + 60] for i in range(0, len(plain), 60))
     uri = "data:image/png;base64,"
     forms = [
@@ -417,6 +449,11 @@ def test_official_names_of_columns(tmp_path: Path) -> None:
         (question,) = read(tmp_path, {"mmbench_dev.tsv": text}, "mmbench")
         assert question.extra["l2_category"] == "logic" and question.kind == "c" and question.answers == ("B",)
     seed = {**Q, "choice_a": "x", "choice_b": "y", "answer": "A", "question_type_id": 3}
+    science = {"question": "q", "choices": ["x", "y"], "answer": 1}
+    (only,) = read(
+        tmp_path, {"s.jsonl": jsonl({**science, "image": None}, {**science, "image": "0.png"})}, "scienceqa", "s.jsonl"
+    )
+    assert only.images == (tmp_path / "0.png",) and only.answers == ("B",)
     other = tmp_path / "seed"
     other.mkdir()
     found = read(other, {"q.jsonl": jsonl({**seed, "data_type": "image"}, {**seed, "data_type": "video"})}, "seedbench")
