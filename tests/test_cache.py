@@ -249,6 +249,28 @@ def test_hybrid_and_latent_caches_go_on_without_the_engine(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
+def test_every_architecture_goes_on_without_the_engine() -> None:
+    """All those that an input plan compresses, tiny: the next two turns of the stock model on a cache from a file."""
+    wrong, seen = [], 0
+    for name in architectures.NAMES:
+        try:
+            model = architectures.build(name)
+            inputs = architectures.prompts(model, [[5, "0", 4]])
+            mm.compress(model, "uniform(keep=0.5)", positions="keep")
+            one, other = cache_in(model, inputs), filed(cache_in(model, inputs))
+            expected = [turn(model, one, None), turn(model, one, None, 1)]
+        except Exception:  # another test's matter
+            continue
+        mm.uncompress(model)
+        seen += is_pruned(other)
+        found = [turn(model, other, None), turn(model, other, None, 1)]
+        off = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+        wrong += [(name, off)] if off > 1e-4 else []
+    assert not wrong and seen > 50
+
+
+@torch.no_grad()
 def test_a_hybrid_cache_is_refused_before_its_states_change() -> None:
     """Layers of linear attention come first; the model that is compressed again goes on as if nothing had been."""
     model = architectures.build("qwen3_5")
