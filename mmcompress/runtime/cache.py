@@ -109,7 +109,7 @@ class PrunedLayer:
         return super().get_seq_length() + self.ledger.dropped  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
-        if not self.is_compileable:  # else generate() may ask before the model runs
+        if not self.is_compileable:  # type: ignore[attr-defined]  # else generate() may ask before the model runs
             self._check()  # before any layer has changed its state
         if _stock_class(self).get_mask_sizes is DynamicLayer.get_mask_sizes:  # by the length, which is logical here
             return self.physical + query_length, self.ledger.dropped
@@ -155,7 +155,7 @@ def _pruned_class(cls: type) -> type:
 
 def _blank(cls: type) -> Any:
     """A pruned layer of class `cls`, still without any state."""
-    made = _pruned_class(cls)
+    made: Any = _pruned_class(cls)
     return made.__new__(made)
 
 
@@ -205,7 +205,8 @@ class Held:
 def held_bytes(cache: Cache | None) -> Held:
     """What a cache holds, from its tensors. Of a static one, the part that is filled. Waits for the device if it is static."""
     now = full = states = 0
-    for layer in cache.layers if cache is not None else ():
+    layers: list[Any] = [] if cache is None else cache.layers
+    for layer in layers:
         states += sum(_bytes(layer.__dict__.get(name)) for name in STATES)
         whole = sum(_bytes(value) for name, value in layer.__dict__.items() if name not in (*STATES, "ledger", "state"))
         stored, logical = _lengths(layer)
