@@ -17,6 +17,8 @@ from .plan import as_pipeline
 from .runtime.adapter import Adapter, body_of, unwrapped
 from .runtime.engine import Engine
 from .runtime.hooks import ENGINE
+from .runtime.record import CallRecord
+from .runtime.scope import remembered
 from .runtime.tower import TowerEngine
 from .stage import Pipeline, Stage
 from .trace import EncoderReport, Report, Trace
@@ -164,13 +166,19 @@ def find_sink_dims(
 
 
 def trace(model: Any) -> Trace:
-    """What happened in the last call with visuals: every visual, its tokens, what was kept and where."""
+    """What happened in the last call with visuals: every visual, its tokens, what was kept and where. The last one of this thread,
+    if that was of this model; else of all threads."""
     engine = _engine(model)
     if isinstance(engine, TowerEngine):
         raise ValueError("a vision model without language model has no trace: see mmcompress.report(model)")
     if engine.last is None:
         raise ValueError("no call with visuals yet: run the compressed model on a prompt with an image first")
-    return Trace(engine.last, engine.plan, engine.language_model.config, layer_costs(engine.language_model))
+    return traced(engine, remembered(engine) or engine.last)
+
+
+def traced(engine: Engine, record: CallRecord) -> Trace:
+    """What a call of an engine's model did."""
+    return Trace(record, engine.plan, engine.language_model.config, layer_costs(engine.language_model))
 
 
 def report(model: Any, inputs: Mapping[str, Any] | None = None) -> Report | EncoderReport:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,20 +15,26 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import TypedDict, Unpack
 
 from ..adapters import adapter_for
-from ..api import _ATTRIBUTE, _stock, compressed, trace
+from ..api import _found, _stock, compress, traced, uncompress
 from ..runtime.adapter import Adapter
 from ..runtime.cache import CACHE, cache_of
 from ..runtime.engine import Engine
 from ..runtime.packing import Group
+from ..runtime.record import CallRecord
+from ..runtime.scope import current
 from ..trace import Trace, VisualTrace
 from .cells import rows_in_layer, slots_of
 from .measured import measured
 from .prompt import Prompt, make_prompt, of_the_whole_picture, ready
 from .result import Explanation, Seen, Token, Word
+from .taps import here
 from .words import group_words, surface_names, token_texts, word_text
 
 NOTHING = "uniform(keep=1.0)"
 """A plan that drops nothing: a stock model runs under it for its layouts and its trace, bit for bit as without."""
+_LOCK = threading.Lock()
+_WATCHED: dict[int, Watched] = {}
+"""By the engine of the model."""
 
 
 class Asked(TypedDict, total=False):
@@ -45,31 +52,77 @@ class Tap(Protocol):
     def install(self, adapter: Adapter) -> list[RemovableHandle]: ...
 
 
+@dataclass(eq=False)
+class Watched:
+    """A model that sessions look at.
+
+    ours      whether they have put the engine on it, which drops nothing: it is a stock model.
+    training  its modules that train otherwise.  sessions: how many there are now.
+    """
+
+    engine: Engine
+    ours: bool
+    training: list[Any]
+    sessions: int = 0
+
+
+@contextmanager
+def watched(stock: Any) -> Iterator[Watched]:
+    """A model for a session: it evaluates, and a stock one has an engine. The last session of all threads puts it back."""
+    with _LOCK:
+        engine = _found(stock)
+        if engine is None:
+            compress(stock, NOTHING)
+        ours, engine = engine is None, engine or _found(stock)
+        assert isinstance(engine, Engine)
+        found = _WATCHED.get(id(engine))
+        if found is None:
+            found = _WATCHED[id(engine)] = Watched(engine, ours, [m for m in stock.modules() if m.training])
+            stock.eval()
+        found.sessions += 1
+    try:
+        yield found
+    finally:
+        with _LOCK:
+            found.sessions -= 1
+            if not found.sessions:
+                del _WATCHED[id(engine)]
+                for module in found.training:
+                    module.training = True
+                if found.ours and _found(stock) is engine:
+                    uncompress(stock)
+
+
 class Session:
     """Runs one prompt on a model and lays values of its tokens on the cells of its pictures.
 
     answer  token ids, without those that end it; None until the model has answered.
+    trace   what the last run did. It is this session's own: other threads may run the model too.
     """
 
     def __init__(
         self,
         model: Any,
         adapter: Adapter,
-        engine: Engine | None,
+        watched: Watched | None,
         processor: Any,
         prompt: Prompt,
         answer: list[int] | None,
         new: int,
     ) -> None:
-        self.model, self.adapter, self.engine, self.processor, self.prompt = model, adapter, engine, processor, prompt
+        self.model, self.adapter, self.watched, self.processor, self.prompt = model, adapter, watched, processor, prompt
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.answer, self.new = answer, new
+        self.record: CallRecord | None = None
         self.trace: Trace | None = None
 
     # ------------------------------------------------------------------ running
     def run(self, *taps: Tap) -> None:
         """Let the model answer greedily, or read the answer if there is one, while `taps` listen."""
+        assert self.watched is not None
+        self.record = None
         handles = [handle for tap in taps for handle in tap.install(self.adapter)]
+        handles.append(self.adapter.language_model.register_forward_hook(here(self._note)))
         try:
             if self.answer is None:
                 with torch.no_grad():
@@ -83,7 +136,15 @@ class Session:
             raise ValueError(
                 "the model's answer is empty, so there is nothing to explain: ask another question, or give answer="
             )
-        self.trace = trace(self.adapter.model)
+        assert self.record is not None
+        self.trace = traced(self.watched.engine, self.record)
+
+    def _note(self, *_: Any) -> None:
+        """Keep what the call decided about visuals, if it had any."""
+        assert self.watched is not None
+        call: Any = current(self.watched.engine)
+        if call is not None and call.record is not None:
+            self.record = call.record
 
     def _generate(self) -> None:
         length = len(self.prompt.ids)
@@ -112,12 +173,24 @@ class Session:
                 f"the prompt has {len(self.prompt.ids)} tokens and answer= {len(self.answer)}, and the context of the model "
                 f"{context}: give a shorter answer"
             )
-        out = self.adapter.base(**self.prompt.inputs, use_cache=True)
+        seen: list[Tensor | None] = []
+        hook = here(lambda module, args, kwargs: seen.append(kwargs.get("position_ids")))
+        handle = self.adapter.language_model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        try:
+            out = self.adapter.base(**self.prompt.inputs, use_cache=True)
+        finally:
+            handle.remove()
         if len(self.answer) < 2:
             return
         ids = torch.tensor([self.answer[:-1]], device=self.prompt.ids.device)
+        more: dict[str, Any] = {CACHE: cache_of(out)}
+        if (
+            seen[0] is not None and seen[0].dim() == 3
+        ):  # M-RoPE: the model would count on from whatever prompt it read last
+            after = seen[0].max() + 1 + torch.arange(ids.shape[1], device=ids.device)
+            more["position_ids"] = after.expand(len(seen[0]), 1, -1)
         # no mask: there is no padding, and Qwen models count positions of the whole mask
-        self.adapter.base(input_ids=ids, use_cache=True, **{CACHE: cache_of(out)})
+        self.adapter.base(input_ids=ids, use_cache=True, **more)
 
     # ------------------------------------------------------------------ what is where
     @property
@@ -158,6 +231,11 @@ class Session:
         """Where among the tokens of a layer those are that stand at `places` in prompt and answer, [n]."""
         at, length = torch.tensor(places), len(self.prompt.ids)
         return torch.where(at < length, slots_of(at.clamp_max(length - 1), group), group.physical + at - length)
+
+    @property
+    def engine(self) -> Engine | None:
+        """That of a compressed model."""
+        return None if self.watched is None or self.watched.ours else self.watched.engine
 
     @property
     def plan(self) -> str:
@@ -228,8 +306,7 @@ def session(
         raise TypeError(f"no option {', '.join(sorted(other))}: there are {', '.join(Asked.__annotations__)}")
     video, inputs, answer = asked.get("video", False), asked.get("inputs"), asked.get("answer")
     stock = _stock(model)
-    engine = stock.__dict__.get(_ATTRIBUTE)
-    adapter = adapter_for(stock) if engine is None else getattr(engine, "adapter", None)
+    adapter = adapter_for(stock)
     if not isinstance(adapter, Adapter):
         raise NotImplementedError("answers are explained, and this model has no language model to answer with")
     if inputs is None:
@@ -245,11 +322,5 @@ def session(
     if isinstance(answer, str):
         answer = tokenizer(answer, add_special_tokens=False)["input_ids"]
     given = None if answer is None else [int(i) for i in answer]
-    training = stock.training
-    with ExitStack() as stack:
-        if engine is None:
-            stack.enter_context(compressed(stock, NOTHING))
-        if training:
-            stock.eval()
-            stack.callback(stock.train)
-        yield Session(model, adapter, engine, processor, prompt, given, asked.get("max_new_tokens", 64))
+    with watched(stock) as found:
+        yield Session(model, found.engine.adapter, found, processor, prompt, given, asked.get("max_new_tokens", 64))

@@ -63,7 +63,7 @@ from .probe import Forms
 from .prompt import PromptTap
 from .record import CallRecord, Span
 from .rotary import layer_tables, shifted
-from .scope import ENCODE, Scope, current, enter, leave, notes
+from .scope import ENCODE, Scope, current, enter, leave, notes, remember
 from .signals import VisionTap, kind_of
 
 CALL = "mmcompress_call"
@@ -360,6 +360,7 @@ class Engine(Following):
         counts = host_valid.sum(1).tolist()
         call.hidden = int((~host_valid * torch.arange(1, embeds.shape[1] + 1)).max())
         call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
+        remember(self, call.record)
         call.record.seconds = {"vision": sum(encoded.seconds for encoded in call.encoded), "select": 0.0}
         call.record.merged = call.encoded[-1].merged
         if call.cache is not None and int(call.past):

@@ -8,6 +8,8 @@ belongs to a call may live on the model, an engine or a tap: it lives in a scope
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 FORWARD, ENCODE = "forward", "encode"
@@ -29,6 +31,7 @@ class _Stack(threading.local):
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
         self.notes: tuple[int, dict[str, Any]] = (0, {})
+        self.last: tuple[Callable[[], Any], Any] = (lambda: None, None)
 
 
 _STACK = _Stack()
@@ -68,3 +71,14 @@ def notes(owner: Any) -> dict[str, Any]:
     if _STACK.notes[0] != id(owner):
         _STACK.notes = (id(owner), {})
     return _STACK.notes[1]
+
+
+def remember(owner: Any, record: Any) -> None:
+    """Keep the record of the last call of `owner` in this thread."""
+    _STACK.last = (weakref.ref(owner), record)
+
+
+def remembered(owner: Any) -> Any:
+    """The record of the last call in this thread, if it was one of `owner`."""
+    mine, record = _STACK.last
+    return record if mine() is owner else None
