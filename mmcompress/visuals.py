@@ -173,7 +173,8 @@ class Visuals:
               Of the whole prompt, before the LLM: `first_text_attention` [U, N] (of the instruction in LLM layer 0, mean over heads
               and text), `answer_relevance:16:exact` [U, N] (gradient-weighted, of the model's own answer of at most 16 tokens).
               `transitions@6` [U, N]: how much the layers from 6 on have changed each token (`absolute_transitions@6`: by the
-              size of the cosine). From before the LLM: `text_relevance` [U, T] (how much the visual tokens mean each word),
+              size of the cosine; `transitions@3+4+9+`: these layers).
+              From before the LLM: `text_relevance` [U, T] (how much the visual tokens mean each word),
               `input_scores` [U, N] (of the last input stage).
     slots     [U, N]: which cell of `layout` each token is; the cells in order as long as no stage has acted.
     cut       number of the cut, for layer stages that cut several times.

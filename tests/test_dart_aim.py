@@ -403,12 +403,15 @@ def test_the_ramp_is_that_of_the_reference() -> None:
     assert mm.AIMPrune(0, 5).budgets(5, 9) == (4, 3, 1, 0, 0)
     assert mm.AIMPrune().cuts(4) == (3,) and mm.AIMPrune().budgets(9, 4) == (0,)
     assert mm.AIMPrune(3, 6).cuts(6) == (4, 5)  # gone after the last layer
+    assert mm.AIMPrune(14, 22).cuts(18) == (15, 16, 17)  # of 28 layers, on a model of 18
+    assert mm.AIMPrune(14, 22).budgets(576, 18) == (504, 432, 360)
+    assert mm.AIMPrune(14, 22).rates(18)[13:] == [1.0, 0.875, 0.75, 0.625, 0.5]
 
 
 def test_a_ramp_that_does_not_fit_the_model() -> None:
     for plan in (
-        "aim_prune(l1=2, l2=6)",
         "aim_prune(l1=3, l2=9)",
+        "aim_prune(l1=4, l2=6)",
         "aim_prune(l1=0.9, l2=2)",
         "aim_prune(l1=1.0, l2=8)",
     ):
@@ -460,8 +463,11 @@ def masked_ramp(model: Any, inputs: dict[str, Tensor], patches: Tensor, first: i
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ramp", [(1, 5), (3, 11), (5, 7)])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
-def test_aim_prune_drops_what_the_masked_reference_drops(family: str) -> None:
+def test_aim_prune_drops_what_the_masked_reference_drops(family: str, ramp: tuple[int, int]) -> None:
+    """Also where the ramp ends behind the last layer."""
+    first, last = ramp
     model = build(family, attention="eager", num_hidden_layers=7)
     for layer in model.model.language_model.layers:  # tenth powers of too sharp an attention are zero in float32
         layer.self_attn.q_proj.weight.data *= 0.2
@@ -470,8 +476,8 @@ def test_aim_prune_drops_what_the_masked_reference_drops(family: str) -> None:
     model(**inputs)
     patches = visual_places(model, inputs["input_ids"].shape)
     mm.uncompress(model)
-    expected = masked_ramp(model, inputs, patches, 1, 5)
-    mm.compress(model, "aim_prune(l1=1, l2=5)")
+    expected = masked_ramp(model, inputs, patches, first, last)
+    mm.compress(model, f"aim_prune(l1={first}, l2={last})")
     model(**inputs)
     counts = []
     for layer in range(7):
@@ -479,7 +485,8 @@ def test_aim_prune_drops_what_the_masked_reference_drops(family: str) -> None:
         assert found == [row.nonzero()[:, 0].tolist() for row in expected[layer]]
         counts.append([int(patches[row, places].sum()) for row, places in enumerate(found)])
     n = patches.sum(1).tolist()
-    assert counts == [[part * tokens // 4 for tokens in n] for part in (4, 4, 3, 2, 1, 0, 0)]
+    left = [(last - first - max(0, min(layer, last) - first)) for layer in range(7)]
+    assert counts == [[part * tokens // (last - first) for tokens in n] for part in left]
 
 
 # ---------------------------------------------------------------------- cuts that leave no visual token

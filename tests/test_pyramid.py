@@ -225,6 +225,9 @@ def test_recycling_and_what_is_kept_beside_it() -> None:
         ("sparsevlm(heads=0, version='2.0')", "heads=0"),
         ("transprune(start=-1)", "start=-1"),
         ("transprune(start=1.5)", r"float in \[0, 1\)"),
+        ("transprune(start=())", "ascending order"),
+        ("transprune(start=(4, 3))", "ascending order"),
+        ("transprune(start=(0.5, 0.6))", "ascending order"),
         ("transprune(absolute=1)", "choose False"),
         ("transprune(layer=3)", "no option 'layer': did you mean 'layers'"),
     ],
@@ -240,6 +243,14 @@ def test_transprune_starts_before_it_cuts() -> None:
             mm.TransPrune(**options).cuts(32)  # type: ignore[arg-type]
     assert mm.TransPrune(start=6).cuts(32) == (7, 9, 12)
     assert mm.TransPrune(start=1e-5).needs[0] == "transitions@0.000010000"
+
+
+def test_transprune_sums_up_some_layers() -> None:
+    stage = mm.TransPrune(layers=(4, 8, 12), start=(3, 4, 5, 6, 9, 10))
+    assert stage.cuts(32) == (4, 8, 12) and mm.as_pipeline(repr(stage)).parts == (stage,)
+    for start in ((4, 9), (3, 40)):
+        with pytest.raises(ValueError, match="name a layer before it, and none that is not there"):
+            replace(stage, start=start).cuts(32)
 
 
 OTHERS = ["pyramiddrop(keep=0.3, layers=(2, 0.5), ratios=(0.5, 0.1))", "sparsevlm(keep=0.4, setting=64)"]
@@ -580,7 +591,7 @@ class ByHand:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, "transprune(start=(0, 2))"])
 @pytest.mark.parametrize("family", ["llava", "llava_onevision", "internvl_qwen3", "qwen2_5_vl"])
 def test_decisions_and_logits_equal_eager_layers_by_hand(family: str, plan: str) -> None:
     """Three cuts in a batch of two, with sdpa, against one sample at a time with the eager weights of the model."""
@@ -611,7 +622,8 @@ def test_decisions_and_logits_equal_eager_layers_by_hand(family: str, plan: str)
                 number = cuts.index(i)
                 hand.cut(layer, stage, budgets[number], number, stage.positions == "reindex" and family not in QWEN)
             assert found[i][row].tolist() == sorted(hand.places.tolist())
-            hand.run(layer, getattr(stage, "absolute", False), True)
+            start = getattr(stage, "start", 0)
+            hand.run(layer, getattr(stage, "absolute", False), not isinstance(start, tuple) or i in start)
         expected = model.lm_head(model.model.language_model.norm(hand.hidden))[0]
         close(logits[row, hand.places], expected, 1e-3)
 

@@ -19,7 +19,8 @@ class AIMPrune(LayerStage):
 
     The second half of `aim`: Zhong et al., ICCV 2025, arXiv 2412.03248. Before each of the LLM layers from `l1` + 1 to `l2` it
     keeps the part 1 - (layer - l1) / (l2 - l1), rounded down, of the visual tokens that came to the first of these cuts, so
-    that none is left from layer `l2` on. They are ranked by the PageRank of the layer before the cut: five steps along
+    that none is left from layer `l2` on; a ramp that is longer than the model ends with it, as in the reference. They are
+    ranked by the PageRank of the layer before the cut: five steps along
     softmax(logits / 0.1), without damping, root mean square over heads. `l1` and `l2` are numbers of layers, or parts of the
     depth: 0.5 and 0.786 are the paper's 14 and 22 of 28; for LLaVA-1.5 it takes 13 and 21 of 32. Positions stay, and so do
     newlines and other structural tokens. Cost 5 heads S^2 d for each cut, in blocks; the map is never held.
@@ -56,7 +57,8 @@ class AIMPrune(LayerStage):
         return first, last
 
     def rates(self, depth: int) -> list[float]:
-        """The part of the visual tokens that is left after each layer, in the floating point of the reference."""
+        """The part of the visual tokens that is left before each layer but the first, and after the last, in the floating point of
+        the reference."""
         first, last = self.ramp(depth)
         step = 1 / (last - first)
         return [
@@ -65,9 +67,7 @@ class AIMPrune(LayerStage):
 
     def cuts(self, depth: int) -> tuple[int, ...]:
         first, last = self.ramp(depth)
-        return tuple(
-            layer for layer in range(first + 1, last + 1) if layer != depth
-        )  # before layer `depth`: after the last
+        return tuple(range(first + 1, min(last, depth - 1) + 1))  # the reference, too, ends where the layers do
 
     def budgets(self, tokens: int, depth: int) -> tuple[int, ...]:
         rates = self.rates(depth)

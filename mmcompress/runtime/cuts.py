@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,17 +108,18 @@ class Cutter:
                 return True
         return False
 
-    def _changing(self, stage: LayerStage) -> range:
+    def _changing(self, stage: LayerStage) -> set[int]:
         """The layers whose changes of tokens a stage adds up."""
-        starts = [
-            self._start(stage, name.partition("@")[2]) for name in names_of(stage.needs) if kind_of(name) in CHANGES
-        ]
-        return range(min(starts), stage.cuts(self.depth)[-1]) if starts else range(0)
+        wheres = {name.partition("@")[2] for name in names_of(stage.needs) if kind_of(name) in CHANGES}
+        return {i for where in wheres for i in self._summed(stage, where, stage.cuts(self.depth)[-1])}
 
-    def _start(self, stage: LayerStage, where: str) -> int:
-        """The layer that a signal "transitions@where" begins at: a number, or a part of the depth; one before the first cut."""
+    def _summed(self, stage: LayerStage, where: str, end: int) -> Sequence[int]:
+        """The layers before layer `end` that a signal "transitions@where" adds up: those from one on (a number, or a part of the
+        depth; one before the first cut), or those of a list "3+4+9+"."""
+        if "+" in where:
+            return [i for i in map(int, where.rstrip("+").split("+")) if i < end]
         start = round(float(where) * self.depth) if "." in where else int(where)
-        return min(start, stage.cuts(self.depth)[0] - 1)
+        return range(min(start, stage.cuts(self.depth)[0] - 1), end)
 
     @torch.no_grad()
     def cut(self, call: Call, index: int, hidden: Tensor, given: Tables) -> None:
@@ -253,7 +255,7 @@ class Cutter:
 
         def transitions(start: str, absolute: bool) -> Tensor:
             total = torch.zeros(call.batch, group.physical, device=hidden.device)
-            for i in range(self._start(self.at[index][0], start), index):
+            for i in self._summed(self.at[index][0], start, index):
                 then = call.group_of(i)
                 values = self.transition_taps[i].value(then.valid, absolute)
                 for later in call.groups[call.groups.index(then) + 1 :]:

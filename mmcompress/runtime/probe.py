@@ -239,12 +239,10 @@ UNFIT = {
 
 def attention_name(layer: Any) -> str | None:
     """The child of a decoder layer that writes to the cache, and so knows the number of its layer. None: none or several do."""
-    names = [
-        name
-        for name, child in running(layer).named_children()
-        if hasattr(child, "layer_idx") and hasattr(child, "config")
-    ]
-    return names[0] if len(names) == 1 else None
+    found = {name: child for name, child in running(layer).named_children() if hasattr(child, "layer_idx")}
+    if len(found) > 1:
+        found = {n: child for n, child in found.items() if CACHE in inspect.signature(type(child).forward).parameters}
+    return next(iter(found)) if len(found) == 1 else None
 
 
 def attention_in(layer: Any, asked: object) -> Any:
