@@ -21,6 +21,7 @@ from .masks import who_sees
 from .packing import Group
 from .probe import Form, Forms
 from .rotary import shifted
+from .shards import check_unit
 
 GIVEN = "mmcompress_attention"
 """Private keyword that a layer hands on to its attention: gradient checkpointing replays both with their keywords."""
@@ -41,6 +42,7 @@ def rewriters(plan: Pipeline, forms: Forms) -> dict[int, Rewriter]:
             )
         for i in layers:
             form = forms.of(i, repr(stage), "cached", "out")
+            check_unit(form.attention)
             found.setdefault(i, Rewriter(form, i)).stages.append(stage)
     return found
 

@@ -7,12 +7,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of `module` are distributed tensors now."""
     return any(hasattr(p, "device_mesh") and hasattr(p, "placements") for p in module.parameters())
+
+
+UNIT = (
+    "{} is a unit of fully_shard by itself, and what is made once more behind its forward pass has a gradient: shard whole "
+    "decoder layers instead"
+)
+
+
+def check_unit(module: nn.Module) -> None:
+    """Raise NotImplementedError where `module` or a part of it is a unit of FSDP2: its parameters are gone behind its forward."""
+    if any(hasattr(part, "unshard") and hasattr(part, "reshard") for part in module.modules()):
+        raise NotImplementedError(UNIT.format(type(module).__name__))
 
 
 @contextmanager
@@ -24,6 +37,8 @@ def whole(root: nn.Module, *modules: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules:
             if is_sharded(module):
+                if torch.is_grad_enabled():  # what is unsharded here is gone again in the backward pass
+                    raise NotImplementedError(UNIT.format(type(module).__name__))
                 for owner in _owners(root, module):
                     owner.unshard()
                     stack.callback(owner.reshard)
