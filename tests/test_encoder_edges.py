@@ -210,22 +210,25 @@ def test_the_aspect_ratio_may_be_an_argument(ratio: str | None) -> None:
 
 
 # ---------------------------------------------------------------------- layouts
-def test_padding_is_cut_as_the_model_cuts_it_for_every_size() -> None:
-    """Among them 47 x 141 and others where a product is a hair below a whole number."""
-    pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-    odd = 0
-    for height in range(20, 340, 9):
-        for width in (height * 3, height * 3 - 1, height + 7, 141, 47, 672 - height, height * 2):
-            cut = AnyRes((height, width), pinpoints, 336, 14)
-            rows, columns = (n * 24 for n in cut.tiles)
-            shown = unpad_image(torch.zeros(1, rows, columns), [height, width]).shape[1:]
-            assert cut.shown == tuple(shown), (height, width)
-            exact = height * (columns / width) if width / height > columns / rows else width * (rows / height)
-            odd += int(exact) != int(round(exact, 7))
-    assert AnyRes((47, 141), pinpoints, 336, 14).shown == tuple(
-        unpad_image(torch.zeros(1, 24, 72), [47, 141]).shape[1:]
-    )
-    assert odd  # sizes at which the rounding matters are among them
+@pytest.mark.parametrize(
+    ("size", "tiles", "tile"),
+    [
+        ((47, 141), (1, 3), 336),
+        ((376, 235), (1, 2), 336),
+        ((198, 352), (2, 2), 336),
+        ((210, 210), (2, 1), 384),
+        ((163, 163), (1, 2), 384),
+        ((198, 396), (1, 3), 384),
+        ((198, 187), (2, 2), 384),
+        ((110, 99), (3, 1), 384),
+        ((640, 427), (2, 1), 336),
+    ],
+)
+def test_padding_is_cut_as_the_model_cuts_it(size: tuple[int, int], tiles: tuple[int, int], tile: int) -> None:
+    """Sizes at which a product is a hair below a whole number, and a row or column more would be cut without rounding."""
+    cut = AnyRes(size, ((tiles[0] * tile, tiles[1] * tile),), tile, 14)
+    rows, columns = (n * (tile // 14) for n in cut.tiles)
+    assert cut.tiles == tiles and cut.shown == tuple(unpad_image(torch.zeros(1, rows, columns), list(size)).shape[1:])
 
 
 def test_seams_move_when_onevision_shrinks() -> None:
