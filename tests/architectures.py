@@ -9,7 +9,9 @@ the signature of the method that encodes them, and placeholders the number of fe
 from __future__ import annotations
 
 import inspect
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
+OLDEST = transformers.__version__.startswith("5.17")
 NAMES = tuple(CLASSES)
 VOCABULARY, PAD, EOS, BOS, IMAGE, VIDEO = 160, 0, 1, 2, 150, 151
 LAYERS, SIDE = 4, 32
@@ -401,17 +404,54 @@ def prompts(model: Any, samples: list[list[int | str]], first: int = 0, runs: in
     return {name: value for name, value in found.items() if name in taken}
 
 
-def main(names: list[str]) -> None:
-    """Print what every stage does on each architecture."""
+SHARED = {
+    "tower": "is not known to mmcompress",
+    "states": "whose state cannot forget tokens",
+    "indexers": "has indexers, which choose",
+    "windows": "their window counts tokens",
+    "attention": "attention",
+    "cross-attention": "looks at pictures by cross-attention",
+    "encoder-decoder": "is an encoder-decoder",
+    "no pictures": "takes no pictures",
+    "no videos": "no videos",
+    "no decoder": "no decoder apart",
+    "no placeholder": "no token of its prompts stands for a visual token",
+    "no features": "encodes pictures inside its forward pass",
+    "deepstack": "enter layers of the language model in a form that is not supported",
+}
+"""Why an architecture is refused, in a word, and a part of what is said."""
+FILE = Path(__file__).with_suffix(".json")
+TABLE: dict[str, dict[str, str]] = json.loads(FILE.read_text()) if FILE.exists() else {}
+"""What each kind of stage does on each architecture: "ok", or why it is refused (SHARED)."""
+
+
+def table(outcome: Any) -> str:
+    """An outcome as it stands in TABLE."""
+    if outcome.verdict not in ("refused", "none"):
+        return str(outcome)
+    return next((word for word, part in SHARED.items() if part in outcome.said), str(outcome))
+
+
+def main(names: list[str], write: bool) -> None:
+    """Print what every stage does on each architecture, and write it to the table of the tests."""
     from .exactness import PLANS, judge
 
     transformers.logging.set_verbosity_error()
+    found: dict[str, dict[str, str]] = {}
     for name in names or NAMES:
+        found[name] = {}
         for kind in PLANS:
-            print(f"{name:<24} {kind:<8} {judge(name, kind)}"[:300].replace("\n", " "), flush=True)
+            outcome = judge(name, kind)
+            found[name][kind] = table(outcome)
+            print(f"{name:<24} {kind:<8} {outcome}"[:300].replace("\n", " "), flush=True)
+    for kind in PLANS:
+        print(f"{kind:<8} {sum(row[kind] == 'ok' for row in found.values())} of {len(found)} exact")
+    if write:
+        lines = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted({**TABLE, **found}.items()))
+        FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
     import sys
 
-    main(sys.argv[1:])
+    main([name for name in sys.argv[1:] if name != "--write"], "--write" in sys.argv)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every image-text architecture of transformers: each kind of stage is exact or refused, as tests/architectures.json says.
+
+After a change that is meant, `python -m tests.architectures --write` writes what is there now.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transformers
+from torch import nn
+
+import mmcompress as mm
+
+from .architectures import NAMES, OLDEST, SHARED, TABLE, build, shrunk, table
+from .exactness import PLANS, judge
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_or_refused(name: str) -> None:
+    found = {kind: judge(name, kind) for kind in PLANS}
+    assert {kind: table(outcome) for kind, outcome in found.items()} == TABLE[name], found
+
+
+def test_every_architecture_has_a_verdict() -> None:
+    """None crashes, none is silently wrong, none is unjudged."""
+    assert OLDEST or set(TABLE) == set(NAMES)
+    verdicts = {kind: [TABLE[name][kind] for name in TABLE] for kind in PLANS}
+    for kind, found in verdicts.items():
+        print(f"{kind}: {found.count('ok')} of {len(found)} exact")
+        assert not [verdict for verdict in found if verdict not in ("ok", *SHARED)]
+    assert verdicts["input"].count("ok") >= 55 and verdicts["layer"].count("ok") >= 40
+    assert verdicts["signal"].count("ok") >= 9 and verdicts["encoder"].count("ok") >= 9
+
+
+def wrapped(name: str, cls: str, **changes: Any) -> Any:
+    config = transformers.CONFIG_MAPPING[name]
+    return getattr(transformers, cls)._from_config(config(**{**shrunk(config()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: nn.Linear(2, 2), "Linear is not supported: it is no model of transformers"),
+        (lambda: wrapped("llama", "LlamaForCausalLM"), "it takes no pictures"),
+        (lambda: wrapped("t5", "T5ForConditionalGeneration"), "it takes no pictures"),
+        (lambda: wrapped("qwen2_audio", "Qwen2AudioForConditionalGeneration"), "it takes no pictures"),
+        (lambda: wrapped("clip", "CLIPModel"), "its base model has no decoder apart"),
+        (
+            lambda: wrapped("qwen3_omni_moe", "Qwen3OmniMoeForConditionalGeneration", enable_audio_output=False),
+            r"it wraps the model that sees: compress\(model.thinker, \.\.\.\)",
+        ),
+    ],
+)
+def test_other_models_are_told_what_they_are(model: Any, said: str) -> None:
+    with pytest.raises(NotImplementedError, match=said):
+        mm.compress(model(), "divprune")
+
+
+def test_the_part_that_sees_is_compressed_where_the_message_says() -> None:
+    model = wrapped("qwen3_omni_moe", "Qwen3OmniMoeForConditionalGeneration", enable_audio_output=False)
+    mm.compress(model.thinker, "divprune")
+    mm.uncompress(model.thinker)
+
+
+def test_layers_are_refused_by_their_kind() -> None:
+    """A state takes stages before the language model, a window none."""
+    with pytest.raises(NotImplementedError, match=r"fastv.*layers of type conv, whose state cannot forget tokens"):
+        mm.compress(build("lfm2_vl"), "fastv(layer=1)")
+    with pytest.raises(NotImplementedError, match="layers of type sliding_attention: their window counts tokens"):
+        mm.compress(build("cohere2_vision"), "divprune")
