@@ -7,7 +7,6 @@ of any form, positions, keywords (input and encoder stages); or whose layers see
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 import mmcompress as mm
 from mmcompress.budget import resolve
 
-from .architectures import IMAGE, VIDEO, base_of, build, prompts
+from .architectures import IMAGE, LAYERS, VIDEO, base_of, build, prompts
 
 PLANS = {
     "input": "divprune(keep={})",
@@ -161,128 +160,13 @@ class Case:
     def __init__(self, name: str, kind: str) -> None:
         self.name, self.kind = name, kind
         self.model = build(name)
-        self.language_model: Any = None
 
-    def plan(self, keep: float) -> str:
-        return PLANS[self.kind].format(keep)
+    def compress(self, keep: float) -> None:
+        mm.compress(self.model, PLANS[self.kind].format(keep))
 
-    @functools.cached_property
-    def stock(self) -> dict[str, Any]:
-        """Inputs of one row and of a ragged batch, and what the stock model makes of them."""
-        samples = [FILM] if self.kind == "video" else RAGGED
-        found: dict[str, Any] = {}
-        try:
-            found |= self.of(samples, 2)
-        except (RuntimeError, StopIteration, ValueError):  # frames of a video in one run
-            found |= self.of(samples, 1)
-        seen: list[dict[str, Any]] = []
-        with watched(adapter_for(self.model).language_model, seen):
-            self.model(**found["row"])
-        found["seen"] = seen[0]
-        return found
-
-    def of(self, samples: list[list[int | str]], runs: int) -> dict[str, Any]:
-        last = len(samples) - 1
-        found: dict[str, Any] = {"row": prompts(self.model, samples[last:], first=last, runs=runs)}
-        found["alone"] = prompts(self.model, samples[:1], runs=runs)
-        found["batch"] = prompts(self.model, samples, runs=runs)
-        found["logits"] = {name: self.model(**found[name]).logits for name in ("row", "batch")}
-        return found
-
-    def check(self) -> None:
-        """Raises AssertionError with the first thing that is wrong."""
-        model, stock = self.model, self.stock
-        row, ids = stock["row"], stock["row"]["input_ids"]
-        assert torch.isfinite(stock["logits"]["row"][:, -1]).all(), "stock is not finite"
-        mm.compress(model, self.plan(1.0))
-        for name in ("row", "batch"):
-            assert torch.equal(model(**stock[name]).logits, stock["logits"][name]), f"keep=1.0 changes the {name}"
-        seen: list[dict[str, Any]] = []
-        mm.uncompress(model)
-        entered: list[dict[str, Any]] = []
-        with watched(adapter_for(model).language_model, entered):  # in front of the hooks of the engine
-            mm.compress(model, self.plan(0.5))
-            with watched(adapter_for(model).language_model, seen):
-                got = model(**row, use_cache=False).logits[:, -1]
-        trace = mm.trace(model)
-        str(mm.report(model))
-        visual = visual_in(ids)[0]
-        if self.kind != "video":
-            assert len(trace.visuals) == 2, f"{len(trace.visuals)} visuals for 2 pictures"
-        assert sum(v.tokens + len(v.layout.structural) for v in trace.visuals) == int(visual.sum()), (
-            "visuals do not add up"
-        )
-        group = trace.call.groups[-1]
-        kept = group.source[0].cpu()
-        gone = torch.ones(ids.shape[1], dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
-        tokens = [visual.tokens for visual in trace.visuals]
-        wanted = resolve(0.5, sum(tokens)) if self.kind == "layer" else sum(resolve(0.5, n) for n in tokens)
-        assert bool(visual[gone].all()) and len(gone) == sum(tokens) - wanted, (
-            f"{len(gone)} of {tokens} tokens are gone"
-        )
-        generated = self.generate(row)
-        policy = trace.plan.position_policy()
-        plain = stock["seen"].get("position_ids")
-        plain = torch.arange(ids.shape[1])[None] if plain is None else plain
-        plain = plain if plain.dim() == 2 and bool((plain.diff() == 1).all()) else None
-        self.check_batch()
-        mm.uncompress(model)
-        for name in ("row", "batch"):
-            assert torch.equal(model(**stock[name]).logits, stock["logits"][name]), "uncompress does not restore"
-
-        # DeepStack levels come from an encoder that has merged
-        levels = {name: value for name, value in entered[0].items() if isinstance(value, list | tuple)}
-        start = int(plain[0, 0]) if policy == "reindex" and plain is not None and self.kind != "layer" else None
-        packed = seen[0]["inputs_embeds"]
-
-        def given(embeds: Tensor) -> Tensor:
-            if self.kind in ("input", "video"):
-                assert torch.equal(embeds, packed), "other embeddings enter the language model"
-                return embeds
-            assert torch.equal(embeds[:, ~visual[kept]], packed[:, ~visual[kept]]), (
-                "other text enters the language model"
-            )
-            return packed
-
-        def reference(ids: Tensor) -> Tensor:
-            more = torch.arange(row["input_ids"].shape[1], ids.shape[1])
-            inputs = extended(row, ids)
-            if self.kind == "layer":
-                with masked(model, gone, 1):
-                    return model(**inputs, use_cache=False).logits[:, -1]
-
-            def grown(embeds: Tensor) -> Tensor:
-                return torch.cat([given(embeds[:, : len(kept)]), embeds[:, len(kept) :]], 1)
-
-            with shortened(model, torch.cat([kept, more]), ids, start, grown, levels):
-                return model(**inputs, use_cache=False).logits[:, -1]
-
-        close(got, reference(ids), "prefill", 1e-4 if self.kind == "layer" else 0.0)
-        for step, logits in enumerate(generated.logits):
-            close(logits, reference(generated.sequences[:, : ids.shape[1] + step]), f"step {step} of generate", 2e-4)
-        if self.kind == "layer":
-            patches = torch.cat([visual.span.patches for visual in trace.visuals])
-            self.check_attention(patches, set(kept.tolist()) & set(patches.tolist()))
-
-    def check_batch(self) -> None:
-        """A padded batch does what its rows do alone."""
-        logits, chosen, greedy = [], [], []
-        for name in ("alone", "row"):
-            logits.append(self.model(**self.stock[name], use_cache=False).logits[0, -1])
-            chosen.append(self.kept_of(mm.trace(self.model), 0))
-            greedy.append(self.generate(self.stock[name]).logits)
-        batch = self.model(**self.stock["batch"], use_cache=False).logits[:, -1]
-        rows = range(len(batch))
-        together = [self.kept_of(mm.trace(self.model), row) for row in rows]
-        assert together == chosen[-len(batch) :], "a padded batch keeps other tokens than its rows alone"
-        stock = self.stock["logits"]
-        if float((stock["batch"][-1, -1] - stock["row"][0, -1]).abs().max()) > 1e-3:
-            return  # hunyuan_vl counts pictures over all rows
-        close(batch, torch.stack(logits[-len(batch) :]), "ragged batch", 1e-4)
-        for step, got in enumerate(self.generate(self.stock["batch"]).logits):
-            close(
-                got, torch.cat([alone[step] for alone in greedy[-len(batch) :]]), f"step {step} of a ragged batch", 2e-4
-            )
+    def last(self, inputs: dict[str, Any]) -> Tensor:
+        """Logits behind the last token of every row."""
+        return self.model(**inputs, use_cache=False).logits[:, -1]
 
     def generate(self, inputs: dict[str, Any]) -> Any:
         return self.model.generate(
@@ -290,8 +174,123 @@ class Case:
             return_dict_in_generate=True, suppress_tokens=[IMAGE, VIDEO],
         )  # fmt: skip
 
-    def kept_of(self, trace: Any, row: int) -> list[list[int]]:
-        return [visual.kept_cells(3).tolist() for visual in trace.visuals if visual.row == row]
+    def prepare(self) -> None:
+        """Inputs of two rows alone and together, and what the stock model makes of them."""
+        samples = [FILM] if self.kind == "video" else RAGGED
+        try:
+            self._prepare(samples, 2)
+        except (RuntimeError, StopIteration, ValueError):  # frames of a video in one run
+            self._prepare(samples, 1)
+
+    def _prepare(self, samples: list[list[int | str]], runs: int) -> None:
+        self.rows = [prompts(self.model, [sample], first=i, runs=runs) for i, sample in enumerate(samples)]
+        self.batch = prompts(self.model, samples, runs=runs)
+        seen: list[dict[str, Any]] = []
+        with watched(adapter_for(self.model).language_model, seen):
+            self.stock = [self.model(**inputs).logits for inputs in (*self.rows, self.batch)]
+        self.positions: Tensor | None = seen[len(samples) - 1].get("position_ids")
+        assert torch.isfinite(self.stock[-2][:, -1]).all(), "stock is not finite"
+        alone = torch.cat([logits[:, -1] for logits in self.stock[:-1]])
+        # not where positions count padding (mistral_large4), or pictures over all rows (hunyuan_vl)
+        self.even = bool((alone - self.stock[-1][:, -1]).abs().max() < 1e-3)
+
+    def unchanged(self, what: str) -> None:
+        for inputs, logits in zip((*self.rows, self.batch), self.stock, strict=True):
+            assert torch.equal(self.model(**inputs).logits, logits), what
+
+    def check(self) -> None:
+        """Raises AssertionError with the first thing that is wrong."""
+        model, row = self.model, self.rows[-1]
+        ids, language_model = row["input_ids"], adapter_for(model).language_model
+        visual = visual_in(ids)[0]
+        self.compress(1.0)
+        self.unchanged("keep=1.0 changes logits")
+        mm.uncompress(model)
+
+        before: list[dict[str, Any]] = []
+        behind: list[dict[str, Any]] = []
+        with watched(language_model, before):  # in front of the hooks of the engine
+            self.compress(0.5)
+            with watched(language_model, behind):
+                got = self.last(row)
+        trace = mm.trace(model)
+        str(mm.report(model))
+        kept = trace.call.groups[-1].source[0].cpu()
+        gone = torch.ones(len(visual), dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
+        self.check_budget(trace, visual, gone)
+        generated = self.generate(row)
+        if self.kind != "video":
+            self.check_batch()
+        mm.uncompress(model)
+        self.unchanged("uncompress does not restore")
+
+        # DeepStack levels come from an encoder that has merged
+        levels = {name: value for name, value in before[0].items() if isinstance(value, list | tuple)}
+        packed = behind[0]["inputs_embeds"]
+
+        def given(embeds: Tensor) -> Tensor:
+            mine = embeds[:, : len(kept)]
+            same = torch.ones(len(kept), dtype=torch.bool) if self.kind in ("input", "video") else ~visual[kept]
+            assert torch.equal(mine[:, same], packed[:, same]), "other embeddings enter the language model"
+            return torch.cat([packed, embeds[:, len(kept) :]], 1)
+
+        def reference(ids: Tensor) -> Tensor:
+            inputs, more = extended(row, ids), torch.arange(len(visual), ids.shape[1])
+            if self.kind == "layer":
+                with masked(model, gone, 1):
+                    return self.last(inputs)
+            with shortened(model, torch.cat([kept, more]), ids, self.start(trace), given, levels):
+                return self.last(inputs)
+
+        close(got, reference(ids), "prefill", 1e-4 if self.kind == "layer" else 0.0)
+        if self.steady():
+            for step, logits in enumerate(generated.logits):
+                close(logits, reference(generated.sequences[:, : len(visual) + step]), f"step {step} of generate", 2e-4)
+        if self.kind == "layer":
+            patches = torch.cat([shown.span.patches for shown in trace.visuals])
+            self.check_attention(patches, set(kept.tolist()) & set(patches.tolist()))
+
+    def check_budget(self, trace: Any, visual: Tensor, gone: Tensor) -> None:
+        tokens = [shown.tokens for shown in trace.visuals]
+        assert self.kind == "video" or len(tokens) == 2, f"{len(tokens)} visuals for 2 pictures"
+        structural = sum(len(shown.layout.structural) for shown in trace.visuals)
+        assert sum(tokens) + structural == int(visual.sum()), "visuals do not add up"
+        wanted = resolve(0.5, sum(tokens)) if self.kind == "layer" else sum(resolve(0.5, n) for n in tokens)
+        assert bool(visual[gone].all()), "text is gone"
+        assert len(gone) == sum(tokens) - wanted, f"{len(gone)} of {sum(tokens)} tokens are gone"
+
+    def start(self, trace: Any) -> int | None:
+        """The first of position ids that are numbered anew: where the plan does that, and they are a plain count."""
+        if trace.plan.position_policy() != "reindex":
+            return None
+        if self.positions is None:
+            return 0
+        plain = self.positions.dim() == 2 and bool((self.positions.diff() == 1).all())
+        return int(self.positions[0, 0]) if plain else None
+
+    def steady(self) -> bool:
+        """Whether the stock model decodes as it computes a longer prompt (PaliGemma reads prompts in both directions)."""
+        found = self.generate(self.rows[-1])
+        again = self.last(extended(self.rows[-1], found.sequences[:, :-1]))
+        return bool((again - found.logits[-1]).abs().max() < 1e-2)
+
+    def check_batch(self) -> None:
+        """A padded batch does what its rows do alone."""
+        alone, chosen, greedy = [], [], []
+        for inputs in self.rows:
+            alone.append(self.last(inputs))
+            chosen.append(self.kept_of(0))
+            greedy.append(self.generate(inputs).logits)
+        together = self.last(self.batch)
+        assert [self.kept_of(row) for row in range(len(chosen))] == chosen, "a padded batch keeps other tokens"
+        if self.even:
+            close(together, torch.cat(alone), "ragged batch", 1e-4)
+            for step, logits in enumerate(self.generate(self.batch).logits):
+                close(logits, torch.cat([row[step] for row in greedy]), f"step {step} of a ragged batch", 2e-4)
+
+    def kept_of(self, row: int) -> list[list[int]]:
+        """What the last layer sees of each visual of a row, in the last call."""
+        return [shown.kept_cells(LAYERS - 1).tolist() for shown in mm.trace(self.model).visuals if shown.row == row]
 
     def check_attention(self, patches: Tensor, kept: set[int]) -> None:
         """FastV keeps the visual tokens that the last token attends to most in layer 0."""
@@ -299,7 +298,7 @@ class Case:
         seen: list[Any] = []
         attention = adapter_for(model).language_model.layers[0].self_attn
         handle = attention.register_forward_hook(lambda module, args, output: seen.append(output[1]))
-        model(**self.stock["row"])
+        model(**self.rows[-1])
         handle.remove()
         scores = seen[0][0, :, -1].mean(0)
         best = patches[scores[patches].topk(len(kept)).indices].tolist()
@@ -313,17 +312,12 @@ def judge(name: str, kind: str) -> Outcome:
     if kind == "video" and not hasattr(base_of(case.model), "get_video_features"):
         return Outcome("none", "no videos")
     try:
-        mm.compress(case.model, case.plan(0.5))
+        case.compress(0.5)
     except NotImplementedError as refusal:
         return Outcome("refused", str(refusal))
-    except Exception as error:
-        return Outcome("crash", f"compress: {type(error).__name__}: {error}")
     mm.uncompress(case.model)
     try:
-        _ = case.stock
-    except Exception as error:
-        return Outcome("crash", f"stock: {type(error).__name__}: {error}")
-    try:
+        case.prepare()
         case.check()
     except AssertionError as wrong:
         return Outcome("wrong", str(wrong))
