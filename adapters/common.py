@@ -11,15 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..runtime.adapter import Adapter, Encoded
+from ..runtime.adapter import Adapter, Encoded, body_of
 from ..visuals import Layout
 
 TOKENS = {"image": "image_token_id", "video": "video_token_id"}
-
-
-def base_of(model: Any) -> Any:
-    """The part of a model below its head."""
-    return getattr(model, "base_model", model)
 
 
 def decoder_of(base: Any) -> Any:
@@ -28,12 +23,6 @@ def decoder_of(base: Any) -> Any:
     while part is not None and not hasattr(part, "layers"):
         part = getattr(part, "model", None)
     return part
-
-
-def encoders_of(base: Any) -> dict[str, str]:
-    """Methods of a base model that encode pixels, with the modality that each one encodes."""
-    there = {"get_image_features": "image", "get_video_features": "video"}
-    return {name: modality for name, modality in there.items() if hasattr(base, name)}
 
 
 class CommonAdapter(Adapter):
@@ -46,7 +35,7 @@ class CommonAdapter(Adapter):
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.base = base_of(model)
+        self.base = body_of(model)
         self.language_model = decoder_of(self.base)
 
     @classmethod
@@ -56,26 +45,6 @@ class CommonAdapter(Adapter):
     @property
     def reindexes(self) -> bool:  # type: ignore[override]
         return not hasattr(self.base, "get_rope_index")  # which makes positions of several axes
-
-    @property
-    def encoders(self) -> dict[str, str]:
-        return encoders_of(self.base)
-
-    @property
-    def placeholders(self) -> dict[str, int]:
-        found = {m: getattr(self.model.config, name, None) for m, name in TOKENS.items() if m in self.encoders.values()}
-        if found.get("video") is not None and not self._marks_videos(found["video"]):
-            found["video"] = found["image"]
-        return {modality: token for modality, token in found.items() if token is not None}
-
-    def _marks_videos(self, token: int) -> bool:
-        """Whether the base model puts features of videos at `token` (GLM puts them at image tokens, between two others)."""
-        find = getattr(self.base, "get_placeholder_mask", None)
-        if find is None or "video_features" not in inspect.signature(find).parameters:
-            return True
-        ids = torch.tensor([[token]], device=self.model.device)
-        masks = find(ids, inputs_embeds=ids.new_zeros(1, 1, 1))
-        return bool(masks[1].any())
 
     @property
     def blocks(self) -> list[Any]:
@@ -113,11 +82,11 @@ class CommonAdapter(Adapter):
 
 def refusal(model: Any) -> str | None:
     """Why no visual tokens of `model` can be dropped at the input of a language model; None if they can."""
-    config, base = getattr(model, "config", None), base_of(model)
+    config, base = getattr(model, "config", None), body_of(model)
     if not hasattr(model, "base_model_prefix"):
         return "it is no model of transformers"
     for name, child in model.named_children():
-        if hasattr(child, "base_model_prefix") and base_of(child) is not child and refusal(child) is None:
+        if hasattr(child, "base_model_prefix") and body_of(child) is not child and refusal(child) is None:
             return f"it wraps the model that sees: compress(model.{name}, ...)"
     if not {"image", "video"} & set(getattr(model, "input_modalities", ("image",))):
         return "it takes no pictures, so there are no visual tokens to drop"
@@ -126,7 +95,7 @@ def refusal(model: Any) -> str | None:
     crossing = re.compile(r"^(?!.*(qformer|projector|vision)).*cross_?att")
     if any(crossing.match(name) for name, _ in base.named_modules()):
         return "its language model looks at pictures by cross-attention: no visual tokens stand in its prompt"
-    if not encoders_of(base):
+    if not hasattr(base, "get_image_features") and not hasattr(base, "get_video_features"):
         return "it encodes pictures inside its forward pass: its base model has no get_image_features"
     decoder = decoder_of(base)
     if decoder is None:

@@ -148,7 +148,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
        for name in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
     **{name: {"image_grid_pinpoints": [[32, 32]], "vision_config.patch_size": 8} for name in
        ("llava_next", "llava_next_video", "llava_onevision")},
-    "step3p7": {"text_config.sliding_window": 24, "vision_config.image_size": 64},
+    "step3p7": {
+        "text_config.sliding_window": 24, "text_config.layer_types": ["full_attention", *["sliding_attention"] * 3],
+        "vision_config.image_size": 64,
+    },
     **{name: {"text_config.rope_parameters": MROPE, "vision_start_token_id": 140, "vision_end_token_id": 141} for name in
        ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
     **{name: {"vision_config.image_size": 64} for name in ("got_ocr2", "pp_chart2table")},
@@ -409,7 +412,7 @@ SHARED = {
     "states": "whose state cannot forget tokens",
     "indexers": "has indexers, which choose",
     "windows": "their window counts tokens",
-    "attention": "attention",
+    "attention": "which was compared with the module's own",
     "cross-attention": "looks at pictures by cross-attention",
     "encoder-decoder": "is an encoder-decoder",
     "no pictures": "takes no pictures",

@@ -33,6 +33,9 @@ ROW: list[int | str] = [4, "1", 2, "2", 6]
 RAGGED: list[list[int | str]] = [[5, "3", 4], ROW]
 FILM: list[int | str] = [4, "v1", 6]
 STEPS = 4
+LOOSE = {"nemotron_h_omni": 3e-3}
+"""Where steps of stock differ from its own longer prompts (a recurrence that is rounded otherwise than its scan): how far, of
+the largest logit."""
 
 
 @dataclass
@@ -245,7 +248,8 @@ class Case:
         close(got, reference(ids), "prefill", 1e-4 if self.kind == "layer" else 0.0)
         if self.steady():
             for step, logits in enumerate(generated.logits):
-                close(logits, reference(generated.sequences[:, : len(visual) + step]), f"step {step} of generate", 2e-4)
+                wanted = reference(generated.sequences[:, : len(visual) + step])
+                close(logits, wanted, f"step {step} of generate", LOOSE.get(self.name, 2e-4))
         if self.kind == "layer":
             patches = torch.cat([shown.span.patches for shown in trace.visuals])
             self.check_attention(patches, set(kept.tolist()) & set(patches.tolist()))

@@ -132,11 +132,7 @@ class Call(Scope):
 def placeholder_masks(call: Call, adapter: Adapter) -> dict[str, Tensor]:
     """Where the visual tokens of each modality stand, [B, S] bool."""
     masks = {}
-    here = {encoded.modality for encoded in call.encoded}
-    tokens = adapter.placeholders
-    for modality, token in tokens.items():
-        if modality not in here and any(token == tokens[m] for m in here):
-            continue  # frames of a video on placeholders of pictures
+    for modality, token in adapter.placeholders.items():
         if call.input_ids is not None:
             masks[modality] = call.input_ids == token
         elif call.inputs_embeds is not None:  # embeddings were given: the same rule as transformers'
@@ -168,11 +164,17 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
         )
     hidden, call.visual = kinds > HIDDEN, kinds > 0
     spans: list[Span] = []
-    for code, modality in enumerate(masks, start=1):
-        encoded = [e for e in call.encoded if e.modality == modality]
-        mine = (kinds == code) | (kinds == code + HIDDEN)
-        if encoded and bool(mine.any()):
-            spans += _deal(modality, encoded, mine, adapter)
+    places = {m: (kinds == code) | (kinds == code + HIDDEN) for code, m in enumerate(masks, start=1)}
+    here = {encoded.modality for encoded in call.encoded}
+    for modality in sorted(here):
+        mine = [m for m in (modality, *(places.keys() - here)) if m in places and bool(places[m].any())]
+        if not mine:
+            raise NotImplementedError(
+                f"{modality} features were encoded, but none of its placeholders stands in the prompt, where stages before the "
+                f"language model could drop them: uncompress the model for such prompts"
+            )
+        # frames of a video may stand on the placeholders of pictures
+        spans += _deal(modality, [e for e in call.encoded if e.modality == modality], places[mine[0]], adapter)
     spans = [span for span in spans if not _hidden(span, hidden)]
     if text:
         for samples in (None,) if call.samples is None else call.samples.unique().tolist():

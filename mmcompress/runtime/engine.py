@@ -551,8 +551,10 @@ class Engine(Following):
         if group.start == index:
             hidden = group.enter(hidden)
         mine, first = ledger_of(call.cache, index), ledger_of(call.cache, 0)
-        given, rotary = kwargs["position_embeddings"], self.language_model.rotary_emb
-        kwargs["position_embeddings"] = layer_tables(rotary, call, group, mine, hidden, given)
+        given = kwargs.get("position_embeddings")
+        if given is not None:
+            tables = layer_tables(self.language_model.rotary_emb, call, group, mine, hidden, given)
+            kwargs["position_embeddings"] = tables
         if group.from_base is not None or mine is not first:  # other tokens than layer 0 has: an own mask
             config = self.language_model.config
             if call.ready is None:
