@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -165,3 +167,85 @@ def test_there_is_no_trace_of_a_tower() -> None:
         mm.report(model)
     with pytest.raises(ValueError, match="has no trace"):
         mm.trace(model)
+
+
+def _answer(model: Any, pixels: Tensor) -> Tensor:
+    return model.encode_image(pixels) if hasattr(model, "encode_image") else model(pixels)
+
+
+def _projections(model: Any) -> list[str]:
+    return ["qkv"] if not hasattr(model, "visual") else ["c_fc"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [timm_model, clip_model])
+def test_replaced_blocks_and_copies_are_found(make: Callable[[], Any]) -> None:
+    """LoRA put on and taken off after `compress`, another block, a copy; asked by the model, its tower and wrappers."""
+    peft = pytest.importorskip("peft")
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+    def put(model: Any) -> Any:
+        torch.manual_seed(3)
+        config = peft.LoraConfig(r=4, target_modules=_projections(model), init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval()
+
+    def stock(model: Any) -> Any:
+        return model.get_base_model()
+
+    model = mm.compress(_spread(make()), "tome", keep=0.5)
+    first = _answer(model, pixels)
+    right = _answer(stock(mm.compress(put(_spread(make())), "tome", keep=0.5)), pixels)
+    assert (right - first).abs().max() > 1e-3
+    adapted = put(model)
+    assert torch.equal(_answer(stock(adapted), pixels), right)
+    report = mm.report(adapted)
+    assert report == mm.report(getattr(model, "visual", model)) and sum(report.merged) == report.tokens // 2
+    bare = adapted.unload()
+    assert torch.equal(_answer(bare, pixels), first)
+    twin = copy.deepcopy(bare)
+    assert torch.equal(_answer(twin, pixels), first) and mm.report(twin) == report
+    tower = getattr(twin, "visual", twin)
+    blocks = tower.blocks if hasattr(tower, "blocks") else tower.transformer.resblocks
+    blocks[1] = copy.deepcopy(blocks[1])
+    assert torch.equal(_answer(twin, pixels), first)
+    mm.uncompress(tower)
+    for part in (twin, *tower.modules()):
+        assert not part._forward_pre_hooks and not part._forward_hooks
+    assert (_answer(twin, pixels) - first).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [timm_model, clip_model])
+def test_replayed_blocks_and_threads(make: Callable[[], Any]) -> None:
+    model = mm.compress(_spread(make()), "tome", keep=0.5)
+    pixels = [torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in (1, 2, 3)]
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        losses = [_answer(model, x).square().mean() for x in pixels[:2]]
+        for loss in losses:
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    model.set_grad_checkpointing(True)
+    found = gradients()
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-6 + 1e-4 * b.abs().max()
+    model.set_grad_checkpointing(False)
+    with torch.no_grad():
+        right = [_answer(model, x) for x in pixels]
+    wrong: list[Any] = []
+
+    def work(i: int) -> None:
+        for _ in range(8):
+            with torch.no_grad():
+                if not torch.equal(_answer(model, pixels[i % 3]), right[i % 3]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

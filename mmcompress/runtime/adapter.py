@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -111,7 +111,7 @@ class Encoder:
         """Whether this class knows where things are in `model`."""
         raise NotImplementedError
 
-    def again(self) -> Self:
+    def again(self) -> Any:
         """The same for the modules that the model has now."""
         if not self.matches(self.model):
             raise NotImplementedError(f"the model is none of {self.family} any more")

@@ -137,8 +137,12 @@ class EncoderFacade(TowerScope):
         self.replayed = _Replayed()
 
     def install(self) -> Iterator[RemovableHandle]:
-        bind = functools.partial
         yield self.encoder.tower.register_forward_pre_hook(self.start, with_kwargs=True)
+        yield from self.inside()
+
+    def inside(self) -> Iterator[RemovableHandle]:
+        """All hooks but `start`, which begins a call of the tower."""
+        bind = functools.partial
         yield self.encoder.tower.register_forward_hook(self.end, always_call=True)
         for i, block in enumerate(self.blocks):
             yield block.module.register_forward_pre_hook(bind(self._block_pre, i), with_kwargs=True)

@@ -40,12 +40,12 @@ class TowerEngine(Following):
 
     def hooks(self) -> Iterator[RemovableHandle]:
         yield self.adapter.tower.register_forward_hook(self._end)  # before that of the facade, which closes the call
-        yield from self.facade.install()
+        yield from self.facade.inside()
 
     def _begin(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.whole and self.moved:
+        if self.whole:
             self.follow()
-            self.facade.start(module, args, kwargs)  # the other hooks of this call are those from before
+            self.facade.start(module, args, kwargs)
 
     def _end(self, module: Any, args: tuple, output: Any) -> None:
         self.last = self.facade.run().lengths[0], self.facade.merged
