@@ -433,6 +433,15 @@ def test_padding_of_a_later_turn_on_a_static_cache(plan: str, side: str) -> None
             found.append([logits[mask[:, -3:] > 0], turn(model, cache, mask, words)])
         for one, other in zip(*found, strict=True):
             close(one, other)
+    even = prompts(model, EVEN)
+    past = even["input_ids"].shape[1]
+    mask = torch.cat([even["attention_mask"], (ids > 0).long()], 1)
+    together = model(input_ids=ids, attention_mask=mask, **{CACHE: cache_in(model, even)}).logits
+    for row in (0, 1):
+        alone = {name: values[row : row + 1] for name, values in even.items()}
+        real = ids[row] > 0
+        more = {"input_ids": ids[row : row + 1, real], "position_ids": past + real.nonzero()[:, 0][None]}
+        close(model(**more, **{CACHE: cache_in(model, alone)}).logits[0], together[row, real])
 
 
 @torch.no_grad()
