@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.diverse import greedy_map, max_min
 from ..ops.centring import centred, distinctiveness
 from ..ops.crops import alike_crops
+from ..ops.precision import wide
 from ..ops.relevance import mean_of_patches
 from ..plan import as_pipeline, register
 from ..selection import Selection
@@ -94,9 +95,9 @@ class CenPrune(InputStage):
         quality = host.log_quality(host.relevance(visuals)) if isinstance(host, CDPruner) else None
         keep, scores = [], features.new_zeros(features.shape[:2], dtype=torch.float32)
         for part in alike_crops(views, visuals.n, visuals.k, features.device):
-            raw = part.take(features).float()
+            raw = wide(part.take(features))
             weight = distinctiveness(raw) if self.weight else torch.ones_like(raw[..., 0])
-            scores[:, part.cells] = weight.unflatten(0, (len(scores), -1))
+            scores[:, part.cells] = weight.unflatten(0, (len(scores), -1)).to(scores)
             tokens = centred(raw) if self.center else raw
             if quality is None:
                 picks = max_min(tokens, part.k, weight)

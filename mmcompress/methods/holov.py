@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.crops import alike_crops
+from ..ops.precision import wide
 from ..ops.shares import worth_shares
 from ..plan import register
 from ..selection import Selection
@@ -123,7 +124,7 @@ def local_variety(x: Tensor, itself: bool) -> Tensor:
 
     `itself` counts the token itself as one more, with cosine 0. Never holds more than `_ELEMENTS` cosines.
     """
-    x = x.float()
+    x = wide(x)
     unit = x / (x.norm(dim=-1, keepdim=True) + 1e-6)
     batch, strips, n, _ = x.shape
     others, rows = max(1, n - 1), max(1, _ELEMENTS // max(1, batch * strips * n))

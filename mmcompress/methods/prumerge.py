@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops.crops import alike_crops
 from ..ops.outliers import iqr_threshold
+from ..ops.precision import wide
 from ..ops.ties import argmax_first
 from ..plan import register
 from ..selection import Selection, gather
@@ -101,7 +102,7 @@ class PruMerge(InputStage):
 
         features [B, n, C] before the projector, w [B, n], keys [B, n, d] with all heads side by side.
         """
-        x, unit = features.float(), F.normalize(keys.detach().float(), dim=-1)
+        x, w, unit = (wide(t, features, w, keys) for t in (features, w, F.normalize(wide(keys.detach()), dim=-1)))
         (batch, n), count = w.shape, centres.shape[1]
         into, best = torch.full_like(w, count, dtype=torch.int64), torch.full_like(w, float("-inf"))
         rows, step = [], max(1, _ELEMENTS // (batch * n))

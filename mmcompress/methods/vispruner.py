@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.crops import alike_crops
+from ..ops.precision import wide
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage, Need
@@ -49,7 +50,7 @@ class VisPruner(InputStage):
             )
 
     def select(self, visuals: Visuals) -> Selection:
-        score = visuals["cls_attention", "received_attention"].float()
+        score = wide(visuals["cls_attention", "received_attention"])
         features = visuals["encoder_features"].detach()
         views = visuals.layout.views if visuals.slots is None else ()
         crops = alike_crops(views, visuals.n, visuals.k, score.device)
@@ -67,7 +68,7 @@ class VisPruner(InputStage):
         """The `left` places of `rest` [B, R] that stay when tokens with a near-duplicate are deleted step by step."""
         if left == 0 or left == rest.shape[1]:
             return rest[:, :left]
-        unit = F.normalize(features.float(), dim=-1)
+        unit = F.normalize(wide(features), dim=-1)
         similar = (unit @ unit.transpose(1, 2)).flatten(1)
         while rest.shape[1] > left:
             even, odd = rest[:, ::2], rest[:, 1::2]

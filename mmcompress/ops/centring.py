@@ -6,13 +6,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import wide
+
 _ROUNDING = 1e-6
 """A token of which no larger part than this is left without the mean is the mean, and has no direction of its own."""
 
 
 def centred(x: Tensor) -> Tensor:
-    """`x` [U, N, D] less the mean of its tokens, float32; zero where that leaves only rounding."""
-    x = x.float()
+    """`x` [U, N, D] less the mean of its tokens, at least float32; zero where that leaves only rounding."""
+    x = wide(x)
     rest = x - x.mean(1, keepdim=True)
     nothing = rest.norm(dim=-1, keepdim=True) <= _ROUNDING * x.norm(dim=-1, keepdim=True)
     return rest.masked_fill(nothing, 0)
@@ -23,7 +25,7 @@ def distinctiveness(x: Tensor) -> Tensor:
 
     x [U, N, D]. 1 for all where all are alike. Cost N D, no N x N.
     """
-    unit = F.normalize(x.float(), dim=-1)
+    unit = F.normalize(wide(x), dim=-1)
     own = unit.square().sum(-1)
     rare = (own - (unit @ unit.sum(1)[..., None])[..., 0]) / max(1, x.shape[1] - 1)
     low, high = rare.amin(1, keepdim=True), rare.amax(1, keepdim=True)

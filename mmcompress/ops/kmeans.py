@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.merge import merge
 from .groups import group_sizes
+from .precision import wide
 
 _EQUAL = 1e-6
 """Cosines that are no farther apart than this differ by rounding only."""
@@ -23,9 +24,9 @@ def cosine_kmeans(x: Tensor, seeds: Tensor, rounds: int = 10) -> Tensor:
     x [B, n, C]; seeds [B, M]: the vectors that the clusters begin with. A round gives every vector to the most similar centre
     (the lowest of equals) and makes each centre the direction of the sum of its members; a centre without members stays. There
     are always `rounds` of them, without a look at the values: once nothing moves, nothing moves any more. Clusters may end up
-    empty. Float32; the same in every run, also on a GPU. Cost rounds n M C.
+    empty. At least float32; the same in every run, also on a GPU. Cost rounds n M C.
     """
-    unit = F.normalize(x.float(), dim=-1)
+    unit = F.normalize(wide(x), dim=-1)
     centres = unit.gather(1, seeds[..., None].expand(-1, -1, unit.shape[2]))
     number = torch.arange(seeds.shape[1], device=x.device)
     step = max(1, _ELEMENTS // max(1, seeds.shape[1]))

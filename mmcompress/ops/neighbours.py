@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import wide
 from .ties import argmax_first
 
 _ELEMENTS = 1 << 22
@@ -31,7 +32,7 @@ def take_in(
     the lower index; rows in the type of `x`. Cost n c (d + C) and a sort, in blocks.
     """
     (batch, n), count = weight.shape, own.shape[1]
-    values, unit = x.float(), F.normalize(keys.detach().float(), dim=-1)
+    values, unit = x.float(), F.normalize(wide(keys.detach()), dim=-1)
     free = torch.ones_like(weight, dtype=torch.bool).scatter(1, own, is_centre)
     into, best = torch.full_like(weight, count, dtype=torch.int64), torch.full_like(weight, float("-inf"))
     rows, step = [], max(1, _ELEMENTS // (batch * n))

@@ -6,19 +6,21 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import wide
+
 
 def mean_cosine(tokens: Tensor, text: Tensor) -> Tensor:
     """Mean cosine of every token to all rows of a text, [U, N] float32; 0 where there is no text.
 
     tokens [U, N, D], text [U, T, D] in the same space. A zero vector has cosine 0. Cost O((N + T) D).
     """
-    direction = F.normalize(text.float(), dim=-1).sum(1) / max(1, text.shape[1])
-    return (F.normalize(tokens.float(), dim=-1) @ direction[..., None])[..., 0]
+    direction = F.normalize(wide(text, tokens), dim=-1).sum(1) / max(1, text.shape[1])
+    return (F.normalize(wide(tokens, text), dim=-1) @ direction[..., None])[..., 0]
 
 
 def direction(rows: Tensor) -> Tensor:
     """Where the vectors `rows` [M, D] point together: the mean of them at unit length, at unit length, [D] float32."""
-    return F.normalize(F.normalize(rows.float(), dim=-1).mean(0), dim=-1)
+    return F.normalize(F.normalize(wide(rows), dim=-1).mean(0), dim=-1)
 
 
 def mean_of_patches(features: Tensor, patches: int) -> Tensor:
@@ -28,10 +30,10 @@ def mean_of_patches(features: Tensor, patches: int) -> Tensor:
             f"patches={patches}: encoder features of width {features.shape[-1]} are not made of that many patches; "
             f"patches=1 compares them as they are"
         )
-    return features.float().unflatten(-1, (patches, -1)).mean(-2)
+    return wide(features).unflatten(-1, (patches, -1)).mean(-2)
 
 
 def text_relevance(visual: Tensor, text: Tensor) -> Tensor:
     """How much each text token is meant by the visual ones, [U, T] float32: softmax over the text of the plain dot products, mean
     over the visual tokens. visual [U, N, D]; text [U, T, D]; cost N T D."""
-    return (visual.float() @ text.float().transpose(1, 2)).softmax(-1).mean(1)
+    return (wide(visual, text) @ wide(text, visual).transpose(1, 2)).softmax(-1).mean(1)

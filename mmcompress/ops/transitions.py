@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import wide
+
 
 def transition(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Change of length and direction of each token [..., S, D]: (|after| / |before|, cosine), both [..., S] float32."""
-    before, after = before.float(), after.float()
+    before, after = wide(before, after), wide(after, before)
     return after.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12), F.cosine_similarity(before, after, dim=-1)
 
 

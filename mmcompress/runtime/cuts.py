@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..ops.precision import wide
 from ..ops.relevance import text_relevance
 from ..selection import Selection, gather
 from ..stage import LayerStage, Pipeline, Selecting, Stage
@@ -42,7 +43,7 @@ def choose(stage: Selecting, visuals: Visuals) -> Selection:
 @torch.no_grad()
 def words_meant(call: Call, embeds: Tensor) -> Tensor:
     """How much each token of the instruction is meant by the visual tokens that enter the LLM, [B, M]; 0 elsewhere."""
-    found = torch.zeros(embeds.shape[:2], device=embeds.device)
+    found = torch.zeros(embeds.shape[:2], dtype=wide(embeds[:0]).dtype, device=embeds.device)
     for rows, at, text in rows_alike(call, lambda row: 0).values():
         relevance = text_relevance(embeds[rows, at], embeds[rows, text])
         found = found.index_put((rows.expand_as(text), text), relevance)
