@@ -12,7 +12,9 @@ OLDEST_PACKAGES := transformers==5.17.0 "huggingface-hub>=1.5,<2" httpx httpcore
 MODELS := llava-shapes llava-next-shapes qwen3-vl-shapes internvl-shapes
 SWEEP := --plan all --questions 140 --batch-size 70 --repeats 3 --examples 1
 
-.PHONY: demo test test-all test-oldest lint results bench train clean
+# lmms-eval brings half a gigabyte of its own, so it has an environment laid over that of the tests
+LMMS := .venv-lmms
+.PHONY: demo test test-slow test-lmms test-all test-oldest browser lint results bench train clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,8 +28,22 @@ demo: $(READY)  ## the embedded models answer questions with all and with some o
 test: $(READY)  ## the test suite (without tests marked slow)
 	$(PYTEST) -m "not slow"
 
-test-all: $(READY)  ## the test suite with slow tests
-	$(PYTEST)
+test-slow: $(READY)  ## the tests marked slow (about 20 minutes on two cores)
+	$(PYTEST) -m slow
+
+test-lmms: $(READY)  ## the bridge to lmms-eval, with lmms-eval
+	test -f $(LMMS)/.ready || $(PYTHON) -m venv $(LMMS)
+	echo $(CURDIR)/$$(cd $(CURDIR) && echo $(VENV)/lib/python3*/site-packages) > $$(echo $(LMMS)/lib/python3*/site-packages)/base.pth
+	test -f $(LMMS)/.ready || $(LMMS)/bin/python -m pip install --quiet "lmms-eval>=0.7.3" "filelock<4"
+	test -f $(LMMS)/.ready || $(LMMS)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $(LMMS)/.ready
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q tests/test_lmms_bridge.py
+
+test-all: test test-slow test-lmms  ## every test
+
+browser:  ## Chromium from the distribution's packages, for the tests of pages (Debian and Ubuntu, as root)
+	command -v chromium > /dev/null && command -v chromedriver > /dev/null || \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver > /dev/null)
 
 test-oldest: $(READY)  ## the test suite on transformers 5.17
 	test -d $(OLDEST) || $(RUN) -m pip install --quiet --no-deps --target $(OLDEST) $(OLDEST_PACKAGES)
@@ -59,4 +75,4 @@ train: $(READY)  ## train the embedded models again (restartable)
 	for model in $(MODELS) clip-shapes; do $(RUN) -m mmcompress train $$model; done
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(LMMS) $(OLDEST) build dist *.egg-info
