@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
 import mmcompress as mm
 
-from .architectures import NAMES, OLDEST, SHARED, TABLE, build, shrunk, table
+from .architectures import IMAGE, NAMES, OLDEST, SHARED, TABLE, VIDEO, build, prompts, shrunk, table
 from .exactness import PLANS, judge
 
 
@@ -71,3 +72,29 @@ def test_layers_are_refused_by_their_kind() -> None:
         mm.compress(build("lfm2_vl"), "fastv(layer=1)")
     with pytest.raises(NotImplementedError, match="layers of type sliding_attention: their window counts tokens"):
         mm.compress(build("cohere2_vision"), "divprune")
+
+
+def test_pictures_and_videos_on_one_placeholder_are_refused_by_name() -> None:
+    model = mm.compress(build("glm5_next"), "divprune(keep=0.5)")
+    with pytest.raises(NotImplementedError, match="no video placeholder stands in the prompt"), torch.no_grad():
+        model(**prompts(model, [[4, "1", 3, "v1", 5]]))
+
+
+def test_videos_that_the_method_for_pictures_encodes_are_refused_by_name() -> None:
+    model = build("perception_lm")
+    inputs = prompts(model, [[4, "1", 5]])
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = VIDEO
+    inputs["pixel_values_videos"] = inputs.pop("pixel_values")
+    mm.compress(model, "divprune(keep=0.5)")
+    with pytest.raises(NotImplementedError, match="pixel_values_videos was given"), torch.no_grad():
+        model(**inputs)
+
+
+def test_pictures_of_a_sample_have_budgets_of_their_own() -> None:
+    """Idefics gives one tensor of features per sample."""
+    model = build("idefics3")
+    inputs = prompts(model, [[4, "1", 2, "2", 5], [3, "3", 6]])
+    mm.compress(model, "divprune(keep=4)")
+    with torch.no_grad():
+        model(**inputs)
+    assert [(v.row, v.tokens, v.kept) for v in mm.trace(model).visuals] == [(0, 16, 4), (0, 16, 4), (1, 16, 4)]

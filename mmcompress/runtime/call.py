@@ -165,15 +165,18 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
     hidden, call.visual = kinds > HIDDEN, kinds > 0
     spans: list[Span] = []
     places = {m: (kinds == code) | (kinds == code + HIDDEN) for code, m in enumerate(masks, start=1)}
-    here = {encoded.modality for encoded in call.encoded}
-    for modality in sorted(here):
-        mine = [m for m in (modality, *(places.keys() - here)) if m in places and bool(places[m].any())]
+    there = {modality for modality, mask in places.items() if bool(mask.any())}
+    given = {encoded.modality for encoded in call.encoded}
+    for modality in sorted(given, key=lambda m: (m in there, m)):
+        mine = [
+            m for m in (modality, *(there - given)) if m in there
+        ]  # frames of a video may stand on those of pictures
         if not mine:
             raise NotImplementedError(
-                f"{modality} features were encoded, but none of its placeholders stands in the prompt, where stages before the "
-                f"language model could drop them: uncompress the model for such prompts"
+                f"{modality} features were encoded, but no {modality} placeholder stands in the prompt, so it cannot be told where "
+                f"they are (some models put pictures and videos on the same one): give pictures and videos in prompts of their "
+                f"own, or uncompress the model"
             )
-        # frames of a video may stand on the placeholders of pictures
         spans += _deal(modality, [e for e in call.encoded if e.modality == modality], places[mine[0]], adapter)
     spans = [span for span in spans if not _hidden(span, hidden)]
     if text:
