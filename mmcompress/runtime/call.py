@@ -168,23 +168,23 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
     there = {modality for modality, mask in places.items() if bool(mask.any())}
     given = {encoded.modality for encoded in call.encoded}
     for modality in sorted(given, key=lambda m: (m in there, m)):
-        mine = [
-            m for m in (modality, *(there - given)) if m in there
-        ]  # frames of a video may stand on those of pictures
-        if not mine:
+        # frames of a video may stand on the placeholders of pictures
+        standing = [m for m in (modality, *(there - given)) if m in there]
+        if not standing:
             raise NotImplementedError(
                 f"{modality} features were encoded, but no {modality} placeholder stands in the prompt, so it cannot be told where "
                 f"they are (some models put pictures and videos on the same one): give pictures and videos in prompts of their "
                 f"own, or uncompress the model"
             )
-        spans += _deal(modality, [e for e in call.encoded if e.modality == modality], places[mine[0]], adapter)
+        spans += _deal(modality, [e for e in call.encoded if e.modality == modality], places[standing[0]], adapter)
     spans = [span for span in spans if not _hidden(span, hidden)]
     if text:
-        for samples in (None,) if call.samples is None else call.samples.unique().tolist():
-            here = torch.ones_like(hidden) if samples is None else call.samples == samples
-            instruction = instruction_of(kinds.masked_fill(~here | hidden, -1), adapter.delimited)
+        samples = torch.zeros_like(kinds) if call.samples is None else call.samples
+        for sample in samples.unique().tolist():
+            mine = samples == sample
+            instruction = instruction_of(kinds.masked_fill(~mine | hidden, -1), adapter.delimited)
             for span in spans:
-                if here[span.row, span.patches[0]]:
+                if mine[span.row, span.patches[0]]:
                     span.text = instruction[span.row].nonzero()[:, 0]
     return (kinds >= 0) & ~hidden, spans
 
