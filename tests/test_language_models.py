@@ -29,6 +29,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "Phi3": {"sliding_window": None}, "Glm": {}, "Glm4": {}, "Olmo2": {}, "StableLm": {"qk_layernorm": True}, "Nemotron": {},
     "GptOss": FULL, "SmolLM3": {"no_rope_layers": [1, 0, 0, 1]}, "Qwen3": {}, "DeepseekV3": LATENT, "Persimmon": {},
     "Starcoder2": {"sliding_window": None}, "HunYuanDenseV1": {}, "Mistral": {"sliding_window": None}, "Exaone4": FULL,
+    "Ministral3": {
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 2.0,
+        },
+    },
 }  # fmt: skip
 SIMPLE = [kind for kind in KINDS if kind not in ("Gemma2", "GptOss")]
 """Those without soft-capped logits or sinks."""
@@ -196,7 +203,7 @@ def test_rotary_gain_is_that_of_ones(kind: str) -> None:
     model(**tiny.prompts(model, [[5, "image", 4]]))
 
 
-@pytest.mark.parametrize("kind", ["Phi3", "Gemma2", "GptOss", "Olmo2", "Cohere", "DeepseekV3"])
+@pytest.mark.parametrize("kind", ["Phi3", "Gemma2", "GptOss", "Olmo2", "Cohere", "DeepseekV3", "Ministral3"])
 @torch.no_grad()
 def test_attention_is_rewritten_in_every_form_or_refused(kind: str) -> None:
     """A stage that changes nothing but computes its rows gives the output of the module."""

@@ -14,13 +14,12 @@ from transformers.cache_utils import Cache
 from ..ops.attention import masked_softmax
 from ..stage import AttentionStage, Pipeline
 from ..visuals import AttentionRows, widened
-from .cache import PrunedLayer, cache_of, is_plain, ledger_of
+from .cache import PrunedLayer, cache_of, is_plain
 from .call import Call
 from .layers import Heads
 from .masks import who_sees
 from .packing import Group
 from .probe import Form, Forms
-from .rotary import shifted
 from .shards import check_unit
 
 GIVEN = "mmcompress_attention"
@@ -71,7 +70,8 @@ class Rewriter:
             return None
         (call, group, stream), self.given = self.given, None
         hidden = args[0] if args else kwargs["hidden_states"]
-        columns = Columns(self.form, hidden, kwargs["position_embeddings"], group, call, self.index, cache_of(kwargs))
+        positions, tables = kwargs.get("position_ids"), kwargs["position_embeddings"]
+        columns = Columns(self.form, hidden, tables, positions, group, call, self.index, cache_of(kwargs))
         with torch.autocast(hidden.device.type, enabled=False):
             todo = self._read(columns, stream)
         if not todo:
@@ -121,10 +121,17 @@ class Columns:
     """Rows and columns of one attention module in one call: Q queries of the call by K keys of cache and call."""
 
     def __init__(
-        self, form: Form, hidden: Tensor, tables: Any, group: Group, call: Call, index: int, cache: Cache | None
+        self,
+        form: Form,
+        hidden: Tensor,
+        tables: Any,
+        positions: Tensor | None,
+        group: Group,
+        call: Call,
+        index: int,
+        cache: Cache | None,
     ) -> None:
         self.group, self.call = group, call
-        positions = None if group.positions is None else shifted(group.positions, ledger_of(cache, index))
         self.heads = Heads(form, hidden, tables, group.valid, call, index, True, positions)
         self.length, self.device = hidden.shape[1], hidden.device
         self.autocast = torch.is_autocast_enabled(hidden.device.type)

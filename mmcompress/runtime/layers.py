@@ -78,7 +78,8 @@ class TransitionTap:
     def value(self, valid: Tensor | None, absolute: bool) -> Tensor:
         """Token transition variation of this layer, [B, S]."""
         seen = _noted(self.owner, self, self.modules[0])
-        return torch.stack([transition_value(*seen[part], valid, absolute) for part in sorted(seen)]).sum(0)
+        parts = [seen[part] for part in sorted(seen)]
+        return torch.stack([transition_value(length, cosine, valid, absolute) for length, cosine in parts]).sum(0)
 
 
 LISTENS = "layer taps listen"

@@ -9,6 +9,7 @@ attention function, which is exact for every form.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -377,7 +378,7 @@ class _Probe:
     def _tables(self, rotary: Any, positions: Tensor) -> Tables:
         """Rotary tables of the tokens; the module may want positions of three or four axes."""
         for shape in ((1, TOKENS), (3, 1, TOKENS), (4, 1, TOKENS)):
-            made = _tried(lambda shape=shape: rotary(self.stream, positions.expand(shape)))
+            made = _tried(functools.partial(rotary, self.stream, positions.expand(shape)))
             if isinstance(made, tuple) and all(t.dim() == 3 and t.shape[:2] == (1, TOKENS) for t in made):
                 return made
         raise ValueError(f"{type(rotary).__name__} does not make cosines and sines [B, S, d] from positions")
@@ -405,7 +406,7 @@ class _Probe:
             cached, self._norm(), self._out(weights, handed.v, output),
         )  # fmt: skip
         plain = form.simple and all(
-            _close(_tried(lambda which=which: form.project(which, self.stream, self.tables)), getattr(handed, which))
+            _close(_tried(functools.partial(form.project, which, self.stream, self.tables)), getattr(handed, which))
             for which in "qkv"
         )
         return Form(**{**form.__dict__, "plain": plain})
@@ -435,7 +436,7 @@ class _Probe:
         straight = self._handed((torch.ones_like(cos), torch.zeros_like(sin)))
         for rotation in ROTATIONS:
             pairs = ((straight.q, handed.q), (straight.k, handed.k))
-            if all(_close(_tried(lambda x=x, r=rotation: r(x, cos, sin)), y) for x, y in pairs):
+            if all(_close(_tried(functools.partial(rotation, x, cos, sin)), y) for x, y in pairs):
                 return rotation
         return None
 
@@ -466,5 +467,6 @@ class _Probe:
         heads = (weights.to(values) @ values).transpose(1, 2).flatten(2)
         children = self.attention.named_children()
         return next(
-            (name for name, child in children if _close(_tried(lambda c=child: c(heads)), output, loose=4.0)), None
+            (name for name, child in children if _close(_tried(functools.partial(child, heads)), output, loose=4.0)),
+            None,
         )
