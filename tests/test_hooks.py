@@ -238,6 +238,15 @@ def test_a_later_turn_finds_replaced_layers() -> None:
     assert torch.equal(*found)
 
 
+def test_layers_that_come_beside_are_seen() -> None:
+    """A layer more changes what a part of the depth means, though every layer that was there is there."""
+    model = mm.compress(build(), "fastv(layer=0.5, keep=0.5)")
+    engine = model._mmcompress_engine
+    assert not engine.moved
+    model.model.language_model.layers.append(copy.deepcopy(model.model.language_model.layers[0]))
+    assert engine.moved
+
+
 @torch.no_grad()
 def test_steps_and_text_do_not_look() -> None:
     model = mm.compress(build(), "visionzip(keep=0.5)")
