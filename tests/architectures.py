@@ -223,7 +223,7 @@ def config(name: str) -> PretrainedConfig:
         for parent in parents:
             place = place.setdefault(parent, {})
         if isinstance(value, str) and field.endswith("_config"):
-            value = shrunk(CONFIG_MAPPING[value](), text=False, nested=True)
+            value = shrunk(CONFIG_MAPPING[value](), text=field == "text_config", nested=True)
         if isinstance(value, dict) and isinstance(place.get(field), dict):
             value = {**place[field], **value}
         place[field] = value
@@ -303,7 +303,7 @@ def pictures(model: Any, rows: list[list[int]]) -> dict[str, Any]:
     side = side if isinstance(side, int) else side[0]
     views = (2,) if hasattr(model.config, "image_grid_pinpoints") else (1,) if kind == "perception_lm" else ()
     found = {"pixel_values": noise(*views, 3, side, side)}
-    if "image_sizes" in accepted and kind != "llava":
+    if "image_sizes" in accepted and (kind != "llava" or vision.model_type == "pixtral"):
         found["image_sizes"] = same(side, side)
     if "high_res_pixel_values" in accepted:
         found["high_res_pixel_values"] = noise(3, 64, 64)

@@ -15,7 +15,7 @@ from torch import nn
 
 import mmcompress as mm
 
-from .architectures import IMAGE, NAMES, OLDEST, SHARED, TABLE, VIDEO, build, prompts, shrunk, table
+from .architectures import IMAGE, NAMES, OLDEST, OVERRIDES, SHARED, SQUARE, TABLE, VIDEO, build, prompts, shrunk, table
 from .exactness import PLANS, judge
 
 
@@ -34,6 +34,28 @@ def test_every_architecture_has_a_verdict() -> None:
         assert not [verdict for verdict in found if verdict not in ("ok", *SHARED)]
     assert verdicts["input"].count("ok") >= 55 and verdicts["layer"].count("ok") >= 40
     assert verdicts["signal"].count("ok") >= 9 and verdicts["encoder"].count("ok") >= 9
+
+
+PIXTRAL = {"vision_config": "pixtral", "vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+TEXTS = ("phi", "phi3", "glm4", "olmo2", "cohere", "stablelm", "smollm3", "helium", "nemotron", "ernie4_5")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "wanted"),
+    [
+        ("llava", PIXTRAL, "ok"),
+        ("mistral3", {"text_config": "ministral3"}, "ok"),
+        ("mistral3", {"text_config": "mistral4"}, "ok"),
+        ("internvl", {**SQUARE, "text_config": "qwen3_moe"}, "ok"),
+        *[("llava", {"text_config": text}, "ok") for text in TEXTS],
+        *[("llava", {"text_config": text}, "windows") for text in ("gemma2", "gpt_oss")],
+    ],
+)
+def test_other_parts_in_the_same_classes(
+    name: str, changes: dict[str, Any], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OVERRIDES, name, changes)
+    assert {kind: table(judge(name, kind)) for kind in ("input", "layer")} == {"input": wanted, "layer": wanted}
 
 
 def wrapped(name: str, cls: str, **changes: Any) -> Any:
