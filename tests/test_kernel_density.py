@@ -14,7 +14,7 @@ from mmcompress.kernels.density import blocked
 from mmcompress.kernels.dispatch import has_triton, interpreted
 from torch import Tensor
 
-from .watch import NoWaiting
+from .watch import NoWaiting, spoiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
@@ -46,7 +46,7 @@ def some_case(seed: int, small: bool) -> tuple[Tensor, int, dict[str, Any]]:
     x, options = x.to(dtype), {}
     if r.random() < 0.4:
         options["mask"] = torch.rand(batch, n) < 0.7
-        x[~options["mask"]] = math.nan
+        x = spoiled(x, ~options["mask"], seed % 2 == 0)
     if batch == 1 and r.random() < 0.6:
         options["cu_seqlens"] = some_segments(r, n)
         options |= {"mask": options["mask"][0]} if "mask" in options else {}
@@ -113,6 +113,25 @@ def check(seed: int, implementation: str) -> None:
         assert (found[0][~options["mask"]] == math.inf).all() and (found[1][~options["mask"]] == 0).all()
 
 
+@pytest.mark.parametrize("elements", [None, 1 << 15])
+@pytest.mark.parametrize(("n", "k"), [(600, 2), (1000, 2), (1024, 2), (800, 3)])
+def test_the_nearest_of_many_are_found_by_groups(
+    n: int, k: int, elements: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 8 k groups of columns on, whether the nearest lie in one of them or in several."""
+    columns = blocked.round_up(n, blocked.COLUMNS)
+    assert columns >= 8 * k * blocked.group_width(columns)
+    monkeypatch.setattr(blocked, "ELEMENTS", elements or blocked.ELEMENTS)
+    torch.manual_seed(n)
+    x = torch.randint(-40, 41, (1, n, 3)).float()
+    x[:, : n // 2] = x[:, : n // 2].sort(1).values  # neighbours lie beside each other
+    for mask in (None, torch.rand(1, n) < 0.9):
+        given = x if mask is None else spoiled(x, ~mask, True)
+        wanted, found = (run(density.density_peaks, i, given, k, mask=mask) for i in ("naive", "blocked"))
+        assert torch.allclose(wanted[0], found[0], rtol=2e-7, atol=0) and torch.allclose(wanted[1], found[1], rtol=2e-7)
+        assert wanted[0][torch.isfinite(wanted[0])].unique().numel() > 5
+
+
 @FAST
 def test_the_nearest_centre(implementation: str) -> None:
     for seed in range(30 if implementation == "blocked" else 8):
@@ -123,7 +142,7 @@ def test_the_nearest_centre(implementation: str) -> None:
         options: dict[str, Any] = {}
         if r.random() < 0.5:
             options["mask"] = torch.rand(batch, m) < 0.6
-            y[~options["mask"]] = math.nan
+            y = spoiled(y, ~options["mask"], seed % 2 == 0)
         if batch == 1 and r.random() < 0.6:
             options |= {name: some_segments(r, size, 3) for name, size in (("cu_seqlens_x", n), ("cu_seqlens_y", m))}
             options |= {"mask": options["mask"][0]} if "mask" in options else {}

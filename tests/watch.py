@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watching the operations of a method: on an accelerator some of them would wait for the device."""
+"""Watching the operations of a method: on an accelerator some of them would wait for the device; and what spoils padding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero")
@@ -45,3 +46,16 @@ def in_a_graph(run: Callable[[], Any]) -> Any:
     graph.replay()
     torch.cuda.synchronize()
     return found
+
+
+def spoiled(x: Tensor, gone: Tensor, copies: bool) -> Tensor:
+    """`x` [..., n, d] with NaN in the rows that take no part, `gone` [..., n]; or with copies of rows that do, since a comparison
+    with NaN is false and may hide that such a row was read."""
+    gone = gone.expand(x.shape[:-1])
+    if not copies:
+        return x.masked_fill(gone[..., None], float("nan"))
+    rows, there = x.flatten(0, -3), ~gone.flatten(0, -2)
+    other = torch.multinomial(there.float() + 1e-30, there.shape[1], replacement=True)
+    copy, out = rows.gather(1, other[..., None].expand_as(rows)).view(x.shape), x.clone()
+    out[gone] = copy[gone]
+    return out
