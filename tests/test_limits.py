@@ -109,7 +109,7 @@ def test_hybrid_language_model_before_the_llm(plan: str) -> None:
 
 
 def test_hybrid_language_model_refuses_layer_cuts() -> None:
-    with pytest.raises(NotImplementedError, match=r"fastv.*linear attention layers, whose state cannot forget"):
+    with pytest.raises(NotImplementedError, match=r"fastv.*layers of type linear_attention, whose state cannot forget"):
         mm.compress(qwen3_5(), "fastv(layer=2)")
 
 
