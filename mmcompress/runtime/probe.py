@@ -228,6 +228,14 @@ class Forms:
                 raise ValueError(f"it cannot be run by itself ({type(error).__name__}: {error})") from error
 
 
+def first_tables(language_model: Any, hidden: Tensor, positions: Tensor, index: int = 0) -> Any:
+    """What the rotary module makes of `positions` for layer `index`; some have tables for each type of layer."""
+    rotary = language_model.rotary_emb
+    if "layer_type" not in inspect.signature(type(rotary).forward).parameters:
+        return rotary(hidden, positions)
+    return rotary(hidden, positions, language_model.config.layer_types[index])
+
+
 UNFIT = {
     "simple": "it caps its logits or has sinks, and statistics of all rows are made from plain logits",
     "rotation": "its rotary embedding is of no form that we know",
@@ -370,18 +378,20 @@ class _Probe:
         self.stream = torch.randn(1, TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(0))
         self.stream = self.stream.to(device, language_model.dtype)
         longest = max(getattr(config, "max_position_embeddings", None) or 4096, TOKENS)
-        self.tables = self._tables(language_model.rotary_emb, 5 * torch.arange(TOKENS, device=device))
+        self.tables = self._tables(language_model, 5 * torch.arange(TOKENS, device=device))
         self.positions = torch.linspace(0, longest - 1, TOKENS, device=device).long()[None]
         """For modules that read them: also large ones."""
         self.mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=device).tril()[None, None]
 
-    def _tables(self, rotary: Any, positions: Tensor) -> Tables:
+    def _tables(self, model: Any, positions: Tensor) -> Tables:
         """Rotary tables of the tokens; the module may want positions of three or four axes."""
         for shape in ((1, TOKENS), (3, 1, TOKENS), (4, 1, TOKENS)):
-            made = _tried(functools.partial(rotary, self.stream, positions.expand(shape)))
+            made = _tried(
+                functools.partial(first_tables, model, self.stream, positions.expand(shape), self.attention.layer_idx)
+            )
             if isinstance(made, tuple) and all(t.dim() == 3 and t.shape[:2] == (1, TOKENS) for t in made):
                 return made
-        raise ValueError(f"{type(rotary).__name__} does not make cosines and sines [B, S, d] from positions")
+        raise ValueError(f"{type(model.rotary_emb).__name__} does not make cosines and sines [B, S, d] from positions")
 
     def _handed(self, tables: Tables | None = None, cache: Any = None) -> Handed:
         return recorded(self.attention, self.stream, tables or self.tables, self.positions, cache)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .cache import ledger_of
 from .call import Call
 from .layers import Heads
-from .probe import Forms
+from .probe import Forms, first_tables
 from .relevance import Prompt, answer_relevance, check_relevance, greedy_answers
 from .rotary import shifted
 
@@ -36,7 +36,7 @@ def first_heads(forms: Forms, embeds: Tensor, positions: Tensor, valid: Tensor |
         positions = positions[1:]
     form = forms.of(0, "the first attention on the instruction", "norm")
     hidden = form.entering(embeds)
-    tables = forms.language_model.rotary_emb(hidden, positions.to(hidden.device))
+    tables = first_tables(forms.language_model, hidden, positions.to(hidden.device))
     return Heads(form, hidden, tables, valid, call, 0, False, positions)
 
 
