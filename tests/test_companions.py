@@ -386,22 +386,27 @@ def test_a_label_behind_a_picture_is_predicted_by_the_last_token_left(plan: str,
 
 
 @pytest.mark.parametrize("plan", ["divprune(keep=0.5)", "fastv(layer=2, keep=0.5)", "pairs_mean(keep=0.5)"])
-def test_labels_that_are_visual_tokens_do_not_count(plan: str) -> None:
+@pytest.mark.parametrize("shift", [False, True])
+def test_labels_that_are_visual_tokens_do_not_count(plan: str, shift: bool) -> None:
+    """Labels at the tokens themselves, and (`shift_labels`) at those before them."""
     model = build()
     inputs = prompts(model, TWO, seed=1)
-    ignored = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+
+    def loss(labels: Tensor) -> Tensor:
+        ahead = {"shift_labels": torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]} if shift else {}
+        return model(**inputs, labels=labels, **ahead).loss
+
+    ids = inputs["input_ids"]
     mm.compress(model, plan)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        right = model(**inputs, labels=ignored).loss
+        right = loss(ids.masked_fill(ids == IMAGE, -100))
     mm.compress(model, plan)
     with pytest.warns(UserWarning, match="labels hold visual tokens"):
-        assert torch.equal(model(**inputs, labels=inputs["input_ids"]).loss, right)
+        assert torch.equal(loss(ids), right)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        assert torch.equal(model(**inputs, labels=inputs["input_ids"]).loss, right)
-    mm.uncompress(model)
-    assert "_loss_function" not in model.__dict__
+        assert torch.equal(loss(ids), right)
 
 
 # ---------------------------------------------------------------------- what nothing would be done about

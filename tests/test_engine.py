@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 
 import mmcompress as mm
 from mmcompress.budget import resolve
+from mmcompress.plan import register
 from mmcompress.runtime.cache import is_pruned
+from mmcompress.stage import InputStage
 
 from .flash import FlashStandIn
-from .reference import live_after_input, masked_keys, stock_on_kept
+from .reference import image_runs, live_after_input, masked_keys, score, stock_on_kept
 from .tiny import ALIKE, GREEDY, IMAGE, LAYERS, RAGGED, build, prompts, single
 
 METHODS = ["random", "uniform", "divprune", "visionzip", "fastv", "tome"]
@@ -129,6 +132,33 @@ def test_input_stage_equals_stock_model_on_kept_rows(attention: str, positions: 
         assert logits.shape[:2] == inputs["input_ids"].shape
         for row, rows in enumerate(expected):
             close(logits[row, live[row]], rows)
+
+
+@register("backwards")
+@dataclass(frozen=True, repr=False)
+class Backwards(InputStage):
+    """As `by_feature`, in the opposite order."""
+
+    keep: float | int = 0.5
+
+    def select(self, visuals: mm.Visuals) -> mm.Selection:
+        return mm.Selection(mm.Selection.top(score(visuals.features), visuals.k).keep.flip(1))
+
+
+@torch.no_grad()
+def test_tokens_in_another_order_stand_at_the_places_that_are_left() -> None:
+    """The first that a method names stands at the first place of those that it keeps."""
+    model = build()
+    inputs = prompts(model, RAGGED[1:])
+    live, embeds = live_after_input(model, inputs, 0.4)
+    own = torch.arange(live.shape[1])
+    for image in image_runs(inputs["input_ids"][0], 16):
+        kept = torch.tensor([place for place in image if live[0, place]])
+        own[kept] = kept.flip(0)
+    (expected,) = stock_on_kept(model, live, embeds[:, own], "reindex")
+    mm.compress(model, "backwards", keep=0.4, positions="reindex")
+    text = live[0] & (inputs["input_ids"][0] != IMAGE)
+    close(model(**inputs).logits[0, text], expected[text[live[0]]])
 
 
 @torch.no_grad()
@@ -298,6 +328,19 @@ def test_manual_loop_and_two_conversations(plan: str) -> None:
             outs[i] = model(input_ids=tokens[i][-1][:, None], past_key_values=outs[i].past_key_values)
     for i in (0, 1):
         assert torch.equal(torch.cat(tokens[i]), expected[i])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_tokens_at_once_are_as_one_by_one(plan: str, attention: str) -> None:
+    model = mm.compress(build(attention=attention), plan)
+    out = model(**prompts(model, RAGGED[:1], mask=False), use_cache=True)
+    cache = copy.deepcopy(out.past_key_values)
+    both = model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache).logits
+    for i, token in enumerate((7, 8)):
+        out = model(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values)
+        close(both[:, i], out.logits[:, 0])
 
 
 @torch.no_grad()

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from mmcompress.adapters.common import CommonAdapter
 from mmcompress.eval.synthetic.benchmark import prompt
 from mmcompress.eval.synthetic.families import FAMILIES
 from mmcompress.eval.synthetic.model import make_model, make_processor
@@ -59,6 +61,16 @@ def test_unknown_model_takes_stages_that_need_only_features(plan: str) -> None:
     a, b = (model.generate(**inputs, **GREEDY, use_cache=cached) for cached in (True, False))
     assert torch.equal(a, b)
     assert [(v.tokens, v.kept) for v in mm.trace(model).visuals] == [(16, 8)] * 2
+
+
+@pytest.mark.parametrize(("lengths", "pictures"), [((8, 4), [4, 4, 4]), ((7, 5), [7, 5]), ((5, 5), [5, 5])])
+def test_one_tensor_per_sample_is_dealt_to_its_pictures(lengths: tuple[int, int], pictures: list[int]) -> None:
+    """Three states of pictures; only where all samples are whole pictures."""
+    features = [torch.randn(n, 3) for n in lengths]
+    output = SimpleNamespace(pooler_output=features, last_hidden_state=torch.zeros(3, 4, 2))
+    found = CommonAdapter.features(None, output, {"pixel_values": torch.zeros(2, 2, 3, 8, 8)})  # type: ignore[arg-type]
+    assert [len(one) for one in found] == pictures
+    assert torch.equal(torch.cat([*found]), torch.cat(features))
 
 
 @pytest.mark.parametrize("plan", ["visionzip", "tome"])

@@ -366,6 +366,20 @@ def test_in_every_family(family: str) -> None:
 
 
 @torch.no_grad()
+def test_cuts_read_the_scores_of_the_last_stage_before_them() -> None:
+    model = build("llava", num_hidden_layers=8)
+    mm.compress(model, "uniform(keep=0.75) >> vflowopt_prune(keep=0.7, cell=3) >> vflowopt_cuts")
+    model(**prompts(model, "llava", [[5, image("llava"), 4]]))
+    (visual,) = mm.trace(model).visuals
+    decision = visual.span.decisions[-1]
+    assert decision.scores is not None
+    by = dict(zip(decision.before.keep[0].tolist(), decision.scores[0].tolist(), strict=True))
+    entered, left = visual.kept_cells(0).tolist(), visual.kept_cells(7).tolist()
+    assert len(entered) == 8 and 0 < len(left) < 8
+    assert left == sorted(sorted(entered, key=lambda cell: -by[cell])[: len(left)])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)
 def test_videos_keep_their_best_tokens(family: str) -> None:
     model = build(family, num_hidden_layers=8)

@@ -385,6 +385,12 @@ def test_verdicts() -> None:
             "too few questions to tell",
             "0 of 100 answers count differently; questions needed: about 400 for a difference of 1 point",
         ),
+        (
+            Difference(0.1, 0.05, 0.15, 0.02, 5, 51),  # six changed ones: 61.2 questions
+            "too few questions to tell",
+            "5 of 51 answers count differently; questions needed: about 62 for a difference as large as this one, about "
+            "1,700 for a difference of 1 point",
+        ),
         (Difference(-0.002, -0.009, 0.005, 0.0035, 20, 2000), "same", ""),
         (Difference(-0.004, -0.007, -0.001, 0.0015, 20, 2000), "same", ""),  # sure, and less than a point
         (Difference(-0.004, -0.0101, 0.002, 0.0025, 20, 2000), "too few questions to tell", ""),

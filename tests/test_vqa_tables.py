@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from mmcompress.eval.data import Question, digest, open_picture, read_questions
 from mmcompress.eval.data.cells import parse_list
+from mmcompress.eval.data.files import from_base64
 from mmcompress.eval.tasks import task_of
 from PIL import Image
 
@@ -436,6 +437,9 @@ def test_pictures_in_base64(tmp_path: Path) -> None:
     found = read(tmp_path, {"q.jsonl": jsonl(*({"question": "q", "image": form} for form in forms))})
     assert [q.images for q in found] == [(bits,)] * len(forms)
     assert open_picture(found[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
+    shortest = b"GIF8" + b"\1" * 8  # no picture is shorter, but names are
+    assert from_base64(base64.b64encode(shortest).decode()) == shortest
+    assert from_base64(base64.b64encode(shortest[:-1]).decode()) is None
     (tmp_path / "abcdefghijklmnopqrst").write_bytes(bits)  # a name of letters alone is a name
     (named,) = read(tmp_path, {"q.jsonl": jsonl({"question": "q", "image": "abcdefghijklmnopqrst"})})
     assert named.images == (tmp_path / "abcdefghijklmnopqrst",)
