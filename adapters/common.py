@@ -88,14 +88,15 @@ def refusal(model: Any) -> str | None:
     for name, child in model.named_children():
         if hasattr(child, "base_model_prefix") and body_of(child) is not child and refusal(child) is None:
             return f"it wraps the model that sees: compress(model.{name}, ...)"
-    if not {"image", "video"} & set(getattr(model, "input_modalities", ("image",))):
+    sees = any(hasattr(base, f"get_{modality}_features") for modality in TOKENS)
+    if not sees and not TOKENS.keys() & set(getattr(model, "input_modalities", TOKENS)):
         return "it takes no pictures, so there are no visual tokens to drop"
     if getattr(config, "is_encoder_decoder", False) or (hasattr(base, "encoder") and hasattr(base, "decoder")):
         return "it is an encoder-decoder: pictures enter its encoder, and no visual tokens stand in the prompt of its decoder"
     crossing = re.compile(r"^(?!.*(qformer|projector|vision)).*cross_?att")
     if any(crossing.match(name) for name, _ in base.named_modules()):
         return "its language model looks at pictures by cross-attention: no visual tokens stand in its prompt"
-    if not hasattr(base, "get_image_features") and not hasattr(base, "get_video_features"):
+    if not sees:
         return "it encodes pictures inside its forward pass: its base model has no get_image_features"
     decoder = decoder_of(base)
     if decoder is None:

@@ -68,6 +68,17 @@ def image_runs(ids: Tensor, size: int) -> list[list[int]]:
     return [places[i : i + size] for i in range(0, len(places), size)]
 
 
+def shown(logits: Tensor, places: Tensor, ids: Tensor) -> Tensor:
+    """Logits of the tokens at `places`, in the order of a packed row, as the rows of the output show them: the last place of a run
+    of visual tokens is what text follows, so it shows the last of them that is left, whatever their order."""
+    visual = (ids == IMAGE).long()
+    found = logits.clone()
+    for end in ((visual == 1) & (torch.cat([visual[1:], visual[:1] * 0]) == 0)).nonzero()[:, 0].tolist():
+        text = ((places > end) & (visual[places] == 0)).nonzero()[:, 0]
+        found[places == end] = logits[int(text[0]) - 1]
+    return found
+
+
 @contextmanager
 def captured(model: Any) -> Iterator[dict[str, Any]]:
     """The keywords with which the language model is called."""

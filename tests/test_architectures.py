@@ -18,6 +18,8 @@ import mmcompress as mm
 from .architectures import IMAGE, NAMES, OLDEST, OVERRIDES, SHARED, SQUARE, TABLE, VIDEO, build, prompts, shrunk, table
 from .exactness import PLANS, judge
 
+pytestmark = pytest.mark.skipif(OLDEST, reason="configs, inputs and the table are those of the newest transformers")
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_or_refused(name: str) -> None:
@@ -27,7 +29,7 @@ def test_exact_or_refused(name: str) -> None:
 
 def test_every_architecture_has_a_verdict() -> None:
     """None crashes, none is silently wrong, none is unjudged."""
-    assert OLDEST or set(TABLE) == set(NAMES)
+    assert set(TABLE) == set(NAMES)
     verdicts = {kind: [TABLE[name][kind] for name in TABLE] for kind in PLANS}
     for kind, found in verdicts.items():
         print(f"{kind}: {found.count('ok')} of {len(found)} exact")

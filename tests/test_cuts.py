@@ -21,7 +21,7 @@ from mmcompress.runtime.cache import PrunedLayer, is_pruned
 
 from .families import FAMILIES, IMAGE, QWEN, Part, build, image, prompts
 from .flash import FlashStandIn
-from .reference import best, captured, score
+from .reference import best, captured, score, shown
 from .test_engine import close, follow_up
 from .test_families import alike, kept_places, samples, visual_places
 from .tiny import GREEDY, OLDEST
@@ -174,18 +174,6 @@ def planned(name: str, family: str) -> tuple[mm.Pipeline, Steps, tuple[bool, boo
     return plan, stage, reindex
 
 
-def shown(run: Any, ids: Tensor) -> Tensor:
-    """Logits by hand as the rows of the output show them: the last place of a run of visual tokens is what text follows, so it
-    shows the last of them that is left, whatever their order."""
-    visual = (ids == IMAGE).long()
-    logits = run.logits.clone()
-    for end in ((visual == 1) & (torch.cat([visual[1:], visual[:1] * 0]) == 0)).nonzero()[:, 0].tolist():
-        text = (run.places > end) & (visual[run.places] == 0)
-        at, behind = (run.places == end).nonzero()[:, 0], int(text.nonzero()[0, 0])
-        logits[at] = run.logits[behind - 1]
-    return logits
-
-
 # ---------------------------------------------------------------------- one forward pass
 @torch.no_grad()
 @pytest.mark.parametrize("name", PLANS)
@@ -208,7 +196,7 @@ def test_cuts_equal_layers_by_hand(family: str, name: str) -> None:
         assert layers[row] == run.counts and run.counts[3] < run.counts[0]
         assert left[row].tolist() == sorted(run.places.tolist())
         for logits in (cached, plain):
-            close(logits[row, run.places], shown(run, inputs["input_ids"][row]))
+            close(logits[row, run.places], shown(run.logits, run.places, inputs["input_ids"][row]))
 
 
 @torch.no_grad()
@@ -364,7 +352,7 @@ def test_new_image_in_a_later_turn(family: str, name: str) -> None:
     real = torch.cat([*kept, torch.arange(ends[1], ends[2])])
     run = by_hand(model, seen, 0, real, pools, stage, *reindex)
     logits = torch.cat(outs)
-    close(logits[run.places], shown(run, joined["input_ids"][0]))
+    close(logits[run.places], shown(run.logits, run.places, joined["input_ids"][0]))
     assert is_pruned(cache)
 
 

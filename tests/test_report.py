@@ -22,6 +22,7 @@ from mmcompress.runtime.cache import CACHE, Held, cache_of, held_bytes
 from mmcompress.trace import Report
 
 from . import architectures, families, tiny
+from .architectures import OLDEST
 
 EXACT = (
     "llava", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "glm4v_moe", "kimi_k25", "deepseek_ocr2", "aria", "minimax_m3_vl",
@@ -65,6 +66,7 @@ def checked(name: str) -> tuple[tuple[LayerCost, ...], int, int]:
     return costs, sum(cost.flops(inputs["input_ids"].shape[1]) for cost in costs), found["layers"]
 
 
+@pytest.mark.skipif(OLDEST, reason="the sizes of the tiny models are those of the newest configs")
 @pytest.mark.parametrize("name", EXACT)
 def test_the_shapes_of_modules_give_what_torch_counts(name: str) -> None:
     """Grouped queries, experts, latent attention, layers of several widths, towers of several kinds."""
