@@ -68,7 +68,7 @@ def image_runs(ids: Tensor, size: int) -> list[list[int]]:
     return [places[i : i + size] for i in range(0, len(places), size)]
 
 
-def shown(logits: Tensor, places: Tensor, ids: Tensor) -> Tensor:
+def rows_shown(logits: Tensor, places: Tensor, ids: Tensor) -> Tensor:
     """Logits of the tokens at `places`, in the order of a packed row, as the rows of the output show them: the last place of a run
     of visual tokens is what text follows, so it shows the last of them that is left, whatever their order."""
     visual = (ids == IMAGE).long()

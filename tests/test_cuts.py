@@ -21,7 +21,7 @@ from mmcompress.runtime.cache import PrunedLayer, is_pruned
 
 from .families import FAMILIES, IMAGE, QWEN, Part, build, image, prompts
 from .flash import FlashStandIn
-from .reference import best, captured, score, shown
+from .reference import best, captured, rows_shown, score
 from .test_engine import close, follow_up
 from .test_families import alike, kept_places, samples, visual_places
 from .tiny import GREEDY, OLDEST
@@ -196,7 +196,7 @@ def test_cuts_equal_layers_by_hand(family: str, name: str) -> None:
         assert layers[row] == run.counts and run.counts[3] < run.counts[0]
         assert left[row].tolist() == sorted(run.places.tolist())
         for logits in (cached, plain):
-            close(logits[row, run.places], shown(run.logits, run.places, inputs["input_ids"][row]))
+            close(logits[row, run.places], rows_shown(run.logits, run.places, inputs["input_ids"][row]))
 
 
 @torch.no_grad()
@@ -352,7 +352,7 @@ def test_new_image_in_a_later_turn(family: str, name: str) -> None:
     real = torch.cat([*kept, torch.arange(ends[1], ends[2])])
     run = by_hand(model, seen, 0, real, pools, stage, *reindex)
     logits = torch.cat(outs)
-    close(logits[run.places], shown(run.logits, run.places, joined["input_ids"][0]))
+    close(logits[run.places], rows_shown(run.logits, run.places, joined["input_ids"][0]))
     assert is_pruned(cache)
 
 

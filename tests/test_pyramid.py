@@ -31,7 +31,7 @@ from mmcompress.ops.density import density_peaks
 from mmcompress.ops.transitions import transition, transition_value
 
 from .families import FAMILIES, QWEN, build, image, prompts
-from .reference import captured, shown
+from .reference import captured, rows_shown
 from .test_engine import close
 from .test_families import alone, kept_places, samples, visual_places
 from .tiny import GREEDY
@@ -625,7 +625,7 @@ def test_decisions_and_logits_equal_eager_layers_by_hand(family: str, plan: str)
             start = getattr(stage, "start", 0)
             hand.run(layer, getattr(stage, "absolute", False), not isinstance(start, tuple) or i in start)
         expected = model.lm_head(model.model.language_model.norm(hand.hidden))[0]
-        close(logits[row, hand.places], shown(expected, hand.places, inputs["input_ids"][row]), 1e-3)
+        close(logits[row, hand.places], rows_shown(expected, hand.places, inputs["input_ids"][row]), 1e-3)
 
 
 @torch.no_grad()
