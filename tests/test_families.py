@@ -195,33 +195,51 @@ def test_layer_cuts_equal_masked_keys(family: str, kind: str, cuts: dict[int, fl
     close(logits[alive], expected[alive])
 
 
+CHAIN = {"merge": "pairs_mean(keep=0.5)", "prune": "by_feature(keep=0.5)"}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "qwen3_vl"])
-@pytest.mark.parametrize("cut", ["", " >> by_hidden(layer=1, keep=1.0) >> by_hidden(layer=2, keep=0.999)"])
-def test_merging_is_the_same_linear_map_on_every_level(family: str, cut: str) -> None:
+@pytest.mark.parametrize("cuts", [{}, {1: 0.5}])
+@pytest.mark.parametrize("chain", ["merge", "merge prune", "prune merge", "merge merge", "merge prune merge"])
+def test_chains_of_merging_and_pruning_equal_means_made_by_hand(
+    family: str, cuts: dict[int, float], chain: str
+) -> None:
     """Means of pairs, also of the DeepStack levels, whether the model adds them or (after a cut) the hooks do."""
     model = build(family)
-    inputs = prompts(model, family, [[5, image(family, True), 4]])
+    inputs = prompts(model, family, samples(family))
     with captured(model) as seen:
         model(**inputs)
-    with mm.compressed(model, "pairs_mean(keep=0.5)" + cut, positions="keep"):
-        logits = model(**inputs).logits
-        kept = kept_places(model, inputs)
-        (visual,) = mm.trace(model).visuals
-    places = visual.span.patches
-    mask = seen.get("visual_pos_masks")
-    levels = seen.get("deepstack_visual_embeds") or []
-    for level in levels:
-        level[::2] = (level[::2] + level[1::2]) / 2
-    embeds = seen["inputs_embeds"] = seen["inputs_embeds"].clone()
-    embeds[0, places[::2]] = (embeds[0, places[::2]] + embeds[0, places[1::2]]) / 2
-    assert (mask is None) == (not levels)
-    (expected,) = language_model_on(model, seen, kept)
-    if not cut:
-        close(logits[0, kept[0]], expected)
-    else:  # the second cut takes one token away: those before it are as without
-        first = int(places[0])
-        close(logits[0, :first], expected[:first])
+    plan = [*(CHAIN[word] for word in chain.split()), *(f"by_hidden(layer={i}, keep={k})" for i, k in cuts.items())]
+    mm.compress(model, " >> ".join(plan), positions="keep")
+    logits, visuals = model(**inputs).logits, mm.trace(model).visuals
+    patches = visual_places(model, inputs["input_ids"].shape)
+    mm.uncompress(model)
+    live, changed = inputs["attention_mask"].bool() & ~patches, {"inputs_embeds": seen["inputs_embeds"].clone()}
+    levels = [level.clone() for level in seen.get("deepstack_visual_embeds") or []]
+    if levels:
+        changed["deepstack_visual_embeds"] = levels  # type: ignore[assignment]
+        number = seen["visual_pos_masks"].flatten().cumsum(0).view(live.shape) - 1
+    assert bool(levels) == (family == "qwen3_vl")
+    for visual in visuals:
+        row, slots = visual.row, visual.span.patches
+        embeds = changed["inputs_embeds"][row]
+        for word in chain.split():
+            if word == "merge":
+                for table, at in ((embeds, slots), *((level, number[row, slots]) for level in levels)):
+                    table[at[::2]] = (table[at[::2]] + table[at[1::2]]) / 2
+                slots = slots[::2]
+            else:
+                everything = torch.ones(len(slots), dtype=torch.bool)
+                slots = slots[best(score(embeds[slots]), everything, len(slots) // 2)]
+        assert visual.span.patches[visual.kept_cells()].tolist() == slots.tolist()
+        live[row, slots] = True
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, **changed}), with_kwargs=True
+    )
+    alive, expected = masked_keys(model, inputs, cuts, live, patches)
+    handle.remove()
+    close(logits[alive], expected[alive])
 
 
 # ---------------------------------------------------------------------- generation
