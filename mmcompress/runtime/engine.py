@@ -577,8 +577,10 @@ class Engine(Following):
         """Position ids for a layer that reads them. None for others: flash attention would take gaps for packed sequences."""
         if given is None or not self.counting[index]:
             return None
-        if group.positions is not None and group.positions.dim() == given.dim():
-            return shifted(group.positions, ledger).to(given.device)
+        if group.positions is not None:
+            # numbers of another form (of text, beside those of M-RoPE) are for flash attention alone
+            same = group.positions.dim() == given.dim()
+            return shifted(group.positions, ledger).to(given.device) if same else None
         return given if group.from_base is None else follow(given, group.from_base, given.shape[-1], "position_ids")
 
     # ------------------------------------------------------------------ timing
