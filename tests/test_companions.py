@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import Any
@@ -116,30 +117,38 @@ def test_cuts_read_attention_under_the_mask(name: str, layer: int) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "plan",
-    ["by_feature(keep=0.5)", "by_hidden(layer=2, keep=0.5)", "by_feature(keep=0.6) >> by_hidden(layer=2, keep=0.5)"],
+    ("plan", "images"),
+    [
+        ("by_feature(keep=0.5)", 1),
+        ("by_feature(keep=0.5)", 2),
+        ("by_hidden(layer=2, keep=0.5)", 1),
+        ("by_feature(keep=0.6) >> by_hidden(layer=2, keep=0.5)", 1),
+    ],
 )
-def test_a_mask_of_the_caller_in_later_turns(plan: str) -> None:
-    """Cached turns, of several tokens and of one, under masks of the caller equal one run over everything."""
+def test_a_mask_of_the_caller_in_later_turns(plan: str, images: int) -> None:
+    """Cached turns, with an image, of several tokens and of one, under masks of the caller equal one run over everything."""
     model = build()
-    first, more = prompts(model, [[3, "image", 6]], seed=1), torch.tensor([[11, 12, 13, 14, 15]])
+    first = prompts(model, [[3, "image", 2, "image", 6] if images == 2 else [3, "image", 6]], seed=1)
+    more = torch.tensor([[11, 12, 13, 14, 15]])
     n = first["input_ids"].shape[1]
     whole = torch.ones(n + 5, n + 5).tril().bool()
     whole[n:, 1] = False  # the later tokens do not see one of the first, nor some of each other
     whole[n + 2 :, n] = False
+    whole[n + 1 :, n - 5 : n - 3] = False
     positions = torch.arange(n + 5)[None]
     mm.compress(model, plan, positions="keep")
     joined = {**first, "input_ids": torch.cat([first["input_ids"], more], 1), "attention_mask": whole[None, None]}
     right = model(**joined, position_ids=positions, use_cache=False).logits[0, n:]
     cache, outs = None, []
-    for a, b in ((0, n), (n, n + 3), (n + 3, n + 4), (n + 4, n + 5)):
+    ends = [*([20] if images == 2 else []), n, n + 3, n + 4, n + 5]
+    for turn, (a, b) in enumerate(itertools.pairwise([0, *ends])):
         given = {"input_ids": joined["input_ids"][:, a:b], "attention_mask": whole[None, None, a:b, :b]}
-        if not a:
-            given["pixel_values"] = first["pixel_values"]
+        if turn < images:
+            given["pixel_values"] = first["pixel_values"][turn : turn + 1]
         out = model(**given, position_ids=positions[:, a:b], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         outs.append(out.logits[0])
-    close(torch.cat(outs[1:]), right)
+    close(torch.cat(outs[images:]), right)
     assert (
         right - model(**{k: v for k, v in joined.items() if k != "attention_mask"}, use_cache=False).logits[0, n:]
     ).abs().max() > 0.1

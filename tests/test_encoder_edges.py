@@ -231,6 +231,12 @@ def test_padding_is_cut_as_the_model_cuts_it(size: tuple[int, int], tiles: tuple
     assert cut.tiles == tiles and cut.shown == tuple(unpad_image(torch.zeros(1, rows, columns), list(size)).shape[1:])
 
 
+def test_an_odd_rest_of_padding_lies_below_and_on_the_right() -> None:
+    """23 of 28 pixels high: two pixels of padding above, three below."""
+    assert AnyRes((20, 50), ((28, 56),), 28, 7).layout().views[1].box == (0, -2 / 23, 1, 26 / 23)
+    assert AnyRes((50, 20), ((56, 28),), 28, 7).layout().views[1].box == (-2 / 23, 0, 26 / 23, 1)
+
+
 def test_seams_move_when_onevision_shrinks() -> None:
     """4 x 4 tiles of 4 x 4 tokens shown as 12 x 12: a seam after every three cells, not four."""
     pinpoints = ((112, 112),)

@@ -262,7 +262,7 @@ def test_one_question_that_cannot_be_asked_stops_no_run(
     questions = list(read_questions("exact", table)[:8])
     setup = replace(SETUP, batch_size=batch_size)
     questions[1] = replace(questions[1], text="<image> what ?")
-    questions[2] = replace(questions[2], text="half of \ud83d what ?")
+    questions[2] = replace(questions[2], text=f"half of {chr(0xD83D if batch_size == 1 else 0xDE00)} what ?")
     questions[4] = replace(questions[4], images=questions[4].images * 15)
     real = evaluator._generate
 

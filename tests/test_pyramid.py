@@ -248,7 +248,7 @@ def test_transprune_starts_before_it_cuts() -> None:
 def test_transprune_sums_up_some_layers() -> None:
     stage = mm.TransPrune(layers=(4, 8, 12), start=(3, 4, 5, 6, 9, 10))
     assert stage.cuts(32) == (4, 8, 12) and mm.as_pipeline(repr(stage)).parts == (stage,)
-    for start in ((4, 9), (3, 40)):
+    for start in ((4, 9), (3, 32), (3, 40)):
         with pytest.raises(ValueError, match="name a layer before it, and none that is not there"):
             replace(stage, start=start).cuts(32)
 
@@ -402,6 +402,9 @@ def test_raters_where_no_word_is_above_the_mean() -> None:
     assert torch.equal(stage.score(seen), seen.signals["text_attention"][:, 0])
     assert stage.raters(torch.tensor([[0.25, 0.25, 0.25, 0.25]])).all()
     assert stage.raters(torch.tensor([[0.1, 0.4, 0.3, 0.2]])).tolist() == [[False, True, True, False]]
+    assert stage.raters(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [
+        [False, False, True]
+    ]  # the mean is not above itself
     for plan in PLANS[1:]:
         stage = stage_of(plan)
         seen = shown(stage, 6, 3, words=0)

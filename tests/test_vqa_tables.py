@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from mmcompress.eval.data import Question, digest, open_picture, read_questions
 from mmcompress.eval.data.cells import parse_list
-from mmcompress.eval.data.files import from_base64
+from mmcompress.eval.data.files import Folder, from_base64, parts
+from mmcompress.eval.data.rows import short
+from mmcompress.eval.data.tables import read_rows
 from mmcompress.eval.tasks import task_of
 from PIL import Image
 
@@ -443,6 +445,38 @@ def test_pictures_in_base64(tmp_path: Path) -> None:
     (tmp_path / "abcdefghijklmnopqrst").write_bytes(bits)  # a name of letters alone is a name
     (named,) = read(tmp_path, {"q.jsonl": jsonl({"question": "q", "image": "abcdefghijklmnopqrst"})})
     assert named.images == (tmp_path / "abcdefghijklmnopqrst",)
+
+
+def test_numbers_of_four_digits_are_shards_of_their_folder() -> None:
+    """As the hub converts data sets; shorter numbers are names."""
+    here = Path("default/test")
+    (one,) = parts([here / "0000.parquet", here / "0001.parquet"])
+    assert (
+        one.name == "test" and one.of("test") and [path.name for path in one.paths] == ["0000.parquet", "0001.parquet"]
+    )
+    with pytest.raises(ValueError, match="of test, shard 00000 is missing"):
+        parts([here / "0001.parquet"])
+    assert [one.name for one in parts([here / "000.parquet", here / "001.parquet"])] == ["000", "001"]
+
+
+def test_an_object_with_two_lists_is_one_row(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps({"boxes": [{"x": 1}], "answers": [{"answer": "a"}, {"answer": "b"}]}))
+    (row,) = read_rows(tmp_path / "q.json")
+    assert row.texts("answers") == ("a", "b")
+
+
+def test_folders_are_walked_five_levels_deep(tmp_path: Path) -> None:
+    for depth in range(8):
+        here = tmp_path.joinpath(*"abcdefgh"[:depth])
+        here.mkdir(exist_ok=True)
+        (here / f"q{depth}.jsonl").touch()
+    assert [path.stem for path in Folder(tmp_path).matching("*.jsonl")] == ["q0", "q1", "q2", "q3", "q4", "q5"]
+
+
+def test_values_are_shown_whole_or_in_sixty_characters() -> None:
+    for length in (10, 57, 58, 59, 100):
+        text = repr("x" * length)
+        assert short("x" * length) == (text if length <= 58 else text[:57] + "...")
 
 
 def test_official_names_of_columns(tmp_path: Path) -> None:
