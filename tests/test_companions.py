@@ -69,10 +69,11 @@ def masks(ids: Tensor, floats: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["themselves", "each other", "blocks"])
 @pytest.mark.parametrize(
-    "plan", ["by_feature(keep=0.5)", "divprune(keep=0.3)", "by_feature(keep=0.6) >> divprune(keep=0.5)"]
+    "plan",
+    ["by_feature(keep=0.5)", "divprune(keep=0.3)", "by_feature(keep=0.6) >> divprune(keep=0.5)", "backwards(keep=0.5)"],
 )
 def test_a_mask_of_the_caller_loses_rows_and_columns(attention: str, name: str, plan: str) -> None:
-    """Equal to the stock language model on what is left, given the rows and columns of what is left."""
+    """Equal to the stock language model on what is left, given the rows and columns of its places, whatever the order in them."""
     model = build(attention=attention)
     inputs = prompts(model, TWO, seed=1)
     given = {**inputs, "attention_mask": masks(inputs["input_ids"], attention == "eager")[name]}
@@ -82,14 +83,17 @@ def test_a_mask_of_the_caller_loses_rows_and_columns(attention: str, name: str, 
     for use in (False, True):
         out = model(**given, use_cache=use).logits[0]
         live = kept(model, inputs)
+        own = live.clone()
+        for span in (visual.span for visual in mm.trace(model).visuals):
+            own[torch.isin(live, span.patches)] = span.patches[span.selection.keep[span.selection_row]]
         mm.uncompress(model)
         mask = given["attention_mask"][:, :, live][..., live]
-        positions = live[None] if mm.as_pipeline(plan).position_policy() == "keep" else torch.arange(len(live))[None]
+        positions = own[None] if mm.as_pipeline(plan).position_policy() == "keep" else torch.arange(len(live))[None]
         language_model = model.model.language_model
         hidden = language_model(
-            inputs_embeds=seen["inputs_embeds"][:, live], attention_mask=mask, position_ids=positions, use_cache=use
+            inputs_embeds=seen["inputs_embeds"][:, own], attention_mask=mask, position_ids=positions, use_cache=use
         ).last_hidden_state
-        close(out[live], model.lm_head(hidden)[0])
+        close(out[live][live == own], model.lm_head(hidden)[0, live == own])
         mm.compress(model, plan)
     mm.uncompress(model)
     assert torch.equal(mm.compress(model, "uniform(keep=1.0)")(**given).logits, stock)
