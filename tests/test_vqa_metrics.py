@@ -484,6 +484,9 @@ def test_a_comparison_tells_before_from_after_by_kind_and_above_chance() -> None
     assert by_chance(record("stock", {"color": [1] * 15 + [0] * 5})) == ""
     many = record("stock", {"color": [1] * 2160 + [0] * 1840})  # sure to be more than half, and hardly is
     assert "54.0 % of 4000 questions is hardly more than guessing" in by_chance(many)
+    assert (
+        by_chance(record("stock", {"color": [1] * 2240 + [0] * 1760})) == ""
+    )  # 56 %: a tenth of what guessing leaves is 5
     assert stock_first([other, base]) == [base, other] and stock_first([other]) == [other]
     with pytest.raises(ValueError, match=r"suffix: None and 'Be brief.': with --force"):
         compare(base, {**other, "settings": {**other["settings"], "suffix": "Be brief."}})
