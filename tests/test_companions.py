@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ import transformers
 from torch import Tensor
 
 import mmcompress as mm
-from mmcompress.runtime.packing import follow
+from mmcompress.runtime.adapter import Encoded
+from mmcompress.runtime.call import Call
+from mmcompress.runtime.packing import follow, pack, renumbered
+from mmcompress.visuals import Layout
 
 from . import families
 from .reference import captured
@@ -366,6 +370,32 @@ def test_follow_by_shapes() -> None:
     for shape in ((4, 9), (8, 9), (4,)):
         with pytest.raises(NotImplementedError, match=r"^types of shape .*without a batch dimension"):
             follow(torch.zeros(shape), index, 4, "types")
+
+
+def test_a_sample_whose_first_token_goes_begins_with_number_zero() -> None:
+    places = torch.tensor([[0, -1, 2, -1, 4, 5]])
+    samples = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    numbers, _ = renumbered(torch.tensor([[0, 1, 2, 0, 1, 2]]), places, pack(places, [4]), None, True, samples)
+    assert numbers.tolist() == [[0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_counted_among_what_has_gone(side: str) -> None:
+    row, places, real = [0, 1, 2], [0, -1, 2], [True] * 3
+    fill = {"left": ([1, 1], [-1, -1], [False] * 2), "right": ([], [], [])}[side]
+    more = {"left": ([], [], []), "right": ([1, 1], [-1, -1], [False] * 2)}[side]
+    numbers, at, valid = (torch.tensor([a + b + c]) for a, b, c in zip(fill, (row, places, real), more, strict=True))
+    at = at + 2 * (side == "left") * (at >= 0)
+    found, gone = renumbered(numbers, at, pack(at, [2]), valid, True)
+    assert found.tolist() == [[0, 1]] and gone is not None and gone.tolist() == [1]
+
+
+def test_a_visual_is_that_of_its_own_encoder_call() -> None:
+    calls = [Encoded("image", [Layout.raster(1, 1, n) for n in sizes]) for sizes in ((1, 2), (3,), (4, 5))]
+    calls[1].modality = "video"
+    for number, found in {0: (calls[0], 0), 1: (calls[0], 1), 2: (calls[2], 0), 3: (calls[2], 1)}.items():
+        span: Any = SimpleNamespace(modality="image", index=number)
+        assert Call.origin(SimpleNamespace(encoded=calls), span) == found  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- losses

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from mmcompress.eval import evaluator
 from mmcompress.eval.comparison import compare, retention
 from mmcompress.eval.data import Question, open_picture, read_questions
 from mmcompress.eval.evaluator import Setup, bucketed, evaluate, load_record, rows_of, shapes_questions, weights_digest
-from mmcompress.eval.inputs import AskError
+from mmcompress.eval.inputs import AskError, inputs_of
 from mmcompress.eval.journal import Journal
 from mmcompress.eval.prompts import conversation, question_text
 from mmcompress.eval.synthetic import items
@@ -299,6 +300,20 @@ def test_one_question_that_cannot_be_asked_stops_no_run(
     with pytest.raises(AskError, match="none of the 2 questions can be asked; 'q2': its text has half"):
         evaluate(model, processor, [questions[2], questions[4]], setup, "stock", tmp_path / "none")
     assert not list((tmp_path / "none").glob("*.json"))
+
+
+def test_a_prompt_that_fills_the_context_leaves_no_place_for_an_answer() -> None:
+    def processor(text: list[str], **_: Any) -> dict[str, torch.Tensor]:
+        lengths = [len(one.split()) for one in text]
+        return {"attention_mask": torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])}
+
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=4))
+    questions: Any = [SimpleNamespace(id=f"q{i}", images=()) for i in range(3)]
+    asked, inputs, wrong = inputs_of(
+        SimpleNamespace(config=config), processor, questions, ["a b c", "a b c d", "a"], [0, 1, 2]
+    )
+    assert asked == [0, 2] and inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert wrong == {"q1": "its prompt has 4 tokens, and the context of the model is 4"}
 
 
 def test_an_answer_that_reaches_beyond_the_context(

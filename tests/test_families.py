@@ -127,6 +127,18 @@ def test_input_stage_equals_stock_language_model_on_kept_rows(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_a_prompt_must_not_end_with_a_newline_that_is_dropped(family: str) -> None:
+    model = build(family)
+    inputs = prompts(model, family, [[3, image(family)]])
+    assert model(**inputs).logits.isfinite().all()
+    mm.compress(model, "by_feature(keep=0.5)", structural="drop")
+    with pytest.raises(ValueError, match="batch row 0 ends with image tokens"):
+        model(**inputs)
+    mm.compress(model, "by_feature(keep=0.5)")(**inputs)  # newlines stay: the last token is one
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("positions", ["keep", "reindex"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_structural_tokens_may_be_dropped(family: str, positions: str) -> None:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mmcompress as mm
 from mmcompress.flops import LLM, OPERATORS, WHOLE, LayerCost, counted, layer_costs
 from mmcompress.runtime.cache import CACHE, Held, cache_of, held_bytes
-from mmcompress.trace import Report
+from mmcompress.trace import Report, _si
 
 from . import architectures, families, tiny
 from .architectures import OLDEST
@@ -267,6 +267,12 @@ def test_a_trace_outlives_its_model() -> None:
     trace = mm.trace(model)
     file = pickle.dumps(trace)
     assert len(file) < 100_000 and str(pickle.loads(file).report()) == str(trace.report())
+
+
+def test_a_unit_begins_at_one() -> None:
+    assert [_si(value, "B") for value in (0, 999, 1000, 10**6, 999_999)] == [
+        "0 B", "999 B", "1.00 kB", "1.00 MB", "1000.00 kB",
+    ]  # fmt: skip
 
 
 def test_words_and_units() -> None:
