@@ -95,6 +95,12 @@ def test_cuts_on_one_layer_move_up(where: tuple[int, ...], depth: int, expected:
     assert distinct_layers(where, depth) == expected
 
 
+@pytest.mark.parametrize("version", ["1.5", "2.0"])
+def test_a_cut_that_keeps_as_much_as_the_one_before_drops_nothing(version: str) -> None:
+    stage = mm.SparseVLM(version=version, ratios=(0.5, 0.5, 0.5))
+    assert stage.budgets(16, 32) == ((9, 9, 9) if version == "1.5" else (8, 8, 8))  # one stands for what is merged
+
+
 def test_too_few_layers_and_wrong_order() -> None:
     with pytest.raises(ValueError, match=r"before the layers \(1, 2, 3\).* has 3 layers.*layers=.*or earlier"):
         distinct_layers((1, 1, 2), 3)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
 
 import mmcompress as mm
+from mmcompress.runtime.signals import VisionTap
 
 from .tiny import ALIKE, GREEDY, OLDEST, RAGGED, build, prompts
 
@@ -252,3 +254,9 @@ def test_map_signals_in_every_kind_of_encoder(family: str) -> None:
     if family not in families.PINPOINTS:  # tiles are cropped
         assert torch.allclose(visuals["given_logits"].mean(), visuals["received_logits"].mean(), atol=1e-4)
     assert ("cls_joint_attention@-1" in visuals.signals) == (family in ("llava_next", "internvl"))
+
+
+def test_the_cls_token_is_that_of_the_first_view_of_each_picture() -> None:
+    rows, adapter = torch.randn(6, 4), SimpleNamespace(views=lambda encoded, arguments: [3, 2, 1])
+    found = VisionTap._of_first_view(SimpleNamespace(adapter=adapter), rows, None, {})  # type: ignore[arg-type]
+    assert torch.equal(torch.stack(found), rows[[0, 3, 5]])

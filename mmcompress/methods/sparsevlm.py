@@ -99,7 +99,7 @@ class SparseVLM(Pyramid):
         found: list[int] = []
         for kept in floored(ratios, tokens):
             now = found[-1] if found else tokens
-            kept = max(1, min(kept, now - 1))
+            kept = min(kept, now)
             found.append(kept + (recycling(now - kept)[1] if self.version == "1.5" else 0))
         return tuple(found)
 
