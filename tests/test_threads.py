@@ -25,6 +25,8 @@ PLANS = [
     "transprune",
     "explain_compress(keep=0.5)",
     "cdpruner(keep=0.4) >> dart(layer=1, keep=0.5)",
+    "cmai",
+    "sink_correction(dims=(3, 17)) >> var_attention_sink(dims=(3, 17))",
 ]
 
 

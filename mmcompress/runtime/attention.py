@@ -4,6 +4,7 @@ projections and the cached keys and values, rewritten, and put in the place of w
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ GIVEN = "mmcompress_attention"
 """Private keyword that a layer hands on to its attention: gradient checkpointing replays both with their keywords."""
 BLOCK = 256
 """How many rows are computed at a time."""
+
+
+class _Here(threading.local):
+    """What the attention module that runs in this thread was given: no scope is open where checkpointing replays it."""
+
+    given: tuple[Call, Group, Tensor] | None = None
+
+
+_HERE = _Here()
 
 
 def rewriters(plan: Pipeline, forms: Forms) -> dict[int, Rewriter]:
@@ -53,7 +63,6 @@ class Rewriter:
     def __init__(self, form: Form, index: int) -> None:
         self.form, self.index = form, index
         self.stages: list[AttentionStage] = []
-        self.given: tuple[Call, Group, Tensor] | None = None
 
     def install(self) -> list[RemovableHandle]:
         return [
@@ -62,13 +71,13 @@ class Rewriter:
         ]
 
     def _before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        self.given = kwargs.get(GIVEN)
-        return None if self.given is None else (args, {name: x for name, x in kwargs.items() if name != GIVEN})
+        _HERE.given = kwargs.get(GIVEN)
+        return None if _HERE.given is None else (args, {name: x for name, x in kwargs.items() if name != GIVEN})
 
     def _after(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self.given is None:
+        if _HERE.given is None:
             return None
-        (call, group, stream), self.given = self.given, None
+        (call, group, stream), _HERE.given = _HERE.given, None
         hidden = args[0] if args else kwargs["hidden_states"]
         positions, tables = kwargs.get("position_ids"), kwargs["position_embeddings"]
         columns = Columns(self.form, hidden, tables, positions, group, call, self.index, cache_of(kwargs))
