@@ -11,18 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..runtime.adapter import Adapter, Encoded, body_of
+from ..runtime.adapter import Adapter, Encoded, body_of, decoder_of
 from ..visuals import Layout
 
 TOKENS = {"image": "image_token_id", "video": "video_token_id"}
-
-
-def decoder_of(base: Any) -> Any:
-    """The decoder that a base model gives its embeddings to: with its layers, without its head; None if there is none."""
-    part = getattr(base, "language_model", None) or getattr(base, "text_model", None)
-    while part is not None and not hasattr(part, "layers"):
-        part = getattr(part, "model", None)
-    return part
 
 
 class CommonAdapter(Adapter):
@@ -32,11 +24,6 @@ class CommonAdapter(Adapter):
     family: ClassVar[str] = (
         "other models with get_image_features and config.image_token_id (input and layer stages only)"
     )
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.base = body_of(model)
-        self.language_model = decoder_of(self.base)
 
     @classmethod
     def matches(cls, model: Any) -> bool:

@@ -14,7 +14,7 @@ from .adapters import adapter_for
 from .flops import counted, layer_costs
 from .ops.sinks import outlying
 from .plan import as_pipeline
-from .runtime.adapter import Adapter, body_of, unwrapped
+from .runtime.adapter import Adapter, body_of, decoder_of, unwrapped
 from .runtime.engine import Engine
 from .runtime.hooks import ENGINE
 from .runtime.record import CallRecord
@@ -133,7 +133,7 @@ def find_sink_dims(
     """
     stock = _stock(model)
     batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-    layers = body_of(stock).language_model.layers[3:-1]
+    layers = decoder_of(body_of(stock)).layers[3:-1]
     if not batches or not len(layers):
         raise ValueError("give at least one batch of inputs, and a model of at least five layers")
     first, found = torch.zeros(0), torch.zeros(0)

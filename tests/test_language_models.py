@@ -318,3 +318,19 @@ def test_threads_do_not_meet_in_a_recording() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("kind", ["Falcon", "OPT", "Bloom"])
+@pytest.mark.parametrize("plan", ["fastv", "divprune(keep=0.5)"])
+@torch.no_grad()
+def test_a_language_model_without_a_list_of_layers_is_refused(kind: str, plan: str) -> None:
+    sizes = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160, "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = tiny.build(text=getattr(transformers, f"{kind}Config")(**sizes), attention="eager")
+    inputs = tiny.prompts(model, [[5, "image", 4]])
+    stock = model(**inputs).logits
+    with pytest.raises(NotImplementedError, match=rf"LlavaForConditionalGeneration on {kind}Model .*layers"):
+        mm.compress(model, plan)
+    assert torch.equal(model(**inputs).logits, stock)

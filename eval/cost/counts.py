@@ -13,6 +13,7 @@ import mmcompress as mm
 
 from ...adapters import adapter_for
 from ...flops import counted
+from ...runtime.adapter import unwrapped
 from ...trace import CONVENTIONS, Shape, Trace, prefill_flops
 from ..evaluator import STOCK
 
@@ -115,5 +116,4 @@ def text_tokens(seen: Trace) -> int:
 
 def language_model(model: Any) -> Any:
     """The decoder stack inside a model, for hooks."""
-    inner = getattr(model, "get_base_model", None)
-    return adapter_for(inner() if callable(inner) else model).language_model  # type: ignore[union-attr]
+    return adapter_for(unwrapped(model)).language_model  # type: ignore[union-attr]

@@ -86,6 +86,14 @@ def body_of(model: Any) -> Any:
     return unwrapped(getattr(model, "base_model", model))
 
 
+def decoder_of(base: Any) -> Any:
+    """The decoder that a base model gives its embeddings to: with its layers, without its head; None if there is none."""
+    part = getattr(base, "language_model", None) or getattr(base, "text_model", None)
+    while part is not None and not hasattr(part, "layers"):
+        part = getattr(part, "model", None)
+    return part
+
+
 class Encoder:
     """What the runtime asks about a vision encoder.
 
@@ -183,7 +191,12 @@ class Adapter(Encoder):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.base: Any = body_of(model)
-        self.language_model: Any = self.base.language_model
+        self.language_model: Any = decoder_of(self.base)
+        if self.language_model is None:
+            raise NotImplementedError(
+                f"{type(model).__name__} on {type(self.base.language_model).__name__} is not supported: this language model has no "
+                f"list of decoder layers by the name `layers`, where tokens could be followed"
+            )
 
     @property
     def placeholders(self) -> dict[str, int]:
