@@ -30,7 +30,9 @@ CONVERTED = "_mmcompress_conversion"
 
 
 def _stock(model: Any) -> Any:
-    """The model inside wrappers such as PEFT's."""
+    """The model inside wrappers such as PEFT's. Raises TypeError for what is no module."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"got {model!r} ({type(model).__name__}): give the loaded model, as from_pretrained returns it")
     return unwrapped(model)
 
 

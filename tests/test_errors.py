@@ -213,3 +213,10 @@ def test_report_before_and_without_compress() -> None:
         model(**prompts(model, [[5]]))
     with pytest.raises(ValueError, match="no call with visuals yet"):
         mm.report(model)
+
+
+@pytest.mark.parametrize("what", [None, 3, "llava-hf/llava-1.5-7b-hf"])
+@pytest.mark.parametrize("ask", [lambda model: mm.compress(model, "divprune"), mm.report, mm.trace, mm.uncompress])
+def test_what_is_no_model_is_named(what: Any, ask: Any) -> None:
+    with pytest.raises(TypeError, match=rf"got {what!r} .*give the loaded model"):
+        ask(what)
