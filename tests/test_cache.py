@@ -558,6 +558,25 @@ def test_several_tokens_on_a_pruned_static_cache_with_a_ready_made_mask(plan: st
     close(model(input_ids=ids, attention_mask=made, **{CACHE: cache}).logits, expected, 1e-4)
 
 
+@torch.no_grad()
+def test_padding_that_reaches_one_place_beyond_what_was_dropped_binds_a_cache() -> None:
+    """Behind one token, a row with eight of padding beside one that drops eight: all physical rows are real, and a mask of logical
+    width would hide one of them."""
+    model = mm.compress(build(), "divprune(keep=0.5)", positions="keep")
+    cache = model(input_ids=torch.tensor([[5], [6]]), use_cache=True)[CACHE]
+    inputs = prompts(model, [[14], [2, "image", 4]])
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (1, 0), value=1)
+    cache = model(**{**inputs, "attention_mask": mask, CACHE: cache})[CACHE]
+    assert cache.layers[0].ledger.valid is None and cache.layers[0].ledger.dropped == 8
+    mm.uncompress(model)
+    with pytest.raises(RuntimeError, match="there is padding among its tokens"):
+        model(
+            input_ids=torch.tensor([[7], [8]]),
+            attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1),
+            **{CACHE: cache},
+        )
+
+
 def after_text(model: Any, samples: list[list[int]], rows: slice = slice(None)) -> tuple[Tensor, Any]:
     """A turn of text alone, padded, then one with an image: the logits of the second, and its cache."""
     first = prompts(model, samples)

@@ -401,6 +401,24 @@ def test_flash_attention_path_equals_sdpa(family: str, rows: int, plan: str, mon
 
 
 # ---------------------------------------------------------------------- training
+def test_a_level_of_pictures_that_enters_where_tokens_are_cut_is_replayed_as_it_was() -> None:
+    """Gradient checkpointing runs a layer again when the cut before it is known."""
+    model = build("qwen3_vl").train()
+    inputs = prompts(model, "qwen3_vl", samples("qwen3_vl"))
+    mm.compress(model, "by_hidden(layer=1, keep=0.7) >> by_hidden(layer=2, keep=0.5)")
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        model(**inputs).logits[:, -1].square().mean().backward()
+        assert [group.start for group in mm.trace(model).call.groups] == [0, 1, 2]
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        close(gradient, found[1][name], 1e-5 * gradient.abs().max().item() + 1e-7)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("plan", [CUT_PLAN, BOTH_PLAN])
 @pytest.mark.parametrize("family", FAMILIES)
