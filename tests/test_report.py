@@ -269,6 +269,12 @@ def test_a_trace_outlives_its_model() -> None:
     assert len(file) < 100_000 and str(pickle.loads(file).report()) == str(trace.report())
 
 
+def test_operators_count_as_their_naive_implementations() -> None:
+    """Greedy MAP: all products, then in step j of 3 an update of 6 rows by j earlier ones."""
+    shapes = (2, 6, 4), (2, 6), 3
+    assert OPERATORS[torch.ops.mmcompress.greedy_map](*shapes) == 2 * (2 * 6 * 6 * 4 + 3 * 3 * 6)
+
+
 def test_a_unit_begins_at_one() -> None:
     assert [_si(value, "B") for value in (0, 999, 1000, 10**6, 999_999)] == [
         "0 B", "999 B", "1.00 kB", "1.00 MB", "1000.00 kB",
