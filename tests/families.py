@@ -10,7 +10,7 @@ import transformers
 from mmcompress.adapters.layouts import AnyRes
 from torch import Tensor
 
-from .tiny import IMAGE, PAD
+from .tiny import IMAGE, PAD, scatter
 
 VIDEO, START, END = 151, 152, 153
 TEXT: dict[str, Any] = {
@@ -118,6 +118,7 @@ def build(
         if parameter.dim() >= 2 or "newline" in name:
             wide = 0.5 if words else 0.3 if seeing else 0.25
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * wide
+    scatter(model, generator)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     model.generation_config.suppress_tokens = [IMAGE, VIDEO, START, END]

@@ -56,10 +56,19 @@ def build(
         )
         if parameter.dim() >= 2:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * wide
+    scatter(model, generator)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     model.generation_config.suppress_tokens = [IMAGE]
     return model
+
+
+def scatter(model: Any, generator: torch.Generator) -> None:
+    """Makes every bias and every weight of a norm random (else they are 0 and 1): one that is forgotten shows."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.data = 0.2 * noise if name.endswith("bias") else parameter.data * (1 + 0.3 * noise)
 
 
 def prompts(
