@@ -20,8 +20,12 @@ from .reference import captured
 from .tiny import GREEDY, RAGGED, build, prompts
 
 
-def paper(model: Any, pixels: Tensor, schedule: list[int], proportional: bool) -> tuple[Tensor, Tensor]:
+def paper(
+    model: Any, pixels: Tensor, schedule: list[int], proportional: bool, maps: list[tuple[Tensor, Tensor]] | None = None
+) -> tuple[Tensor, Tensor]:
     """Output of the feature block after merging, [n, T, C], and which token of it each tower token is in, [n, T0].
+
+    maps takes of each block the mean of the attention over heads [n, T, T], and which of these T each tower token is in.
 
     Attention with log(size), residual, merge on the keys, MLP: written out with one-hot matrices.
     """
@@ -41,6 +45,8 @@ def paper(model: Any, pixels: Tensor, schedule: list[int], proportional: bool) -
         logits = q @ k.transpose(2, 3) * attention.scale
         if proportional:
             logits = logits + size.log()[:, None, None]
+        if maps is not None:
+            maps.append((logits.softmax(-1).mean(1), source))
         mixed = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
         x = x + attention.out_proj(mixed)
         if r:
@@ -115,11 +121,23 @@ def test_merged_patches_leave_the_llm_too() -> None:
 
 @torch.no_grad()
 def test_later_stages_see_clusters_and_their_signals() -> None:
-    """tome >> visionzip: CLS attention of a cluster stands at all its members, the budget chains."""
-    model = mm.compress(build(), "tome(keep=0.5) >> visionzip(keep=0.5)")
+    """The budget chains, and a later stage reads the CLS attention of a cluster: that of the feature block."""
+    model = mm.compress(build(), "tome(keep=0.5) >> visionzip(keep=0.5, contextual=0)")
     inputs = prompts(model, RAGGED)
     model(**inputs)
-    assert [v.kept for v in mm.trace(model).visuals] == [4, 4, 4]
+    visuals, maps = mm.trace(model).visuals, list[tuple[Tensor, Tensor]]()
+    assert [v.kept for v in visuals] == [4, 4, 4]
+    mm.uncompress(model)
+    paper(model, inputs["pixel_values"], exact_merge_schedule(16, 8, 3, 1), True, maps)
+    attention, source = maps[-1]
+    for i, visual in enumerate(visuals):
+        of_patches = attention[i, 0, source[i, 1:]]
+        decision = visual.span.decisions[-1]
+        clusters = decision.before.keep[visual.span.selection_row]
+        assert decision.scores is not None
+        assert torch.allclose(decision.scores[visual.span.selection_row], of_patches[clusters], atol=1e-6)
+        best = of_patches[clusters].argsort(descending=True, stable=True)[:3]  # CLS is the fourth
+        assert set(clusters[best].tolist()) <= set(visual.kept_cells().tolist())
 
 
 def test_flash_attention_with_proportional_bias_is_refused() -> None:

@@ -42,6 +42,7 @@ LAYOUTS = {
     "frames": Layout.raster(3, 2, 4),
     "next": Layout(NEXT.views),
     "tiles": Layout((View((3, 3), role="thumbnail"), View((3, 5), role="tiles", seams=((1.7,), (2.0, 4.1))))),
+    "uneven": Layout((View((5, 7), role="thumbnail"), View((6, 6), role="tiles", seams=((3.0,), (2.0, 4.0))))),
     "empty tiles": Layout((View((3, 2), role="thumbnail"), View((4, 4), role="tiles", seams=((0.0, 4.0), (1.0,))))),
     "more tiles than cells": Layout((View((1, 1), role="thumbnail"), View((2, 3), role="tiles", seams=((1,), (1, 2))))),
     "internvl": tiled(2, 3, 2),
@@ -178,7 +179,8 @@ def naive_counts(s0: Tensor, rows: int, columns: int, sizes: list[int], ratio: f
 def test_globalcom2_keeps_what_the_paper_rounds_down_to(
     seed: int, ratio: float, strength: float, data: st.DataObject
 ) -> None:
-    layout = LAYOUTS[data.draw(st.sampled_from(["next", "tiles", "empty tiles", "more tiles than cells", "internvl"]))]
+    named = ["next", "tiles", "uneven", "empty tiles", "more tiles than cells", "internvl"]
+    layout = LAYOUTS[data.draw(st.sampled_from(named))]
     rows, columns, _ = tiling(layout.views)
     number = torch.cat(
         [

@@ -164,6 +164,34 @@ def test_visionzip_merges_by_mean_or_sum() -> None:
         assert torch.equal(selection.rows[0, 0, :5], visuals["cls_feature"][0])
 
 
+@pytest.mark.parametrize("cls", [True, False])
+def test_visionzip_with_more_contextual_tokens_than_there_is_room_for(cls: bool) -> None:
+    """All but one output are contextual; with CLS that one is CLS, at the lowest patch without an output of its own."""
+    visuals = some_visuals(2, 12, 5, cls=cls)
+    most = mm.VisionZip(keep=5, contextual=4).select(visuals)
+    for contextual in (5, 99):
+        found = mm.VisionZip(keep=5, contextual=contextual).select(visuals)
+        assert torch.equal(found.keep, most.keep) and torch.equal(found.assign, most.assign)  # type: ignore[arg-type]
+    for contextual in (0, 1, 4):
+        found = mm.VisionZip(keep=5, contextual=contextual).select(visuals)
+        dominant = 5 - contextual - cls
+        for u in range(2):
+            kept, score = found.keep[u].tolist(), visuals["cls_attention", "received_attention"][u]
+            best = score.argsort(descending=True, stable=True)[:dominant].sort().values.tolist()
+            assert kept[int(cls) : cls + dominant] == best
+            rest = [i for i in range(12) if i not in best]
+            step = max(1, len(rest) // contextual) if contextual else 1
+            assert kept[cls + dominant :] == rest[: step * contextual : step]
+            assert not cls or kept[0] == min(set(range(12)) - set(kept[1:]))
+
+
+def test_tome_merges_half_at_most() -> None:
+    """A token has one partner: of what is left a block merges half, whatever r says, and then there is nothing more."""
+    assert mm.ToMe(r=9).schedule(16, 5, 1) == [8, 4, 2, 1, 0]
+    assert mm.ToMe(r=(3, 9, 2, 9)).schedule(16, 5, 0) == [3, 6, 2, 2, 0]
+    assert mm.ToMe(r=8).schedule(16, 2, 0) == [8, 4] and mm.ToMe(r=7).schedule(16, 2, 0) == [7, 4]
+
+
 def test_gradients_flow_through_kept_tokens() -> None:
     for method in INPUT_METHODS:
         visuals = some_visuals(1, 12, 5)
