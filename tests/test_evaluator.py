@@ -404,6 +404,24 @@ def test_what_cannot_be_judged_fails_before_the_first_answer(loaded: tuple[Any, 
         Setup("exact", "mine")  # type: ignore[arg-type]
 
 
+def test_a_journal_knows_its_settings_in_any_order_and_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lines, sync = tmp_path / "a.jsonl", list[int](), os.fsync
+
+    def watched(file: int) -> None:
+        sync(file)
+        lines.append(path.read_bytes().count(b"\n"))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with Journal(path, {"task": "exact", "plan": {"keep": 1, "name": "x"}}) as journal:
+        journal.append([{"id": "1"}])
+        journal.append([{"id": "2"}, {"id": "3"}])
+    assert lines == [1, 2, 4]
+    with Journal(path, {"plan": {"name": "x", "keep": 1}, "task": "exact"}) as journal:
+        assert list(journal.records) == ["1", "2", "3"]
+
+
 def test_journal(tmp_path: Path) -> None:
     path, settings = tmp_path / "a.jsonl", {"plan": "x", "task": "exact"}
     with Journal(path, settings) as journal:

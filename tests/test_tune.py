@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,15 @@ def test_what_is_found_can_be_used(model: Any, samples: list[Any], tmp_path: Pat
     assert plan == found.plan == mm.as_pipeline(path) == mm.as_pipeline(found.to_dict())
     values = json.loads(path.read_text())
     assert values["stages"][0]["method"] == "vflowopt" and values["tuned"]["value"] == found.best.value
+    for number in (1, 3):  # whichever trial wins, the plan has its options, and the others of the plan as given
+        trials = [replace(trial, value=2.0) if trial.number == number else trial for trial in found.trials]
+        winner = replace(found, trials=trials)
+        (stage,), (given,) = winner.plan.stages, found.stages
+        changed = {name.removeprefix("vflowopt."): value for name, value in trials[number].params.items()}
+        assert stage.options() == {**given.options(), **changed} != given.options()
+        values = winner.to_dict()
+        assert values["stages"] == [{"method": "vflowopt", **stage.options()}] and values["tuned"]["value"] == 2.0
+        assert values["tuned"]["as_given"] == found.trials[0].value
     stock = [final_state(model, inputs) for inputs in samples]
     with mm.compressed(model, str(path)), torch.no_grad():
         seen = [final_state(model, inputs) for inputs in samples]
