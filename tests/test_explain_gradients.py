@@ -144,7 +144,7 @@ def test_float16_gradients_do_not_vanish(small: int) -> None:
     ask = {"inputs": inputs, "answer": ANSWER, "normalise": "visual"}
     plain, rough = (mm.gradient_relevance(model, None, **ask) for model in (whole, half))  # type: ignore[arg-type]
     asked = len(plain.tokens) - len(ANSWER)
-    torch.testing.assert_close(rough.maps[asked:], plain.maps[asked:], atol=0.05, rtol=0)
+    torch.testing.assert_close(rough.maps[asked:], plain.maps[asked:], atol=0.1, rtol=0)
     first = plain.maps[asked:].argmax(1)
     assert (rough.maps[asked:].gather(1, first[:, None]) > 0.9).all()
     values = [

@@ -76,7 +76,8 @@ def filtered(grid: list[list[float]], there: list[list[bool]], size: int = 3) ->
             if sigma == 0:
                 out[y][x] = mean
                 continue
-            weights = [math.exp(-((i - (len(values) - 1) / 2) ** 2) / (2 * sigma**2)) for i in range(len(values))]
+            far = [(i - (len(values) - 1) / 2) ** 2 for i in range(len(values))]
+            weights = [math.exp((min(far) - d) / (2 * sigma**2)) for d in far]
             out[y][x] = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
     return out
 
