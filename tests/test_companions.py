@@ -510,3 +510,7 @@ def test_layers_that_read_positions_get_them() -> None:
                 attention_mask=torch.ones(1, len(live)),
             ).last_hidden_state
             close(plain[live], model.lm_head(hidden)[0])
+    mm.compress(model, "by_feature(keep=0.5)")
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(NotImplementedError, match=r"flash_attention_2 takes gaps .* use attn_implementation='sdpa'"):
+        model(**inputs)

@@ -372,6 +372,12 @@ class Engine(Following):
             call.record.groups = [Group(0, embeds.shape[1], embeds.shape[1], counts, known)]
             return False
         check_masks(kwargs)
+        counted = any(self.counting) and self._given_positions(call, kwargs, embeds).dim() == 2
+        if counted and "flash" in (config._attn_implementation or ""):
+            raise NotImplementedError(
+                f"{config._attn_implementation} takes gaps in position ids for packed sequences, and the layers of "
+                f"{type(self.language_model).__name__} read position ids: use attn_implementation='sdpa'"
+            )
         self._check_ends(host_valid, spans)
         if call.samples is not None:
             self._check_packed()
