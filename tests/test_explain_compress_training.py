@@ -152,8 +152,8 @@ def test_bad_input_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["llava-shapes", "--samples", "3"], "samples=3"),
         (["llava-shapes", "--task", "gqa"], "needs --data"),
         (["llava-shapes", "--kernel", "4", "--score", "0", "--samples", "20", "--data", str(tmp_path)], "no table"),
-        ([str(tmp_path / "none")], "cannot load"),
-        (["llava-shapes", "--epochs", "0"], "epochs=0"),
+        ([str(tmp_path / "none")], "no such folder"),
+        (["llava-shapes", "--epochs", "0"], "--epochs 0: at least 1"),
     ):
         assert main(["explain-train", *arguments, "--out", str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err
