@@ -163,6 +163,24 @@ def test_a_mask_of_the_caller_in_later_turns(plan: str, images: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("plan", ["fastv(layer=2, keep=0.5)", "by_feature(keep=0.6) >> fastv(layer=2, keep=0.5)"])
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_a_cut_of_a_later_turn_reads_a_layer_that_has_run_under_the_mask(plan: str, seed: int) -> None:
+    """A picture in the second turn, of which the last word sees ten cells: no other is kept while one of these is left."""
+    model = mm.compress(build(), plan, positions="keep")
+    turns = [prompts(model, [[5, "image", 4]], seed=1), prompts(model, [[3, "image", 6]], seed=seed)]
+    n, m = (turn["input_ids"].shape[1] for turn in turns)
+    mask = torch.ones(n + m, n + m).tril().bool()
+    mask[-1, n + 3 + 10 : n + 3 + 16] = False
+    given = {name: turns[1][name] for name in ("input_ids", "pixel_values")}
+    cache, positions = model(**turns[0]).past_key_values, torch.arange(n, n + m)[None]
+    model(**given, past_key_values=cache, attention_mask=mask[None, None, n:], position_ids=positions)
+    visual = mm.trace(model).visuals[0]
+    entered, left = visual.kept_cells(0), visual.kept_cells(2)
+    assert int((left >= 10).sum()) == max(0, len(left) - int((entered < 10).sum()))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("plan", [*INPUTS, *LAYERS])
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_hidden_picture_is_as_if_it_were_not_there(plan: str, which: int) -> None:

@@ -106,7 +106,7 @@ class Call(Scope):
     notes: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     carried: dict[str, Tensor] = field(default_factory=dict)
     deepstack: dict[int, Tensor] = field(default_factory=dict)
-    masks: dict[tuple[int, int], Any] = field(default_factory=dict)
+    masks: dict[tuple[int, ...], Any] = field(default_factory=dict)
     tables: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict)
     record: CallRecord | None = None
     start: float | None = None

@@ -166,7 +166,7 @@ class Engine(Following):
         if self.places is None:
             self.follow()  # the first call of a copy
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}  # some families pass input_ids by position
-        ids = given.get("input_ids")
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         step = ids is not None and ids.shape[1] == 1
         if not step and (given.get("mm_encoder_outputs") or is_pruned(cache_of(given))):
             self.follow()
@@ -177,7 +177,6 @@ class Engine(Following):
             for name, value in given.items()
             if name.startswith("pixel_values") and value is not None
         }
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         enter(Call(ids, embeds, encoded, self, pixels, mask=given.get("attention_mask")))
 
     def _encoded_before(self, modality: str, output: Any) -> Encoded:

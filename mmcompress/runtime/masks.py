@@ -150,7 +150,14 @@ def carried(config: Any, call: Call, group: Group, layer: int, mask: Any, embeds
         return {kind: carried(config, call, group, layer, m, embeds) for kind, m in mask.items()}
     if getattr(mask, "ndim", 0) != 4:  # beside ready-made ones: plainly causal, as the kernel does it by itself
         return None if group.valid is None else layer_mask(config, call, group, layer, embeds)
-    device, length = embeds.device, group.logical
+    key = (id(group), id(ledger_of(call.cache, layer)), id(mask))
+    if key not in call.masks:  # with its group: an id lasts as long as what it names
+        call.masks[key] = group, _carried(call, group, layer, mask, embeds.device)
+    return call.masks[key][1]
+
+
+def _carried(call: Call, group: Group, layer: int, mask: Tensor, device: torch.device) -> Tensor:
+    length = group.logical
     begin = _past_width(call, mask, length)
     mask = mask.to(device).expand(call.batch, -1, -1, -1)
     rows = torch.arange(length, device=device).expand(call.batch, -1)
@@ -194,11 +201,8 @@ def who_sees(call: Call, layer: int, device: torch.device) -> Tensor | None:
         return None
     length = mask.shape[2]
     group = call.group_of(layer) if call.groups else Group(0, length, length, [])
-    key = (id(group), layer)
-    if key not in call.masks:
-        like = torch.empty(call.batch, group.physical, 0, device=device)
-        call.masks[key] = _sees(carried(call.config, call, group, layer, mask, like))
-    return call.masks[key]
+    like = torch.empty(call.batch, group.physical, 0, device=device)
+    return _sees(carried(call.config, call, group, layer, mask, like))
 
 
 def _past_columns(call: Call, layer: int, begin: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -207,21 +211,13 @@ def _past_columns(call: Call, layer: int, begin: int, device: torch.device) -> t
     ledger = ledger_of(call.cache, layer)
     if ledger is None:
         return torch.arange(begin, device=device).expand(call.batch, -1), None
-    stored = int(_cached(call, layer).physical)
+    stored = int(call.past) - ledger.dropped  # not as the layer has it: that may hold the new tokens already
     if begin == int(call.past):
         return ledger.places(stored, call.batch, device), None
     real = torch.ones(call.batch, stored, dtype=torch.bool, device=device)
     if ledger.valid is not None:
         real[:, : ledger.valid.shape[1]] = ledger.valid.to(device)
     return torch.zeros(call.batch, stored, dtype=torch.int64, device=device), real
-
-
-def _cached(call: Call, layer: int) -> Any:
-    assert call.cache is not None
-    cached: Any = call.cache.layers[layer]
-    return (
-        cached if isinstance(cached, PrunedLayer) else next(c for c in call.cache.layers if isinstance(c, PrunedLayer))
-    )
 
 
 def _stored_width(call: Call, layer: int, group: Group) -> int:
