@@ -11,15 +11,18 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from mmcompress.adapters import adapter_for
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+
+from mmcompress.architectures import FILE, REASONS, facts
+from mmcompress.architectures import table as read_table
 
 OLDEST = transformers.__version__.startswith("5.17")
 NAMES = tuple(CLASSES)
@@ -410,25 +413,10 @@ def prompts(model: Any, samples: list[list[int | str]], first: int = 0, runs: in
     return {name: value for name, value in found.items() if name in taken}
 
 
-SHARED = {
-    "tower": "is not known to mmcompress",
-    "states": "whose state cannot forget tokens",
-    "indexers": "has indexers, which choose",
-    "windows": "their window counts tokens",
-    "attention": "which was compared with the module's own",
-    "cross-attention": "looks at pictures by cross-attention",
-    "encoder-decoder": "is an encoder-decoder",
-    "no pictures": "takes no pictures",
-    "no videos": "no videos",
-    "no decoder": "no decoder apart",
-    "no placeholder": "no token of its prompts stands for a visual token",
-    "no features": "encodes pictures inside its forward pass",
-    "deepstack": "enter layers of the language model in a form that is not supported",
-}
+SHARED = {word: part for word, (part, _) in REASONS.items()}
 """Why an architecture is refused, in a word, and a part of what is said."""
-FILE = Path(__file__).with_suffix(".json")
-TABLE: dict[str, dict[str, str]] = json.loads(FILE.read_text()) if FILE.exists() else {}
-"""What each kind of stage does on each architecture: "ok", or why it is refused (SHARED)."""
+TABLE: dict[str, dict[str, Any]] = read_table()
+"""What each kind of stage does on each architecture: "ok", or why it is refused (SHARED); and what its adapter says."""
 
 
 def table(outcome: Any) -> str:
@@ -438,18 +426,29 @@ def table(outcome: Any) -> str:
     return next((word for word, part in SHARED.items() if part in outcome.said), str(outcome))
 
 
+def told(name: str) -> dict[str, Any]:
+    """What the adapter of an architecture says of it."""
+    with torch.device("meta"):
+        model = getattr(transformers, CLASSES[name])._from_config(config(name))
+    try:
+        return facts(adapter_for(model))
+    except NotImplementedError:
+        return facts(None)
+
+
 def main(names: list[str], write: bool) -> None:
     """Print what every stage does on each architecture, and write it to the table of the tests."""
     from .exactness import PLANS, judge
 
     transformers.logging.set_verbosity_error()
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in names or NAMES:
         found[name] = {}
         for kind in PLANS:
             outcome = judge(name, kind)
             found[name][kind] = table(outcome)
             print(f"{name:<24} {kind:<8} {outcome}"[:300].replace("\n", " "), flush=True)
+        found[name] |= told(name)
     for kind in PLANS:
         print(f"{kind:<8} {sum(row[kind] == 'ok' for row in found.values())} of {len(found)} exact")
     if write:

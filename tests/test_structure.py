@@ -29,7 +29,7 @@ FLOORS = [
     ("adapters",),
     ("api", "trace", "flops", "dominance"),
     ("explain", "learn", "visualize"),
-    ("eval", "cli", "demo", "assets", "spending", "tune", "cli_explain", "cli_learn", "__main__"),
+    ("eval", "cli", "demo", "assets", "spending", "tune", "cli_explain", "cli_learn", "architectures", "__main__"),
 ]
 """From the ground up; a module may import from its own floor and from those below."""
 
