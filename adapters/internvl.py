@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded
 from ..visuals import Layout
 from .layouts import tiled
+from .towers import blocks_of
 
 
 class InternVLAdapter(Adapter):
@@ -32,22 +34,9 @@ class InternVLAdapter(Adapter):
             raise NotImplementedError(f"downsample_ratio={model.config.downsample_ratio}: only 0.5 is supported")
         return True
 
-    @property
+    @functools.cached_property
     def blocks(self) -> list[Block]:
-        return [
-            Block(
-                layer,
-                layer.layernorm_before,
-                at := layer.attention,
-                layer.layernorm_after,
-                layer.mlp,
-                at.num_heads,
-                at.scale,
-                at.q_norm,
-                at.k_norm,
-            )
-            for layer in self.tower.encoder.layer
-        ]
+        return blocks_of(self.tower)
 
     @property
     def prefix(self) -> int:

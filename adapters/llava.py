@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded
 from ..visuals import Layout, View
 from .layouts import AnyRes, resize
+from .towers import blocks_of
 
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Supported towers by config type, with the number of their tokens before the patches (CLS)."""
@@ -31,22 +33,9 @@ class LlavaAdapter(Adapter):
             return False
         return config.vision_config.model_type in TOWERS
 
-    @property
+    @functools.cached_property
     def blocks(self) -> list[Block]:
-        return [
-            Block(
-                layer,
-                layer.layer_norm1,
-                at := layer.self_attn,
-                layer.layer_norm2,
-                layer.mlp,
-                at.num_heads,
-                at.scale,
-                at.q_proj,
-                at.k_proj,
-            )
-            for layer in self.tower.encoder.layers
-        ]
+        return blocks_of(self.tower)
 
     @property
     def prefix(self) -> int:

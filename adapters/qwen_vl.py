@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from ..runtime.adapter import OF_PATCHES, Adapter, Block, Encoded
 from ..visuals import Layout
+from .towers import blocks_of
 
 
 class QwenVLAdapter(Adapter):
@@ -37,21 +40,10 @@ class QwenVLAdapter(Adapter):
     def unit(self) -> int:  # type: ignore[override]
         return int(self.tower.spatial_merge_size) ** 2
 
-    @property
+    @functools.cached_property
     def blocks(self) -> list[Block]:
-        return [
-            Block(
-                layer,
-                layer.norm1,
-                at := layer.attn,
-                layer.norm2,
-                layer.mlp,
-                at.num_heads,
-                at.head_dim**-0.5,
-                qkv=at.qkv,
-            )
-            for layer in self.tower.blocks
-        ]
+        # their rotation is one that can be made again
+        return [replace(block, heard=False) for block in blocks_of(self.tower)]
 
     @property
     def feature_blocks(self) -> list[int]:

@@ -128,7 +128,7 @@ def test_the_longest_segment_that_is_left_is_told_to_flash() -> None:
     bounds = torch.tensor([0, 8, 12, 16], dtype=torch.int32)
     for longest in (8, torch.tensor(8), None):
         given = {"cu_seqlens": bounds, "position_embeddings": tables, "max_seqlen": longest}
-        changed = EncoderFacade._shorter_segments(kept, given, 16)
+        changed = EncoderFacade._fewer(kept[None], given, 16)
         assert changed["cu_seqlens"].tolist() == [0, 4, 8, 10] and changed["cu_seqlens"].dtype == torch.int32
         assert changed["position_embeddings"][0][:, 0].tolist() == kept.tolist()
         assert changed["max_seqlen"] == (None if longest is None else 4)

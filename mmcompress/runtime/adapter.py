@@ -37,8 +37,10 @@ class Block:
 
     first      the module that is given the block's input as it is (its first norm).
     norm, mlp  the norm before the MLP, and the MLP.
-    q, k       the modules whose outputs are all queries and all keys, [..., heads * d] (or [..., heads, d]), before any
+    q, k       the modules whose outputs are all queries and all keys, [..., heads * d] or [..., heads, d], before any
                rotation; or `qkv`, one module that gives queries, keys and values behind each other.
+    key_heads  how many heads the keys have, where that is another number. width: of a head, for norms of each head.
+    heard      attention is not made of q and k, but of what the module hands to its attention function (rotation and all).
     """
 
     module: nn.Module
@@ -51,6 +53,9 @@ class Block:
     q: nn.Module | None = None
     k: nn.Module | None = None
     qkv: nn.Module | None = None
+    key_heads: int | None = None
+    width: int | None = None
+    heard: bool = False
 
     def tap(self, record: Record) -> list[RemovableHandle]:
         """Hooks that call `record("q", ...)` and `record("k", ...)` with queries and keys [..., T, heads, d]."""
@@ -63,12 +68,20 @@ class Block:
         ]
 
     def _plain(self, record: Record, name: str, module: Any, args: tuple, output: Tensor) -> None:
-        record(name, output.unflatten(-1, (self.heads, -1)))
+        heads = self.heads if name == "q" else self.key_heads or self.heads
+        apart = output.shape[-2:] == (heads, self.width)  # of a norm of each head
+        self._give(record, name, output if apart else output.unflatten(-1, (heads, -1)))
 
     def _fused(self, record: Record, module: Any, args: tuple, output: Tensor) -> None:
-        parts = output.unflatten(-1, (3, self.heads, -1))
-        record("q", parts[..., 0, :, :])
-        record("k", parts[..., 1, :, :])
+        few = self.key_heads or self.heads
+        parts = output.unflatten(-1, (self.heads + 2 * few, -1))
+        record("q", parts[..., : self.heads, :])
+        self._give(record, "k", parts[..., self.heads : self.heads + few, :])
+
+    def _give(self, record: Record, name: str, heads: Tensor) -> None:
+        """Every head of the keys for all the queries that share it."""
+        shared = self.heads // heads.shape[-2]
+        record(name, heads if shared == 1 else heads.repeat_interleave(shared, -2))
 
 
 def unwrapped(model: Any) -> Any:
@@ -274,6 +287,11 @@ class Adapter(Encoder):
     def views(self, encoded: Encoded, arguments: dict[str, Any]) -> list[int]:
         """How many rows of the encoder each visual has."""
         return [1] * len(encoded.layouts)
+
+    def feature_rows(self, features: Tensor) -> Tensor:
+        """What the projector is given as one row per LLM token, [n, N, De] (packed: [N, De])."""
+        # a packed tower gives patch after patch; its merger takes a unit at a time
+        return features.unflatten(0, (-1, self.unit)).flatten(1) if self.packed else features
 
     def project(self, rows: Tensor) -> Tensor:
         """Encoder features [U, m, De] as LLM tokens [U, m, D]."""

@@ -260,11 +260,15 @@ class EncoderFacade(TowerScope):
         run.schedules = {length: self._schedule(length) for length in set(run.lengths)}
         run.arguments = {}
 
-    def _rows(self, hidden: Tensor) -> Tensor:
-        return hidden[None] if self.encoder.packed else hidden
+    @staticmethod
+    def _rows(hidden: Tensor) -> Tensor:
+        """As rows [n, T, C]; some packed towers have no dimension for their one row."""
+        return hidden if hidden.dim() == 3 else hidden[None]
 
-    def _back(self, hidden: Tensor) -> Tensor:
-        return hidden[0] if self.encoder.packed else hidden
+    @staticmethod
+    def _back(rows: Tensor, like: Tensor) -> Tensor:
+        """Rows as `like` has them."""
+        return rows if like.dim() == 3 else rows[0]
 
     def _block_pre(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         if self.run() is None:
@@ -279,23 +283,27 @@ class EncoderFacade(TowerScope):
         index = self._patches(state.representative)
         if run.to_tower is not None:
             index = run.to_tower.to(index.device)[index]
-        hidden = self._back(gather(self._rows(args[0]), index))
-        if self.encoder.packed:
-            kwargs = self._shorter_segments(index[0], kwargs, len(args[0]))
+        rows = self._rows(args[0])
+        kwargs = self._fewer(index, kwargs, rows.shape[1])
+        hidden = self._back(gather(rows, index), args[0])
         self._remember(run, hidden, module)
         return (hidden, *args[1:]), kwargs
 
     @staticmethod
-    def _shorter_segments(index: Tensor, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
-        """The boundaries and rotary tables of the tokens of a packed sequence that are left."""
-        bounds = kwargs["cu_seqlens"]
-        kept = torch.zeros(tokens + 1, dtype=torch.int64, device=index.device).index_fill(0, index + 1, 1)
-        bounds = torch.unique_consecutive(kept.cumsum(0)[bounds.long()]).to(bounds.dtype)
-        changed = {"cu_seqlens": bounds, "position_embeddings": tuple(t[index] for t in kwargs["position_embeddings"])}
-        if kwargs.get("max_seqlen") is not None:
-            longest = (bounds[1:] - bounds[:-1]).max()
-            changed["max_seqlen"] = longest if isinstance(kwargs["max_seqlen"], Tensor) else int(longest)
-        return {**kwargs, **changed}
+    def _fewer(index: Tensor, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """The keywords of a block for the tokens `index` [n, T] of `tokens` that are left: whatever has a value per token (rotary
+        tables, positions, masks), and the boundaries of segments."""
+        changed = {name: _taken(name, value, index, tokens) for name, value in kwargs.items()}
+        for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):
+            bounds = kwargs.get(name)
+            if bounds is not None:
+                kept = torch.zeros(tokens + 1, dtype=torch.int64, device=index.device).index_fill(0, index[0] + 1, 1)
+                changed[name] = bounds = torch.unique_consecutive(kept.cumsum(0)[bounds.long()]).to(bounds.dtype)
+                longest = (bounds[1:] - bounds[:-1]).max()
+                for most in {"cu_seqlens": ("max_seqlen",)}.get(name, ("max_length_q", "max_length_k")):
+                    if kwargs.get(most) is not None:
+                        changed[most] = longest if isinstance(kwargs[most], Tensor) else int(longest)
+        return changed
 
     def _first_pre(self, module: Any, args: tuple) -> None:
         if self.run() is None:  # transformers from 5.24 on replays the inside of a block only
@@ -318,7 +326,7 @@ class EncoderFacade(TowerScope):
     def _keep_keys(self, i: int, name: str, heads: Tensor) -> None:
         run = self._running()
         if name == "k" and run.merges[i] is None and any(schedule[i] for schedule in run.schedules.values()):
-            run.keys = self._rows(heads.detach()).mean(-2)
+            run.keys = self._rows(heads.detach().mean(-2))
 
     def _norm_pre(self, i: int, module: Any, args: tuple) -> tuple | None:
         run = self._running()
@@ -336,8 +344,8 @@ class EncoderFacade(TowerScope):
         prefix = self.encoder.prefix
         count = prefix + (merge.count - prefix) * self.encoder.unit
         merged, _ = merge_mean(rows, sizes, merge.patches, count)
-        hidden.copy_(self._back(gather(merged, merge.patches)))
-        return (self._back(merged),)
+        hidden.copy_(self._back(gather(merged, merge.patches), hidden))
+        return (self._back(merged, hidden),)
 
     def _decide(self, run: _Run, i: int, keys: Tensor) -> _Merge:
         """Match the units of block `i` by the mean keys of their patches [n, P, d]."""
@@ -381,7 +389,7 @@ class EncoderFacade(TowerScope):
 
     def _mlp_post(self, i: int, module: Any, args: tuple, output: Tensor) -> Tensor | None:
         merge = self._running().merges[i]
-        return None if merge is None else self._back(gather(self._rows(output), merge.patches))
+        return None if merge is None else self._back(gather(self._rows(output), merge.patches), output)
 
     def _block_post(self, i: int, module: Any, args: tuple, output: Any) -> Any:
         run = self._running()
@@ -392,8 +400,35 @@ class EncoderFacade(TowerScope):
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         index = _in_tower_order(run, self._patches(state.source))
-        hidden = self._back(gather(self._rows(hidden), index))
+        hidden = self._back(gather(self._rows(hidden), index), hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _taken(name: str, value: Any, index: Tensor, tokens: int) -> Any:
+    """A keyword of a block at the tokens `index` [n, T]. Masks end in keys, and before them queries where there are several;
+    numbers have a dimension of tokens; tables are [..., tokens, d]. A dimension of rows in front is of one row or of n."""
+    if isinstance(value, tuple | list):
+        return type(value)(_taken(name, part, index, tokens) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    if "mask" in name:
+        dims = [-1, -2] if value.dim() > 2 else [-1]
+    elif value.is_floating_point():
+        dims = [-2]
+    else:
+        dims = [-1, -2][: value.dim()]
+    dims = [dim for dim in dims if value.dim() >= -dim and value.shape[dim] == tokens]
+    if "mask" not in name:
+        dims = dims[:1]
+    for dim in dims:
+        if value.dim() == -dim:
+            value = value.index_select(0, index[0]) if len(index) == 1 else value[index]
+            continue
+        if len(index) > 1 and len(value) == 1:
+            value = value.expand(len(index), *value.shape[1:])
+        at = index.view(len(index), *[-1 if d == dim else 1 for d in range(1 - value.dim(), 0)])
+        value = value.gather(dim, at.expand(*value.shape[:dim], index.shape[1], *value.shape[value.dim() + dim + 1 :]))
+    return value
 
 
 def _in_tower_order(run: _Run, index: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from .shards import whole
 
 RECORD = "mmcompress_record"
 """Name of our attention function; only copies of modules, made for one call, have it in their config."""
+HEAR = "mmcompress_hear"
+"""Name of another, which lets the module go on; on such copies only, too."""
 TOKENS = 12
 """How many random tokens a module is tried on."""
 MODEST = 4.0
@@ -69,6 +71,27 @@ def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **g
 
 
 ALL_ATTENTION_FUNCTIONS.register(RECORD, _record)
+
+
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """One call of an attention function: q, k [n, heads, T, d], the keys once for every query head; mask [n or 1, 1, T or 1, T],
+    bool or added, or None; scale."""
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    scale: float
+
+
+def _hear(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any) -> Any:
+    scaling, shared = given.get("scaling"), query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    module.heard.append(Heard(query, key.repeat_interleave(shared, 1), attention_mask, scale))
+    return query.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(HEAR, _hear)
 
 
 class _As:
@@ -120,6 +143,21 @@ def recorded(
     except _Stop as stop:
         return stop.found
     raise LookupError("it does not call an attention function of transformers")
+
+
+@torch.compiler.disable
+def heard(attention: Any, args: tuple, kwargs: dict[str, Any]) -> list[Heard]:
+    """What an attention module hands to its attention function for the arguments of a call: one part after the other, where it
+    attends within parts. Costs its projections. Raises LookupError if it calls no attention function of transformers."""
+    found: list[Heard] = []
+    if not hasattr(attention, "config"):
+        raise LookupError(f"{type(attention).__name__} does not call an attention function of transformers")
+    twin = _copy(attention, config=_As(attention.config, HEAR), heard=found)
+    with torch.no_grad():
+        type(attention).forward(twin, *args, **kwargs)
+    if not found:
+        raise LookupError(f"{type(attention).__name__} does not call an attention function of transformers")
+    return found
 
 
 @dataclass(frozen=True, eq=False)

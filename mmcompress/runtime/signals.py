@@ -19,9 +19,14 @@ from ..selection import gather
 from .adapter import OF_CLS, PER_TOKEN, Adapter, Encoded
 from .clip import CLIP_PATCHES, Clip
 from .encoder import EncoderFacade
+from .hooks import running
 from .pixels import PixelFacade
+from .probe import Heard, heard
 from .rotary import rotate
 from .scope import ENCODE, current
+
+KEYS = frozenset({"keys", "joint_keys"})
+"""Signals that are keys, before any rotation."""
 
 
 def kind_of(name: str) -> str:
@@ -72,9 +77,10 @@ class VisionTap:
 
     def install(self) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
-        for index in self.at:
+        for index, names in self.at.items():
             block = self.adapter.blocks[index]
-            handles += block.tap(functools.partial(self._keep_heads, index))
+            if not block.heard or KEYS & set(map(kind_of, names)):
+                handles += block.tap(functools.partial(self._keep_heads, index))
             record = functools.partial(self._keep_arguments, index)
             handles.append(block.attention.register_forward_pre_hook(record, with_kwargs=True))
         if "encoder_features" in self.names:
@@ -100,16 +106,19 @@ class VisionTap:
         rows: dict[str, Tensor] = {}
         if "encoder_features" in self.names:
             features = self._recorded("features")
-            if self.adapter.packed:  # patch after patch; the merger takes a unit at a time
-                features = features.unflatten(0, (-1, self.adapter.unit)).flatten(1)
-            rows["encoder_features"] = features
+            rows["encoder_features"] = self.adapter.feature_rows(features)
         for name, index in self.joint.items():
             assert self.clip is not None
             patches = self._recorded(f"output {index}")[:, self.adapter.prefix :]
             rows[name] = self.clip.project(patches, plain=kind_of(name) == CLIP_PATCHES[1])
         for index, names in self.at.items():
-            q, k = (self._recorded(f"{n} {index}") for n in "qk")
-            found = (self._packed if self.adapter.packed else self._batched)(index, q.detach(), k.detach(), names)
+            found: dict[str, Tensor] = {}
+            if self.adapter.blocks[index].heard:
+                found = self._heard(index, [name for name in names if kind_of(name) not in KEYS])
+                names = [name for name in names if kind_of(name) in KEYS]
+            if names:
+                q, k = (self._recorded(f"{n} {index}").detach() for n in "qk")
+                found |= (self._packed if self.adapter.packed else self._batched)(index, q, k, names)
             rows |= {name: self._per_token(patches) for name, patches in found.items()}
         arrange = functools.partial(self.adapter.arrange, encoded, arguments)
         signals = {
@@ -124,33 +133,33 @@ class VisionTap:
     def _batched(self, index: int, q: Tensor, k: Tensor, names: list[str]) -> dict[str, Tensor]:
         """Signals of every patch of the tower, from queries and keys [n, T, heads, d]: [n, P] or [n, P, d]."""
         q, k, scale = q.transpose(1, 2), k.transpose(1, 2), self.adapter.blocks[index].scale
-        mask = self._recorded(f"arguments {index}").get("attention_mask")
-        found = {}
-        for name in names:
-            kind = kind_of(name)
-            if kind == "cls_attention":
-                found[name] = attention_rows(q[:, :, :1], k, scale, mask).mean(1)[:, 0]
-            elif kind == "cls_joint_attention":
-                one, all_keys = (x.transpose(1, 2).flatten(2)[:, None] for x in (q[:, :, :1], k))  # heads side by side
-                found[name] = attention_rows(one, all_keys, one.shape[-1] ** -0.5)[:, 0, 0]
-            elif kind in OF_CLS:
-                products = (q[:, :, :1] @ k.transpose(2, 3)).float()[:, :, 0]
-                found[name] = products.mean(1) * scale
-            else:
-                found[name] = _among_patches(name, q, k, scale, mask, self.adapter.prefix)
+        mask = self._recorded(f"arguments {index}")[1].get("attention_mask")
+        found = {name: _of_rows(name, q, k, scale, mask, self.adapter.prefix) for name in names}
         spread = self.facade.spread(index) if self.facade else None
         if spread is not None:
             found = {name: gather(x, spread) for name, x in found.items()}
         return {name: x[:, self.adapter.prefix :] for name, x in found.items()}
 
+    def _heard(self, index: int, names: list[str]) -> dict[str, Tensor]:
+        """The same from what the attention module hands to its attention function: [n, P], packed [P]; 0 in padding."""
+        if not names:
+            return {}
+        parts = heard(running(self.adapter.blocks[index].attention), *self._recorded(f"arguments {index}"))
+        found = {name: torch.cat([_of_parts(name, part, self.adapter.prefix) for part in parts], 1) for name in names}
+        spread = self.facade.spread(index) if self.facade else None
+        if spread is not None:
+            found = {name: gather(x, spread) for name, x in found.items()}
+        return {n: x[0] if self.adapter.packed else x[:, self.adapter.prefix :] for n, x in found.items()}
+
     def _packed(self, index: int, q: Tensor, k: Tensor, names: list[str]) -> dict[str, Tensor]:
         """The same for a packed sequence: queries and keys [T, heads, d]; attention stays within its segments."""
         found = {}
+        q, k = (x[0] if x.dim() == 4 else x for x in (q, k))  # some have a batch of one
         for name in names:
-            if kind_of(name) in ("keys", "joint_keys"):
+            if kind_of(name) in KEYS:
                 found[name] = k.mean(1) if kind_of(name) == "keys" else k.flatten(1)
             else:
-                arguments, scale = self._recorded(f"arguments {index}"), self.adapter.blocks[index].scale
+                (_, arguments), scale = self._recorded(f"arguments {index}"), self.adapter.blocks[index].scale
                 found[name] = self._in_segments(name, q, k, arguments, scale)
         spread = self.facade.spread(index) if self.facade else None
         return found if spread is None else {name: x[spread[0]] for name, x in found.items()}
@@ -205,13 +214,56 @@ class VisionTap:
         self._keep(name, output[0] if isinstance(output, tuple) else output)
 
     def _keep_arguments(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._keep(f"arguments {index}", kwargs)
+        self._keep(f"arguments {index}", (args, kwargs))
 
     def _keep_features(self, module: Any, args: tuple) -> None:
         # the first call is the family's own; later ones project rows that a method has made
         seen = self._seen()
         if seen is not None and "features" not in seen:
             seen["features"] = args[0][:, self.adapter.structural :] if self.adapter.structural else args[0]
+
+
+def _of_rows(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:
+    """A signal of attention from queries and keys [n, heads, T, d], each row by itself: [n, T], of keys [n, T, d]."""
+    kind = kind_of(name)
+    if kind == "cls_attention":
+        return attention_rows(q[:, :, :1], k, scale, mask).mean(1)[:, 0]
+    if kind == "cls_joint_attention":
+        one, all_keys = (x.transpose(1, 2).flatten(2)[:, None] for x in (q[:, :, :1], k))  # heads side by side
+        return attention_rows(one, all_keys, one.shape[-1] ** -0.5)[:, 0, 0]
+    if kind in OF_CLS:
+        products = (q[:, :, :1] @ k.transpose(2, 3)).float()[:, :, 0]
+        return products.mean(1) * scale
+    return _among_patches(name, q, k, scale, mask, prefix)
+
+
+def _of_parts(name: str, part: Heard, prefix: int) -> Tensor:
+    """A signal of attention [n, T] of tokens that see each other in parts: those that the mask allows; 0 for padding."""
+    if part.mask is None:
+        return _of_rows(name, part.q, part.k, part.scale, None, prefix).float()
+    n, _, tokens, _ = part.q.shape
+    mask = part.mask.expand(n, -1, tokens, -1)[:, 0]
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    alike: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+    for row, sight in enumerate(seen):
+        change = (sight[1:] != sight[:-1]).any(1).nonzero()[:, 0] + 1  # neighbours that see the same are one part
+        for first, last in itertools.pairwise([0, *change.tolist(), tokens]):
+            members = sight[first].nonzero()[:, 0]
+            if len(members) and (int(members[0]) < first or int(members[-1]) >= last):
+                if bool(sight[first, first]):
+                    raise NotImplementedError(f"{name}: the vision encoder does not attend within parts of its tokens")
+                continue  # padding, which sees what is there
+            alike[len(members)].append((row, members))
+    found = part.q.new_zeros(n, tokens, dtype=torch.float32)
+    for members in alike.values():
+        rows, places = torch.tensor([row for row, _ in members]), torch.stack([at for _, at in members])
+        q, k = (x[rows[:, None], :, places].transpose(1, 2) for x in (part.q, part.k))
+        bias = None
+        if mask.dtype != torch.bool:
+            bias = mask[rows[:, None], places[:, :1], places][:, None, None]
+            bias = bias if bool(bias.any()) else None
+        found[rows[:, None], places] = _of_rows(name, q, k, part.scale, bias, prefix).float()
+    return found
 
 
 def _among_patches(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision encoders of every architecture that gives signals: what attention says, and where a patch ends up, against the model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from mmcompress.adapters import adapter_for
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import mmcompress as mm
+from mmcompress.runtime.encoder import _taken
+from mmcompress.runtime.probe import _As, _copy
+from mmcompress.runtime.signals import VisionTap
+
+from .architectures import TABLE, base_of, build, pictures
+
+
+@dataclass(frozen=True)
+class Looks(mm.stage.InputStage):
+    """Asks for attention."""
+
+    keep: float = 0.5
+    name = "looks_at_attention"
+    needs = ("received_attention",)
+
+    def select(self, visuals: Any) -> Any:
+        return mm.selection.Selection.of(torch.arange(visuals.k).expand(len(visuals.features), -1))
+
+
+SIGNALS = sorted(name for name, row in TABLE.items() if row["signal"] == "ok")
+
+
+def given(model: Any) -> dict[str, Any]:
+    """Arguments of get_image_features for two pictures."""
+    accepted = inspect.signature(base_of(model).get_image_features).parameters
+    return {name: value for name, value in pictures(model, [[1, 2]]).items() if name in accepted}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@torch.no_grad()
+def test_attention_is_that_of_the_eager_module(name: str) -> None:
+    """`received_attention` of the block whose output is used, against the weights that the module itself gives."""
+    model = build(name)
+    adapter = adapter_for(model)
+    index, weights = adapter.feature_blocks[-1], []
+    attention = adapter.blocks[index].attention
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: weights.append(eager(module, args, kwargs)), with_kwargs=True
+    )
+    mm.compress(model, Looks(keep=0.5))
+    arguments = given(model)
+    encoded = base_of(model).get_image_features(**arguments).mmcompress
+    received, rows = encoded.signals["received_attention"], weights[0]
+    own = VisionTap(None, adapter, set(), None)._per_token(rows if adapter.packed else rows[:, adapter.prefix :])
+    wanted = [x[:, 0] for x in adapter.arrange(encoded, arguments, own[..., None])]
+    for found, value in zip(received, wanted, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-7)
+
+
+def eager(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What each token receives on average in the eager attention of `module`, [n, T], packed [T]."""
+    parts: list[Tensor] = []
+
+    def weigh(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **more: Any) -> Any:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scale = more.get("scaling") or q.shape[-1] ** -0.5
+        logits = q @ k.transpose(2, 3) * scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        shown = logits.softmax(-1)
+        parts.append(shown.mean((1, 2)))
+        return (shown @ v).transpose(1, 2), shown
+
+    ALL_ATTENTION_FUNCTIONS.register("weighed", weigh)
+    type(module).forward(_copy(module, config=_As(module.config, "weighed")), *args, **kwargs)
+    return torch.cat(parts, 1)[0] if len(parts) > 1 or kwargs.get("cu_seqlens") is not None else parts[0]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@torch.no_grad()
+def test_a_patch_ends_up_where_arrange_says(name: str) -> None:
+    """Noise on one patch behind the block whose output is used: the tokens that change are those that `arrange` gives it to."""
+    model = build(name)
+    adapter, arguments = adapter_for(model), given(model)
+    base, block = base_of(model), adapter.blocks[adapter.feature_blocks[-1]].module
+    features = adapter.features(base.get_image_features(**arguments), arguments)
+    before = [f.flatten(0, -2) for f in features]
+    encoded = adapter.encoded("image", arguments, [len(f) for f in before])
+    seen: list[Tensor] = []
+    listening = block.register_forward_hook(lambda module, args, output: seen.append(states(output)))
+    base.get_image_features(**arguments)
+    listening.remove()
+    shape = seen[0].shape[:-1]
+    generator = torch.Generator().manual_seed(0)
+    patches = shape[-1] - adapter.prefix
+    for at in torch.randperm(patches, generator=generator)[:6].tolist():
+        noise = functools.partial(disturbed, adapter.prefix + at)
+        noisy = block.register_forward_hook(noise, prepend=True)  # before transformers' own, which record
+        after = [f.flatten(0, -2) for f in adapter.features(base.get_image_features(**arguments), arguments)]
+        noisy.remove()
+        mark = torch.zeros(shape if adapter.packed and len(shape) == 1 else (*shape[:-1], patches))
+        mark[..., at] = 1
+        mark = mark[0] if adapter.packed and mark.dim() == 2 else mark
+        told = adapter.arrange(encoded, arguments, VisionTap(None, adapter, set(), None)._per_token(mark)[..., None])
+        for old, new, says, layout in zip(before, after, told, encoded.layouts, strict=True):
+            changed = (old - new).abs().amax(-1)[layout.patch_tokens()] > 0
+            assert torch.equal(changed, says[:, 0] != 0), f"patch {at}"
+
+
+def states(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def disturbed(at: int, module: Any, args: tuple, output: Any) -> Any:
+    """Other values for patch `at` of every row."""
+    hidden = states(output).clone()
+    hidden[..., at, :] += torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(at))
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def test_keywords_of_a_block_are_taken_by_what_they_are() -> None:
+    index = torch.stack([torch.randperm(7)[:4] for _ in range(2)])
+    one, tables = index[:1], torch.randn(7, 7)
+    assert torch.equal(_taken("position_embeddings", tables, one, 7), tables[index[0]])
+    assert torch.equal(_taken("position_embeddings", tables[None], index, 7), tables[index])
+    mask = torch.randn(2, 1, 7, 7)
+    found = _taken("attention_mask", mask, index, 7)
+    assert torch.equal(found[1, 0], mask[1, 0][index[1]][:, index[1]])
+    assert torch.equal(_taken("attention_mask", mask[:, :, :1], index, 7)[1, 0, 0], mask[1, 0, 0][index[1]])
+    numbers = torch.arange(14).view(2, 7)
+    assert torch.equal(_taken("position_ids", numbers, index, 7)[1], numbers[1][index[1]])
+    assert torch.equal(_taken("position_ids", numbers.view(1, 7, 2), index, 7)[1], numbers.view(7, 2)[index[1]])
