@@ -33,7 +33,9 @@ def adapter_for(model: Any) -> Adapter | Encoder:
         if encoder.matches(model):
             return encoder(model)
     known = "; ".join(a.family for a in (*ADAPTERS, *ENCODERS))
-    raise NotImplementedError(f"{type(model).__name__} is not supported: {refusal(model)}. Supported: {known}")
+    raise NotImplementedError(
+        f"{type(model).__name__} is not supported: {refusal(model)}. Supported: {known}; `mmcompress models` lists all"
+    )
 
 
 __all__ = ["ADAPTERS", "Adapter", "Encoder", "adapter_for"]

@@ -71,18 +71,29 @@ def refusal(model: Any) -> str | None:
     """Why no visual tokens of `model` can be dropped at the input of a language model; None if they can."""
     config, base = getattr(model, "config", None), body_of(model)
     if not hasattr(model, "base_model_prefix"):
-        return "it is no model of transformers"
+        drawn = hasattr(config, "get") and config.get("_diffusers_version")
+        return (
+            "it is a diffusion model, which draws pictures and reads none"
+            if drawn
+            else "it is no model of transformers"
+        )
     for name, child in model.named_children():
         if hasattr(child, "base_model_prefix") and body_of(child) is not child and refusal(child) is None:
             return f"it wraps the model that sees: compress(model.{name}, ...)"
     sees = any(hasattr(base, f"get_{modality}_features") for modality in TOKENS)
     if not sees and not TOKENS.keys() & set(getattr(model, "input_modalities", TOKENS)):
-        return "it takes no pictures, so there are no visual tokens to drop"
+        return "it takes no pictures, so it has no visual tokens: load one that does by AutoModelForImageTextToText"
     if getattr(config, "is_encoder_decoder", False) or (hasattr(base, "encoder") and hasattr(base, "decoder")):
-        return "it is an encoder-decoder: pictures enter its encoder, and no visual tokens stand in the prompt of its decoder"
+        return (
+            "it is an encoder-decoder: pictures enter its encoder, and no visual tokens stand in the prompt of its decoder; "
+            "smaller pictures make the encoder cheaper"
+        )
     crossing = re.compile(r"^(?!.*(qformer|projector|vision)).*cross_?att")
     if any(crossing.match(name) for name, _ in base.named_modules()):
-        return "its language model looks at pictures by cross-attention: no visual tokens stand in its prompt"
+        return (
+            "its language model looks at pictures by cross-attention: no visual tokens stand in its prompt; smaller pictures, or "
+            "fewer tiles, make that cheaper"
+        )
     if not sees:
         return "it encodes pictures inside its forward pass: its base model has no get_image_features"
     decoder = decoder_of(base)

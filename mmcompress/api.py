@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -32,8 +33,20 @@ CONVERTED = "_mmcompress_conversion"
 def _stock(model: Any) -> Any:
     """The model inside wrappers such as PEFT's. Raises TypeError for what is no module."""
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"got {model!r} ({type(model).__name__}): give the loaded model, as from_pretrained returns it")
+        shown = reprlib.repr(model)
+        raise TypeError(f"got {shown} ({type(model).__name__}): {_instead(model)}")
     return unwrapped(model)
+
+
+def _instead(model: Any) -> str:
+    """What to give instead of what is no module."""
+    if getattr(model, "config_name", None) == "model_index.json" or hasattr(model, "scheduler"):
+        return (
+            "a diffusion pipeline draws pictures and reads none: it has no visual tokens; give a vision-language model"
+        )
+    if isinstance(getattr(model, "model", None), torch.nn.Module):
+        return f"give the model in it, compress({type(model).__name__.lower()}.model, ...)"
+    return "give the loaded model, as from_pretrained returns it"
 
 
 def _found(model: Any) -> Engine | TowerEngine | None:
