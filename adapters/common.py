@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..runtime.adapter import Adapter, Encoded, body_of, decoder_of
+from ..runtime.deepstack import NAMES as DEEPSTACK
+from ..runtime.structural import StructuralTokens, ruled
 from ..visuals import Layout
 
 TOKENS = {"image": "image_token_id", "video": "video_token_id"}
@@ -49,8 +52,8 @@ class CommonAdapter(Adapter):
 
     def features(self, output: Any, arguments: dict[str, Any]) -> Sequence[Tensor]:
         features, states = output.pooler_output, output.last_hidden_state
-        if features is None:
-            features = states
+        if features is None:  # none, or all of them enter layers
+            features = states if states is not None else output.deepstack_features[0][1]
         pixels = arguments.get("pixel_values")
         if pixels is None or pixels.dim() != 5 or len(features) != len(pixels) or states is None or states.dim() != 3:
             return features
@@ -62,6 +65,19 @@ class CommonAdapter(Adapter):
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         return Encoded(modality, [Layout.raster(1, 1, length) for length in lengths])
+
+    @functools.cached_property
+    def structural_tokens(self) -> StructuralTokens:
+        return StructuralTokens(self.base, self.language_model)
+
+    def mark(self, encoded: Encoded, features: Sequence[Tensor]) -> None:
+        if not self.structural_tokens:
+            return
+        which = self.structural_tokens.among(torch.cat([f.flatten(0, -2) for f in features]))
+        parts = which.split([layout.tokens for layout in encoded.layouts])
+        for i, part in enumerate(parts):
+            if part.any():
+                encoded.layouts[i] = ruled(part, encoded.modality == "image")
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         raise AssertionError("no signals, nothing to arrange")
@@ -105,6 +121,6 @@ def refusal(model: Any) -> str | None:
     if all(getattr(config, name, None) is None for name in TOKENS.values()):
         return "no token of its prompts stands for a visual token: config has no image_token_id"
     other = [name for name in inspect.signature(decoder.forward).parameters if "deepstack" in name]
-    if set(other) - {"deepstack_visual_embeds"}:
+    if set(other) - DEEPSTACK:
         return f"its features enter layers of the language model in a form that is not supported ({', '.join(other)})"
     return None

@@ -270,6 +270,9 @@ class Adapter(Encoder):
         """The visuals of one encoder call: its arguments, and how many tokens the features of each visual have."""
         raise NotImplementedError
 
+    def mark(self, encoded: Encoded, features: Sequence[Tensor]) -> None:
+        """Put into the layouts of an encoder call what only the features of its visuals tell."""
+
     def assemble(self, encoded: Encoded, runs: list[int]) -> None:
         """Where an encoder call gives tiles and only the prompt says which of them make a picture: put them together.
         `runs` are the lengths of the runs of placeholders, in order."""

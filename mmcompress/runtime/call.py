@@ -68,7 +68,7 @@ class Call(Scope):
     hidden            how many tokens there are up to the last one that the caller's mask hides in any row.
     groups            the tokens of the call, from the first layer on and after each cut.
     patches, texts    [B, physical] bool: which slots of the last group hold patch tokens, and the instruction (where a layer
-                      stage reads it); patch_counts, text_counts: how many per row.
+                      stage reads it); patch_counts, text_counts: how many per row; structural: structural tokens in all rows.
     kept              by name: a number for each slot of the last group, [B, physical], for signals that come from before.
     entered           how many visual tokens of each row came to the first cut of the stage that is cutting.
     cuts              layers whose stage has been decided.
@@ -99,6 +99,7 @@ class Call(Scope):
     texts: Tensor | None = None
     patch_counts: list[int] = field(default_factory=list)
     text_counts: list[int] = field(default_factory=list)
+    structural: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
     entered: list[int] = field(default_factory=list)
     cuts: set[int] = field(default_factory=set)

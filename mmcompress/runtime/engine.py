@@ -33,7 +33,7 @@ from .cache import CACHE, Ledger, book, cache_of, held_bytes, is_pruned, ledger_
 from .call import Call, Sight, alike, locate, placeholder_masks
 from .clip import Clip
 from .cuts import Cutter, words_meant
-from .deepstack import give_levels, levels_of
+from .deepstack import NAMES, give_levels, leading, levels_of
 from .encoder import EncoderFacade
 from .hooks import Following
 from .inputs import InputStages, Prompt
@@ -76,8 +76,6 @@ BY_THEMSELVES = frozenset(
         "attention_mask",
         "position_ids",
         "position_embeddings",
-        "visual_pos_masks",
-        "deepstack_visual_embeds",
         CACHE,
         CALL,
     }
@@ -228,10 +226,12 @@ class Engine(Following):
         start = self._now()
         try:
             output = original(*args, **kwargs)
-            counts = [f.numel() // f.shape[-1] for f in self.adapter.features(output, arguments)]
+            features = self.adapter.features(output, arguments)
+            counts = [f.numel() // f.shape[-1] for f in features]
             if not counts:
                 raise ValueError(f"{name} was given no images: leave the pixels out for a text-only prompt")
             encoded = self.adapter.encoded(self.adapter.encoders[name], arguments, counts)
+            self.adapter.mark(encoded, features)
             if self.vision_tap is not None:
                 encoded.signals = self.vision_tap.collect(encoded, arguments)
             encoded.seconds = self._since(start)
@@ -389,6 +389,8 @@ class Engine(Following):
             if self.plan.structural == "drop":
                 places[span.row, span.structural] = -1
                 counts[span.row] -= len(span.structural)
+            else:
+                call.structural += len(span.structural)
             patches[span.row, span.patches] = True
             texts[span.row, span.text] = True
             places[span.row, span.patches] = -1
@@ -396,7 +398,7 @@ class Engine(Following):
             call.patch_counts[span.row] += span.kept
             call.text_counts[span.row] = len(span.text)
         scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
-        prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds), scores)
+        prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds), scores, leading(kwargs))
         tap = None
         if self.inputs.of_prompt:
             tap = PromptTap(self.adapter, self.forms, call, kwargs, self._given_positions(call, kwargs, embeds), valid)
@@ -427,18 +429,21 @@ class Engine(Following):
             0, length, physical, counts, packed.valid, packed.source, packed.place, tail=tail, positions=positions, gone=gone
         )  # fmt: skip
         call.groups = call.record.groups = [group]
-        for name in kwargs.keys() - BY_THEMSELVES:
+        for name in kwargs.keys() - BY_THEMSELVES - (NAMES if prompt.levels else frozenset()):
             kwargs[name] = follow(kwargs[name], packed.source, length, name)
-        given = [prompt.embeds, patches.to(device), texts.to(device), *prompt.levels]
+        assert call.visual is not None
+        given = [prompt.embeds, *(mask.to(device) for mask in (patches, texts, call.visual)), *prompt.levels.values()]
         moved = compact(given, packed.source, packed.valid)
-        kwargs["inputs_embeds"], call.patches, call.texts, *levels = moved
+        kwargs["inputs_embeds"], call.patches, call.texts, visual, *rest = moved
+        levels = dict(zip(prompt.levels, rest, strict=True))
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
         if prompt.scores is not None:
             call.kept["input_scores"] = prompt.scores.gather(1, packed.source)
         if "text_relevance" in self.layer_kinds:
-            call.kept["text_relevance"] = words_meant(call, kwargs["inputs_embeds"])
+            lead = levels.get(prompt.lead, 0) if prompt.lead is not None else 0
+            call.kept["text_relevance"] = words_meant(call, kwargs["inputs_embeds"] + lead)
         if levels:
-            give_levels(call, kwargs, levels, self.cutter.first)
+            give_levels(call, kwargs, levels, visual, self.cutter.first)
         self._give_mask(call, kwargs, group)
         self.cutter.arm()
         return True

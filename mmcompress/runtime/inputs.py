@@ -28,15 +28,22 @@ class Prompt:
 
     places  [B, S] the slot whose place in the sequence a slot's token takes, -1 where none does.
     embeds  [B, S, H] what enters the LLM.
-    levels  DeepStack levels [B, S, H], merged like the embeddings; where a method makes its tokens anew, those of the slots that
-            they stand for.
+    levels  DeepStack levels [B, S, H] by layer, merged like the embeddings; where a method makes its tokens anew, those of the
+            slots that they stand for.
     scores  [B, S] of the last stage, where a later one reads them.
+    lead    the level that methods are shown on top of the embeddings, and which takes what they make of both; None: none.
     """
 
     places: Tensor
     embeds: Tensor
-    levels: list[Tensor]
+    levels: dict[int, Tensor]
     scores: Tensor | None
+    lead: int | None = None
+
+    def shown(self, rows: Tensor, at: Tensor) -> Tensor:
+        """What methods see of the tokens `at` [U, N] of the batch rows `rows` [U, 1]: [U, N, H]."""
+        embeds = self.embeds[rows, at]
+        return embeds if self.lead is None else embeds + self.levels[self.lead][rows, at]
 
 
 class InputStages:
@@ -70,9 +77,9 @@ class InputStages:
             name: torch.stack([encoded.signals[name][i] for encoded, i in origin]).to(device) for name in first.signals
         }
         signals |= self._of_text(call, spans, rows, at, prompt.embeds, tap)
-        features, layout = prompt.embeds[rows, at], spans[0].layout
+        features, layout = prompt.shown(rows, at), spans[0].layout
         visuals = Visuals(features, layout, spans[0].kept, signals, road=self.adapter.project)
-        levels = [level[rows, at] for level in prompt.levels]
+        levels = {i: level[rows, at] for i, level in prompt.levels.items()}
         tokens = visuals.n
         total = Selection(torch.arange(tokens, device=device).expand(len(spans), -1))
         decisions: list[Decision] = []
@@ -83,7 +90,7 @@ class InputStages:
             early = (*self.plan.pixel_stages, *self.plan.encoder_stages)
             decisions.append(Decision(" >> ".join(map(repr, early)), total, chosen))
             visuals, total = visuals.take(chosen), chosen
-            levels = [chosen.apply(level) for level in levels]
+            levels = {i: chosen.apply(level) for i, level in levels.items()}
         for stage in self.plan.input_stages:
             k = stage.budget(visuals.n)
             read = prompt.scores is not None and stage is self.plan.input_stages[-1]
@@ -98,7 +105,7 @@ class InputStages:
             by = None if chosen.scores is None else chosen.scores.detach()
             decisions.append(Decision(repr(stage), before, total, by))
             visuals = visuals.take(chosen)
-            levels = [chosen.apply(level) for level in levels]
+            levels = {i: chosen.apply(level) for i, level in levels.items()}
             remade = remade or chosen.merges
         for i, span in enumerate(spans):
             span.selection, span.selection_row, span.decisions = total, i, decisions
@@ -109,10 +116,13 @@ class InputStages:
             assert given is not None  # a plan whose cuts read scores has a stage before them
             prompt.scores = prompt.scores.index_put(at_slots, given)
         if remade:
-            prompt.embeds = prompt.embeds.index_put(at_slots, visuals.features.to(prompt.embeds.dtype))
-            prompt.levels = [
-                level.index_put(at_slots, new.to(level.dtype)) for level, new in zip(prompt.levels, levels, strict=True)
-            ]
+            made = visuals.features.to(prompt.embeds.dtype)
+            if prompt.lead is None:
+                prompt.embeds = prompt.embeds.index_put(at_slots, made)
+            else:
+                levels[prompt.lead] = made - prompt.embeds[at_slots]
+            for i, level in prompt.levels.items():
+                prompt.levels[i] = level.index_put(at_slots, levels[i].to(level.dtype))
 
     def _of_text(
         self, call: Call, spans: list[Span], rows: Tensor, at: Tensor, embeds: Tensor, tap: PromptTap | None

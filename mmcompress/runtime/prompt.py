@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .cache import ledger_of
 from .call import Call
+from .deepstack import leading, levels_of
 from .layers import Heads
 from .probe import Forms, first_tables
 from .relevance import Prompt, answer_relevance, check_relevance, greedy_answers
@@ -73,7 +74,10 @@ class PromptTap:
 
     @functools.cached_property
     def heads(self) -> Heads:
-        return first_heads(self.forms, self.given["inputs_embeds"], self.positions, self.valid, self.call)
+        embeds = self.given["inputs_embeds"]
+        if leading(self.given) == 0:  # it enters with them
+            embeds = embeds + levels_of(self.given, embeds)[0]
+        return first_heads(self.forms, embeds, self.positions, self.valid, self.call)
 
     @functools.cache  # noqa: B019 - lives as long as its call
     def _relevance(self, most: int, mode: str) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from .cache import CACHE
 from .call import Call
+from .deepstack import NAMES
 from .layers import Heads
 from .probe import Form, Forms, states_of
 from .shards import is_sharded
@@ -45,14 +46,15 @@ class Prompt:
         """From the keywords of the language model's call."""
         if valid is not None and not bool(valid[:, -1].all()):
             raise ValueError("prompts are padded on the right, and the answer would follow padding: pad on the left")
-        names = ("visual_pos_masks", "deepstack_visual_embeds")
-        levels = {name: given[name] for name in names if given.get(name) is not None}
+        levels = {name: given[name] for name in NAMES if given.get(name) is not None}
         return Prompt(given["inputs_embeds"], given.get("position_ids"), valid, levels)
 
     def plain(self) -> Prompt:
         """The same in tensors that autograd can save, also where inference_mode has made them."""
 
         def copied(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: copied(one) for name, one in x.items()}
             return x.detach().clone() if isinstance(x, Tensor) else [copied(one) for one in x]
 
         return Prompt(
@@ -78,9 +80,10 @@ class Prompt:
     def followed_by(self, new: Tensor) -> Prompt:
         """The prompt with embeddings [B, T, D] behind it."""
         count = new.shape[1]
-        levels = dict(self.levels)
-        if "visual_pos_masks" in levels:
-            levels["visual_pos_masks"] = F.pad(levels["visual_pos_masks"], (0, count))
+        levels = {
+            name: torch.cat([x, x.new_zeros(len(x), count, *x.shape[2:])], 1) if isinstance(x, Tensor) else x
+            for name, x in self.levels.items()
+        }
         positions = self.positions
         if positions is not None:
             positions = torch.cat([positions, self.behind(count)["position_ids"]], -1)
