@@ -12,20 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..runtime.adapter import Adapter, Encoded, body_of, decoder_of
+from ..runtime.adapter import Adapter, Encoded, body_of, decoder_of, encoding, placeholder
 from ..runtime.deepstack import NAMES as DEEPSTACK
 from ..runtime.structural import StructuralTokens, ruled
+from ..stage import MODALITIES, USUAL
 from ..visuals import Layout
-
-TOKENS = {"image": "image_token_id", "video": "video_token_id"}
 
 
 class CommonAdapter(Adapter):
-    """A model with `get_image_features`, one placeholder id per visual token, and a language model. Nothing is known
-    of its vision encoder: no signals, no encoder stages, and a layout that is just a row of tokens."""
+    """A model with `get_image_features` (of videos, of audio), one placeholder id per token, and a language model. Nothing is
+    known of its encoders: no signals, no encoder stages, and a layout that is just a row of tokens."""
 
     family: ClassVar[str] = (
-        "other models with get_image_features and config.image_token_id (input and layer stages only)"
+        "other models with get_image_features and config.image_token_id, or those of audio (input and layer stages only)"
     )
 
     @classmethod
@@ -96,13 +95,18 @@ def refusal(model: Any) -> str | None:
     for name, child in model.named_children():
         if hasattr(child, "base_model_prefix") and body_of(child) is not child and refusal(child) is None:
             return f"it wraps the model that sees: compress(model.{name}, ...)"
-    sees = any(hasattr(base, f"get_{modality}_features") for modality in TOKENS)
-    if not sees and not TOKENS.keys() & set(getattr(model, "input_modalities", TOKENS)):
-        return "it takes no pictures, so it has no visual tokens: load one that does by AutoModelForImageTextToText"
+    taken = [m for m in MODALITIES if m in getattr(model, "input_modalities", MODALITIES) or encoding(base, m)]
+    encoded = [modality for modality in taken if encoding(base, modality) is not None]
+    if not taken:
+        return (
+            "it takes no pictures and no audio, so it has no tokens of them: load one that does by AutoModelForImageTextToText or "
+            "AutoModelForMultimodalLM"
+        )
+    what, kind = ("pictures", "visual") if {*USUAL}.intersection(encoded or taken) else ("sounds", "audio")
     if getattr(config, "is_encoder_decoder", False) or (hasattr(base, "encoder") and hasattr(base, "decoder")):
         return (
-            "it is an encoder-decoder: pictures enter its encoder, and no visual tokens stand in the prompt of its decoder; "
-            "smaller pictures make the encoder cheaper"
+            f"it is an encoder-decoder: {what} enter its encoder, and no {kind} tokens stand in the prompt of its decoder; "
+            f"smaller {what} make the encoder cheaper"
         )
     crossing = re.compile(r"^(?!.*(qformer|projector|vision)).*cross_?att")
     if any(crossing.match(name) for name, _ in base.named_modules()):
@@ -110,16 +114,16 @@ def refusal(model: Any) -> str | None:
             "its language model looks at pictures by cross-attention: no visual tokens stand in its prompt; smaller pictures, or "
             "fewer tiles, make that cheaper"
         )
-    if not sees:
-        return "it encodes pictures inside its forward pass: its base model has no get_image_features"
+    if not encoded:
+        return f"it encodes {what} inside its forward pass: its base model has no get_{taken[0]}_features"
     decoder = decoder_of(base)
     if decoder is None:
         return (
             "its base model has no decoder apart (language_model or text_model with layers) that is given embeddings, in "
-            "front of which visual tokens could be dropped"
+            f"front of which {kind} tokens could be dropped"
         )
-    if all(getattr(config, name, None) is None for name in TOKENS.values()):
-        return "no token of its prompts stands for a visual token: config has no image_token_id"
+    if all(placeholder(config, modality) is None for modality in MODALITIES):
+        return f"no token of its prompts stands for a token of {what}: config has no {encoded[0]}_token_id"
     other = [name for name in inspect.signature(decoder.forward).parameters if "deepstack" in name]
     if set(other) - DEEPSTACK:
         return f"its features enter layers of the language model in a form that is not supported ({', '.join(other)})"

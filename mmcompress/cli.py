@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import signal
 import sys
@@ -316,7 +315,7 @@ def _methods(options: argparse.Namespace, console: Console) -> None:
     for heading in ("method", "acts", "paper", "options", "idea"):
         table.add_column(heading, overflow="fold")
     for name, cls in methods().items():
-        fields = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls))
+        fields = ", ".join(f"{f.name}={f.default!r}" for f in cls.fields() if f.name != "on")
         idea = (cls.__doc__ or "").strip().splitlines()[0]
         table.add_row(name, cls.kind, cls.paper or "baseline", fields, idea)
     console.print(table)

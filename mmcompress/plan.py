@@ -52,7 +52,7 @@ def make(name: str, options: dict[str, Any]) -> Stage:
     cls = _registry.get(name) or methods().get(name)
     if cls is None:
         raise ValueError(f"unknown method {name!r}: {_suggest(name, list(_registry))}there is: {', '.join(methods())}")
-    fields = [f.name for f in dataclasses.fields(cls)]
+    fields = [f.name for f in cls.fields()]
     for option in options:
         if option not in fields:
             raise ValueError(

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, Field, dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
@@ -21,17 +21,40 @@ Need: TypeAlias = str | tuple[str | None, ...]
 ports document); None at the end: without it is fine too."""
 
 
+MODALITIES = ("image", "video", "audio")
+USUAL = ("image", "video")
+"""What a stage acts on unless the plan says otherwise."""
+
+
+class _On:
+    """The field `on` of a stage, checked and in one form however it is set: a name, or several in the order of MODALITIES."""
+
+    def __get__(self, stage: Any, owner: Any = None) -> str | tuple[str, ...]:
+        return USUAL if stage is None else stage.__dict__["on"]
+
+    def __set__(self, stage: Any, value: Any) -> None:
+        named = {value} if isinstance(value, str) else set(value) if isinstance(value, (tuple, list, set)) else set()
+        if not named or not named <= set(MODALITIES):
+            raise ValueError(
+                f"on={value!r}: give what a stage acts on, one of {', '.join(map(repr, MODALITIES))}, or several as a tuple"
+            )
+        several = tuple(modality for modality in MODALITIES if modality in named)
+        stage.__dict__["on"] = several if len(several) > 1 else several[0]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One thing done at one place. Subclasses are frozen dataclasses; their fields are the options of the method.
 
-    `needs` names the signals that `select` reads.
+    `needs` names the signals that `select` reads. `on` is what every stage has: the modalities that it acts on.
     """
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[Need, ...]] = ()
+    _: KW_ONLY
+    on: str | tuple[str, ...] = _On()  # type: ignore[assignment]
 
     def __rshift__(self, other: Stage | Pipeline) -> Pipeline:
         return Pipeline((self,)) >> other
@@ -39,10 +62,20 @@ class Stage:
     def __repr__(self) -> str:
         shown = [
             f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
+            for f in self.fields()
             if f.name == "keep" or getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(shown)})"
+
+    @classmethod
+    def fields(cls) -> list[Field[Any]]:
+        """The options, those of the method before `on`."""
+        return sorted(dataclasses.fields(cls), key=lambda f: f.name == "on")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it acts on."""
+        return (self.on,) if isinstance(self.on, str) else self.on
 
     def expand(self) -> tuple[Stage, ...]:
         """The stages that this one stands for: itself, or those of a `Recipe`."""
@@ -57,8 +90,8 @@ class Stage:
         return self
 
     def options(self) -> dict[str, Any]:
-        """The options by name, as plain values."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """The options by name, as plain values; `on` where it is not the usual one."""
+        return {f.name: getattr(self, f.name) for f in self.fields() if f.name != "on" or self.on != USUAL}
 
 
 class Selecting(Stage):
@@ -79,7 +112,7 @@ class Selecting(Stage):
 
 
 class InputStage(Selecting):
-    """Acts between projector and LLM, on each visual (image or video) by itself.
+    """Acts between projector and LLM, on each visual (image, video or audio) by itself.
 
     `positions` is what the reference does with position ids; a plan can override it.
     """
@@ -115,7 +148,8 @@ def check_clip(stage: Any) -> None:
 
 
 class LayerStage(Selecting):
-    """Acts before LLM layer `layer` (a number, or a part of the depth) on all visual tokens of a sample together.
+    """Acts before LLM layer `layer` (a number, or a part of the depth) on all tokens of a sample together that are of its
+    modalities.
 
     A stage may cut several times: `cuts` and `budgets` say where and how much, and `visuals.cut` in `select` which cut it is.
     Attention signals are those of the layer before the cut; with "@next" those of the layer behind it.
@@ -259,6 +293,11 @@ class Pipeline:
         ranks = [next(rank for kind, rank in _ORDER.items() if isinstance(part, kind)) for part in self.parts]
         if ranks != sorted(ranks):
             raise ValueError(f"{self!r}: stages must follow the way of a token: pixel or encoder >> input >> layer")
+        for early in (*self.pixel_stages, *self.encoder_stages):
+            if "audio" in early.modalities:
+                raise ValueError(f"{early!r} acts in front of or inside the vision encoder, where no audio comes by")
+        if len({stage.on for stage in self.attention_stages}) > 1:
+            raise ValueError(f"{self!r}: all stages of a plan that rewrite attention act on the same modalities")
         if len(self.encoder_stages) + len(self.pixel_stages) > 1:
             raise ValueError(f"{self!r}: a plan can have one pixel stage or one encoder stage")
         if len({type(s) for s in self.attention_stages}) < len(self.attention_stages):
@@ -268,8 +307,17 @@ class Pipeline:
 
     @functools.cached_property
     def parts(self) -> tuple[Stage, ...]:
-        """The stages that act, those of recipes in their place."""
-        return tuple(part for stage in self.stages for part in stage.expand())
+        """The stages that act, those of recipes in their place, which act on what the recipe acts on."""
+        return tuple(
+            part if part is stage or stage.on == USUAL else dataclasses.replace(part, on=stage.on)
+            for stage in self.stages
+            for part in stage.expand()
+        )
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """What any of its stages acts on."""
+        return frozenset(modality for part in self.parts for modality in part.modalities)
 
     @property
     def pixel_stages(self) -> tuple[PixelStage, ...]:

@@ -85,7 +85,10 @@ def wrapped(name: str, cls: str, **changes: Any) -> Any:
         (lambda: nn.Linear(2, 2), "Linear is not supported: it is no model of transformers"),
         (lambda: wrapped("llama", "LlamaForCausalLM"), "it takes no pictures"),
         (lambda: wrapped("t5", "T5ForConditionalGeneration"), "it takes no pictures"),
-        (lambda: wrapped("qwen2_audio", "Qwen2AudioForConditionalGeneration"), "it takes no pictures"),
+        (
+            lambda: wrapped("qwen2_audio", "Qwen2AudioForConditionalGeneration"),
+            r"takes audio: write divprune\(\.\.\., on='audio'",
+        ),
         (lambda: wrapped("clip", "CLIPModel"), "its base model has no decoder apart"),
         (
             lambda: wrapped("qwen3_omni_moe", "Qwen3OmniMoeForConditionalGeneration", enable_audio_output=False),

@@ -44,7 +44,7 @@ def on_meta(cls: str, config: Any) -> Any:
         (Denoiser, "Denoiser is not supported: it is a diffusion model, which draws pictures and reads none"),
         (
             lambda: on_meta("LlamaForCausalLM", transformers.LlamaConfig(num_hidden_layers=1)),
-            "it takes no pictures, so it has no visual tokens: load one that does by AutoModelForImageTextToText",
+            "it takes no pictures and no audio, so it has no tokens of them: load one that does by AutoModelForImageTextToText",
         ),
         (
             lambda: on_meta("Florence2ForConditionalGeneration", transformers.Florence2Config()),

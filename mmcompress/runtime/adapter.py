@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..stage import MODALITIES
 from ..visuals import Layout
 
 OF_CLS = frozenset({"cls_attention", "cls_logits", "cls_joint_attention"})
@@ -105,6 +106,21 @@ def decoder_of(base: Any) -> Any:
     while part is not None and not hasattr(part, "layers"):
         part = getattr(part, "model", None)
     return part
+
+
+def encoding(base: Any, modality: str) -> Any:
+    """What encodes a modality in a base model: its method for that, or for audio without one the audio tower; None if nothing."""
+    return (
+        getattr(base, f"get_{modality}_features", None)
+        or (modality == "audio" and getattr(base, "audio_tower", None))
+        or None
+    )
+
+
+def placeholder(config: Any, modality: str) -> int | None:
+    """The token id that stands for one token of a modality in `input_ids`, None if there is none."""
+    names = (f"{modality}_token_id", f"{modality}_token_index")
+    return next((token for name in names if (token := getattr(config, name, None)) is not None), None)
 
 
 class Encoder:
@@ -213,16 +229,33 @@ class Adapter(Encoder):
 
     @property
     def placeholders(self) -> dict[str, int]:
-        """Token id that stands for one visual token in `input_ids`, by modality ("image", "video")."""
-        names = {"image": "image_token_id", "video": "video_token_id"}
-        found = {modality: getattr(self.model.config, name, None) for modality, name in names.items()}
-        return {m: token for m, token in found.items() if token is not None and m in self.encoders.values()}
+        """Token id that stands for one token of a modality in `input_ids`, by modality."""
+        found = {modality: placeholder(self.model.config, modality) for modality in MODALITIES}
+        there = {*self.encoders.values(), *self.listened}
+        return {m: token for m, token in found.items() if token is not None and m in there}
 
     @property
     def encoders(self) -> dict[str, str]:
-        """Methods of the base model that encode pixels, with the modality that each one encodes."""
-        there = {"get_image_features": "image", "get_video_features": "video"}
-        return {name: modality for name, modality in there.items() if hasattr(self.base, name)}
+        """Methods of the base model that encode pixels or sound, with the modality that each one encodes."""
+        there = {f"get_{modality}_features": modality for modality in MODALITIES}
+        return {
+            name: modality for name, modality in there.items() if hasattr(self.base, name) and self._stands(modality)
+        }
+
+    @property
+    def listened(self) -> dict[str, Any]:
+        """Modules whose call means that a modality is encoded, where the base model has no method for it."""
+        module = encoding(self.base, "audio")
+        return {"audio": module} if isinstance(module, nn.Module) and self._stands("audio") else {}
+
+    def _stands(self, modality: str) -> bool:
+        # frames of videos may stand on the placeholders of pictures
+        return modality != "audio" or placeholder(self.model.config, "audio") is not None
+
+    @property
+    def modalities(self) -> list[str]:
+        """What this model takes beside text."""
+        return [modality for modality in MODALITIES if modality in {*self.encoders.values(), *self.listened}]
 
     @property
     def tower(self) -> Any:

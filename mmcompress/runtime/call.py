@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..stage import MODALITIES, Pipeline
+from ..visuals import Layout, View
 from .adapter import Adapter, Encoded
 from .packing import Group
 from .record import CallRecord, Span
@@ -67,8 +70,9 @@ class Call(Scope):
     past, past_valid  logical length of the cache before the call, and which tokens of an unpruned cache are real.
     hidden            how many tokens there are up to the last one that the caller's mask hides in any row.
     groups            the tokens of the call, from the first layer on and after each cut.
-    patches, texts    [B, physical] bool: which slots of the last group hold patch tokens, and the instruction (where a layer
-                      stage reads it); patch_counts, text_counts: how many per row; structural: structural tokens in all rows.
+    pools             [B, physical] int8: which slots of the last group hold patch tokens, by the number of their pool (`pools_of`),
+                      0 for others; pool_counts: how many of each pool per row; structural: structural tokens in all rows.
+    texts             [B, physical] bool: which slots hold the instruction (where a layer stage reads it); text_counts: how many.
     kept              by name: a number for each slot of the last group, [B, physical], for signals that come from before.
     entered           how many visual tokens of each row came to the first cut of the stage that is cutting.
     cuts              layers whose stage has been decided.
@@ -95,9 +99,9 @@ class Call(Scope):
     past_valid: Tensor | None = None
     hidden: int = 0
     groups: list[Group] = field(default_factory=list)
-    patches: Tensor | None = None
+    pools: Tensor | None = None
+    pool_counts: dict[int, list[int]] = field(default_factory=dict)
     texts: Tensor | None = None
-    patch_counts: list[int] = field(default_factory=list)
     text_counts: list[int] = field(default_factory=list)
     structural: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -119,6 +123,16 @@ class Call(Scope):
         """The tokens that layer number `layer` has."""
         return [group for group in self.groups if group.start <= layer][-1]
 
+    def patches(self, pools: Collection[int]) -> Tensor:
+        """Which slots of the last group hold patch tokens of some pools, [B, physical] bool."""
+        assert self.pools is not None
+        numbers = [self.pools == number for number in pools]
+        return functools.reduce(torch.logical_or, numbers, torch.zeros_like(self.pools, dtype=torch.bool))
+
+    def patch_counts(self, pools: Collection[int]) -> list[int]:
+        """How many there are in each row."""
+        return [sum(self.pool_counts[number][row] for number in pools) for row in range(self.batch)]
+
     def origin(self, span: Span) -> tuple[Encoded, int]:
         """The encoder call that a span came from, and its number there."""
         index = span.index
@@ -128,6 +142,15 @@ class Call(Scope):
                     return encoded, index
                 index -= len(encoded.layouts)
         raise AssertionError("a span without an encoder call")
+
+
+def pools_of(plan: Pipeline) -> dict[str, int]:
+    """A number from 1 for every modality, the same for those that no stage in the layers tells apart: their tokens share a budget
+    there, and how many are left of each is not known without waiting for the device."""
+    inside = (*plan.layer_stages, *plan.exit_stages)
+    wanted = {modality: tuple(modality in stage.modalities for stage in inside) for modality in MODALITIES}
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(wanted.values()), start=1)}
+    return {modality: numbers[key] for modality, key in wanted.items()}
 
 
 def placeholder_masks(call: Call, adapter: Adapter) -> dict[str, Tensor]:
@@ -149,6 +172,12 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
     finite at a visual token, or a mask hides a part of a visual."""
     device = embeds.device
     masks = placeholder_masks(call, adapter)
+    for modality, mask in masks.items():
+        if mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"{mask.shape[1]} tokens became {embeds.shape[1]} embeddings inside the model, so it cannot be told where the "
+                f"{modality} features are: let the processor put one placeholder for each of them into the prompt"
+            )
     kinds = torch.zeros(next(iter(masks.values())).shape, dtype=torch.int8, device=device)
     for code, mask in enumerate(masks.values(), start=1):
         kinds[mask.to(device)] = code
@@ -170,14 +199,21 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
     given = {encoded.modality for encoded in call.encoded}
     for modality in sorted(given, key=lambda m: (m in there, m)):
         # frames of a video may stand on the placeholders of pictures
-        standing = [m for m in (modality, *(there - given)) if m in there]
+        others = there - given - {"audio"} if modality != "audio" else set()
+        standing = [m for m in (modality, *others) if m in there]
         if not standing:
             raise NotImplementedError(
                 f"{modality} features were encoded, but no {modality} placeholder stands in the prompt, so it cannot be told where "
                 f"they are (some models put pictures and videos on the same one): give pictures and videos in prompts of their "
                 f"own, or uncompress the model"
             )
-        spans += _deal(modality, [e for e in call.encoded if e.modality == modality], places[standing[0]], adapter)
+        encoded, mask = [e for e in call.encoded if e.modality == modality], places[standing[0]]
+        if modality == "audio":
+            # features come packed, padded or in pieces of one length: only the prompt says how long each one is; a video that is
+            # shown in turns with its sound does not end it
+            beside = mask | places["video"] if "video" in places else mask
+            encoded[0].layouts = [Layout((View((1, n), role="audio"),)) for n in _runs(mask, beside)]
+        spans += _deal(modality, encoded, mask, adapter)
     spans = [span for span in spans if not _hidden(span, hidden)]
     if text:
         samples = torch.zeros_like(kinds) if call.samples is None else call.samples
@@ -226,7 +262,7 @@ def _deal(modality: str, encoded: list[Encoded], mask: Tensor, adapter: Adapter)
             f"the prompt has {total} {modality} placeholders, but {features} {modality} features were encoded: give one "
             f"{modality} for each of its place in the prompt"
         )
-    if len(encoded) == 1:
+    if len(encoded) == 1 and modality != "audio":
         adapter.assemble(encoded[0], _runs(mask[::copies]))
     layouts = [layout for e in encoded for layout in e.layouts]
     spans: list[Span] = []
@@ -244,10 +280,12 @@ def _deal(modality: str, encoded: list[Encoded], mask: Tensor, adapter: Adapter)
     return spans
 
 
-def _runs(mask: Tensor) -> list[int]:
-    """Lengths of the runs of True in the rows of `mask` [B, S], row after row."""
-    edges = torch.nn.functional.pad(mask.long(), (1, 1)).diff(dim=1)
-    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
+def _runs(mask: Tensor, beside: Tensor | None = None) -> list[int]:
+    """How many are in each run of True in the rows of `mask` [B, S], row after row; `beside`: in the runs of that one."""
+    edges = torch.nn.functional.pad((mask if beside is None else beside).long(), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()[:, 1]
+    counts = [int(mask[row, start:end].sum()) for (row, start), end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    return [count for count in counts if count]
 
 
 def alike(spans: list[Span]) -> list[list[Span]]:
@@ -258,20 +296,23 @@ def alike(spans: list[Span]) -> list[list[Span]]:
     return list(batches.values())
 
 
-def rows_alike(call: Call, budget: Callable[[int], int]) -> dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]]:
-    """Rows of the batch that can be decided as one dense tensor, by (visual tokens, budget, text tokens): their numbers
-    [U, 1], and the places of their visual tokens [U, N] and of their instruction [U, T] in the last group."""
-    assert call.patches is not None and call.texts is not None
+def rows_alike(
+    call: Call, pools: Collection[int], budget: Callable[[int], int]
+) -> dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]]:
+    """Rows of the batch that can be decided as one dense tensor, by (visual tokens of the pools, budget, text tokens): their
+    numbers [U, 1], and the places of these visual tokens [U, N] and of their instruction [U, T] in the last group."""
+    assert call.texts is not None
+    patches = call.patches(pools)
     members: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-    for row, tokens in enumerate(call.patch_counts):
+    for row, tokens in enumerate(call.patch_counts(pools)):
         if tokens:
             members[tokens, budget(row), call.text_counts[row]].append(row)
     found = {}
     for (tokens, k, words), numbers in members.items():
-        rows = torch.tensor(numbers, device=call.patches.device)
+        rows = torch.tensor(numbers, device=patches.device)
         at, text = (
             mask[rows].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
-            for mask, count in ((call.patches, tokens), (call.texts, words))
+            for mask, count in ((patches, tokens), (call.texts, words))
         )
         found[tokens, k, words] = rows[:, None], at, text
     return found

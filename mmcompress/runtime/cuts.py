@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..selection import Selection, gather
 from ..stage import LayerStage, Pipeline, Selecting, Stage
 from ..visuals import Layout, Visuals
 from .cache import ledger_of
-from .call import Call, rows_alike
+from .call import Call, pools_of, rows_alike
 from .layers import AROUND, CHANGES, LISTENS, WANTS, Cut, Heads, LayerTap, TransitionTap
 from .needs import names_of
 from .packing import Group, pack, renumbered
@@ -41,13 +41,18 @@ def choose(stage: Selecting, visuals: Visuals) -> Selection:
 
 
 @torch.no_grad()
-def words_meant(call: Call, embeds: Tensor) -> Tensor:
-    """How much each token of the instruction is meant by the visual tokens that enter the LLM, [B, M]; 0 elsewhere."""
+def words_meant(call: Call, pools: Collection[int], embeds: Tensor) -> Tensor:
+    """How much each token of the instruction is meant by the visual tokens of some pools, [B, M]; 0 elsewhere."""
     found = torch.zeros(embeds.shape[:2], dtype=wide(embeds[:0]).dtype, device=embeds.device)
-    for rows, at, text in rows_alike(call, lambda row: 0).values():
+    for rows, at, text in rows_alike(call, pools, lambda row: 0).values():
         relevance = text_relevance(embeds[rows, at], embeds[rows, text])
         found = found.index_put((rows.expand_as(text), text), relevance)
     return found
+
+
+def of_words(pools: Collection[int]) -> str:
+    """The name under which `words_meant` of some pools is kept in a call."""
+    return f"text_relevance of {pools}"
 
 
 class Cutter:
@@ -59,7 +64,7 @@ class Cutter:
     def __init__(self, owner: Any, forms: Forms, plan: Pipeline, reindexes: bool) -> None:
         language_model = forms.language_model
         self.owner, self.forms, self.language_model = owner, forms, language_model
-        self.plan, self.reindexes = plan, reindexes
+        self.plan, self.reindexes, self.pools = plan, reindexes, pools_of(plan)
         layers = language_model.layers
         self.depth: int = len(layers)
         self.at = plan.cuts(self.depth)
@@ -99,15 +104,20 @@ class Cutter:
         """The first layer that may see fewer tokens than the language model is given."""
         return min((*self.at, *self.exits), default=None)
 
-    def drops(self, tokens: int) -> bool:
-        """Whether any cut drops some of the `tokens` that enter the language model, or an exit may."""
-        if self.exits and tokens:
+    def pools_in(self, stage: Stage) -> list[int]:
+        """The pools of tokens that a stage acts on."""
+        return sorted({self.pools[modality] for modality in stage.modalities})
+
+    def drops(self, tokens: Mapping[int, int]) -> bool:
+        """Whether any cut drops some of the `tokens` of each pool that enter the language model, or an exit may."""
+
+        def entering(stage: Stage) -> int:
+            return sum(tokens.get(pool, 0) for pool in self.pools_in(stage))
+
+        if self.exit_stage is not None and self.exits and entering(self.exit_stage):
             return True
-        for stage in self.plan.layer_stages:
-            budgets = stage.budgets(tokens, self.depth)
-            if min(budgets) < tokens:
-                return True
-        return False
+        # what a stage before leaves is not more, and what comes to this one is known only then
+        return any(min(stage.budgets(n, self.depth)) < n for stage in self.plan.layer_stages if (n := entering(stage)))
 
     def _changing(self, stage: LayerStage) -> set[int]:
         """The layers whose changes of tokens a stage adds up."""
@@ -126,22 +136,23 @@ class Cutter:
     def cut(self, call: Call, index: int, hidden: Tensor, given: Tables) -> None:
         """Decide the cut before layer `index` and append the group of tokens that is left. `given`: rotary tables of the first
         layer."""
-        assert call.patches is not None and call.texts is not None and call.record is not None
+        assert call.pools is not None and call.texts is not None and call.record is not None
         stage, number = self.at[index]
-        before = call.groups[-1]
+        pools, before = self.pools_in(stage), call.groups[-1]
+        here = call.patch_counts(pools)
         if number == 0:
-            call.entered = list(call.patch_counts)
+            call.entered = here
         budgets = {row: stage.budgets(tokens, self.depth)[number] for row, tokens in enumerate(call.entered) if tokens}
-        if all(k >= call.patch_counts[row] for row, k in budgets.items()):
+        if all(k >= here[row] for row, k in budgets.items()):
             return
-        counts, patch_counts = list(before.counts), list(call.patch_counts)
-        device = call.patches.device
+        counts, left = list(before.counts), list(here)
+        device = call.pools.device
         places = torch.arange(before.physical, device=device).expand(call.batch, -1)
         if before.valid is not None:
             places = places.masked_fill(~before.valid, -1)
-        around = self._around(call, index, hidden, given)
+        around = self._around(call, index, hidden, given, pools)
         merges, scores = [], []
-        for (tokens, k, _), (rows, at, text) in rows_alike(call, lambda row: budgets.get(row, 0)).items():
+        for (tokens, k, _), (rows, at, text) in rows_alike(call, pools, lambda row: budgets.get(row, 0)).items():
             if k >= tokens:
                 continue
             places = places.index_put((rows.expand_as(at), at), torch.full_like(at, -1))
@@ -158,21 +169,34 @@ class Cutter:
                 if chosen.scores is not None:
                     scores.append((rows, at, chosen.scores.detach()))
         for row, k in budgets.items():
-            if k < patch_counts[row]:
-                counts[row] += k - patch_counts[row]
-                patch_counts[row] = k
-        self._append(call, index, places, counts, patch_counts, self.plan.positions or stage.positions, merges)
+            if k < left[row]:
+                counts[row] += k - left[row]
+                left[row] = k
+        self._append(call, index, places, counts, self.plan.positions or stage.positions, merges)
+        self._count(call, pools, left)
         call.groups[-1].stage, call.groups[-1].scores = repr(stage), scores
+
+    @staticmethod
+    def _count(call: Call, pools: list[int], left: list[int]) -> None:
+        """Note how many tokens of some pools are left in each row. Where a budget was shared by pools that other stages tell apart,
+        only the device knows how many are of which: this waits for it."""
+        assert call.pools is not None
+        for row, total in enumerate(left):
+            shared = [pool for pool in pools if call.pool_counts[pool][row]]
+            for pool in shared if sum(call.pool_counts[pool][row] for pool in shared) > total else ():
+                alone = total if len(shared) == 1 or not total else int((call.pools[row] == pool).sum())
+                call.pool_counts[pool][row] = alone
 
     @torch.no_grad()
     def leave(self, call: Call, index: int, hidden: Tensor, given: Tables) -> None:
         """Ask, before layer `index`, which rows lose all their visual tokens, and append the group that is left. Waits for the
         device."""
-        assert call.patches is not None and call.texts is not None and self.exit_stage is not None
+        assert call.pools is not None and call.texts is not None and self.exit_stage is not None
         before, stage = call.groups[-1], self.exit_stage
-        around = self._around(call, index, hidden, given)
+        pools = self.pools_in(stage)
+        around = self._around(call, index, hidden, given, pools)
         gone: list[int] = []
-        for (tokens, _, _), (rows, at, text) in rows_alike(call, lambda row: 0).items():
+        for (tokens, _, _), (rows, at, text) in rows_alike(call, pools, lambda row: 0).items():
             cut = replace(around, rows=rows, at=at, text=text)
             signals = {name: cut.signal(name) for name in names_of(stage.needs)}
             features = hidden[rows.to(hidden.device), at.to(hidden.device)]
@@ -182,18 +206,19 @@ class Cutter:
             gone += [row for row, leaves in zip(rows[:, 0].tolist(), out, strict=True) if leaves]
         if not gone:
             return
-        counts, patch_counts = list(before.counts), list(call.patch_counts)
-        device = call.patches.device
+        counts, left = list(before.counts), call.patch_counts(pools)
+        device = call.pools.device
         places = torch.arange(before.physical, device=device).expand(call.batch, -1)
         if before.valid is not None:
             places = places.masked_fill(~before.valid, -1)
         leaves = torch.zeros(call.batch, 1, dtype=torch.bool)
         leaves[gone] = True
-        places = places.masked_fill(call.patches & leaves.to(device), -1)
+        places = places.masked_fill(call.patches(pools) & leaves.to(device), -1)
         for row in gone:
-            counts[row] -= patch_counts[row]
-            patch_counts[row] = 0
-        self._append(call, index, places, counts, patch_counts, self.plan.positions or "keep", [])
+            counts[row] -= left[row]
+            left[row] = 0
+        self._append(call, index, places, counts, self.plan.positions or "keep", [])
+        self._count(call, pools, left)
         call.groups[-1].stage = repr(stage)
 
     def _append(
@@ -202,13 +227,12 @@ class Cutter:
         index: int,
         places: Tensor,
         counts: list[int],
-        patch_counts: list[int],
         policy: str,
         merges: list[tuple[Tensor, Tensor, Selection]],
     ) -> None:
         """The group of tokens that layers from `index` on see: `places` [B, S] in that of the group before, -1 where they are
         gone."""
-        assert call.patches is not None and call.texts is not None
+        assert call.pools is not None and call.texts is not None
         before = call.groups[-1]
         packed = pack(places, counts)
 
@@ -220,11 +244,10 @@ class Cutter:
             before.positions, places, packed, before.valid, self.reindexes and policy == "reindex"
         )
         gone = before.gone if here is None else here if before.gone is None else before.gone + here
-        call.patches, call.texts = follow(call.patches), follow(call.texts)
+        call.pools, call.texts = follow(call.pools), follow(call.texts)
         if packed.valid is not None:
-            call.patches, call.texts = call.patches & packed.valid, call.texts & packed.valid
+            call.pools, call.texts = call.pools * packed.valid, call.texts & packed.valid
         call.kept = {name: follow(values) for name, values in call.kept.items()}
-        call.patch_counts = patch_counts
         assert before.place is not None
         place = before.place.gather(1, packed.place.clamp_min(0)).masked_fill(packed.place < 0, -1)
         group = Group(
@@ -233,9 +256,10 @@ class Cutter:
         )  # fmt: skip
         call.groups.append(group)
 
-    def _around(self, call: Call, index: int, hidden: Tensor, given: Tables) -> Cut:
-        """What can be asked about a cut before layer `index`, for no rows yet."""
-        group = call.groups[-1]
+    def _around(self, call: Call, index: int, hidden: Tensor, given: Tables, pools: list[int]) -> Cut:
+        """What can be asked about a cut of some pools before layer `index`, for no rows yet."""
+        group, words = call.groups[-1], of_words(pools)
+        kept = {**call.kept, "text_relevance": call.kept[words]} if words in call.kept else call.kept
 
         def heads(i: int, states: Tensor, tables: Tables, ran: bool) -> Heads:
             assert group.positions is not None
@@ -267,5 +291,5 @@ class Cutter:
 
         none = torch.empty(0, 0, dtype=torch.int64)
         return Cut(
-            none, none, none, hidden, norm, functools.cache(before), functools.cache(behind), transitions, call.kept,
+            none, none, none, hidden, norm, functools.cache(before), functools.cache(behind), transitions, kept,
         )  # fmt: skip

@@ -58,7 +58,7 @@ def give_levels(call: Call, kwargs: dict[str, Any], levels: dict[int, Tensor], v
     form = form_of(kwargs)
     assert form is not None
     call.deepstack = {i: level for i, level in levels.items() if cut is not None and i > cut}
-    count = sum(call.patch_counts) + call.structural
+    count = sum(call.patch_counts(call.pool_counts)) + call.structural
     order = visual.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
     given = {i: level.flatten(0, 1)[order] for i, level in levels.items() if i not in call.deepstack}
     kwargs[form.levels] = given if isinstance(kwargs[form.levels], dict) else list(given.values())

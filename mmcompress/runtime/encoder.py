@@ -82,6 +82,10 @@ class _Replayed(threading.local):
     run: weakref.ref[_Run] | None = None
 
 
+RESTS = "the stage of the tower rests"
+"""Whether a call of the encoder is for a modality that the stage leaves alone: a key in the scope's state."""
+
+
 class TowerScope:
     """Keeps what belongs to one call of a vision tower in the scope of the call; opens it where `owner` has not, since the tower
     may be called by itself."""
@@ -100,6 +104,11 @@ class TowerScope:
         scope = current(self.owner, ENCODE)
         if scope is not None and scope.state.get("mine") is self:
             leave(self.owner, ENCODE)
+
+    @property
+    def rests(self) -> bool:
+        scope = current(self.owner, ENCODE)
+        return scope is not None and RESTS in scope.state
 
     def run(self) -> Any:
         """What `begin` was given in the call that runs in this thread, None outside of one."""
@@ -257,7 +266,9 @@ class EncoderFacade(TowerScope):
                 run.to_tower = torch.cat([torch.arange(prefix), order + prefix])
                 run.from_tower = run.to_tower.argsort()
         run.states[0] = _State(run.lengths)
-        run.schedules = {length: self._schedule(length) for length in set(run.lengths)}
+        run.schedules = {
+            length: [0] * len(self.blocks) if self.rests else self._schedule(length) for length in set(run.lengths)
+        }
         run.arguments = {}
 
     @staticmethod

@@ -17,7 +17,7 @@ import functools
 import inspect
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,9 +32,9 @@ from .attention import GIVEN, keep_notes, rewriters
 from .cache import CACHE, Ledger, book, cache_of, held_bytes, is_pruned, ledger_of, lengths
 from .call import Call, Sight, alike, locate, placeholder_masks
 from .clip import Clip
-from .cuts import Cutter, words_meant
+from .cuts import Cutter, of_words, words_meant
 from .deepstack import NAMES, give_levels, leading, levels_of
-from .encoder import EncoderFacade
+from .encoder import RESTS, EncoderFacade
 from .hooks import Following
 from .inputs import InputStages, Prompt
 from .layers import OF_TEXT
@@ -53,6 +53,7 @@ from .masks import (
 from .needs import (
     VISION_SIGNALS,
     check_language_model,
+    check_modalities,
     check_positions,
     names_of,
     resolve_needs,
@@ -100,6 +101,7 @@ class Engine(Following):
     def find(self, adapter: Adapter) -> None:
         plan = self.plan
         self.adapter, self.base, self.language_model = adapter, adapter.base, adapter.language_model
+        check_modalities(adapter, plan)
         check_language_model(self.language_model.config, plan)
         check_positions(adapter, plan)
         self.clip = Clip.of(adapter, plan, self.clip)
@@ -112,9 +114,16 @@ class Engine(Following):
         self.inputs = InputStages(adapter, plan, self.clip, self.substitutes.values())
         self.reads_text = bool(self.layer_kinds & OF_TEXT) or self.inputs.reads_text
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
+        reading = [stage for stage in plan.parts if VISION_SIGNALS.intersection(map(kind_of, names_of(stage.needs)))]
+        self.seen = {modality for stage in reading for modality in stage.modalities}
         self.vision_tap = VisionTap(self, adapter, names, self.facade, self.clip) if names else None
         self.rewriters = rewriters(plan, self.forms)
         self.parameters = list(inspect.signature(self.base.forward).parameters)
+        by_method = [name for name, modality in adapter.encoders.items() if modality == "audio"]
+        self.sounds = {
+            next(iter(inspect.signature(getattr(self.base, name)).parameters)): "audio" for name in by_method
+        }
+        """The keyword that brings sound to its encoder."""
         self.counting = [_counts(layer) for layer in self.language_model.layers]
 
     # ------------------------------------------------------------------ checks at compress time
@@ -145,6 +154,8 @@ class Engine(Following):
             # signature of this method.
             wrapper = functools.partial(self._encode, original, name)
             self.replace(self.base, name, functools.update_wrapper(wrapper, original))
+        for modality, module in self.adapter.listened.items():
+            yield module.register_forward_hook(functools.partial(self._heard, modality))
         model = self.adapter.model
         if hasattr(model, "loss_function"):
             self.replace(model, "_loss_function", functools.partial(self._loss, model.loss_function))
@@ -175,6 +186,8 @@ class Engine(Following):
             for name, value in given.items()
             if name.startswith("pixel_values") and value is not None
         }
+        if not step and "audio" in self.plan.modalities:
+            pixels |= {modality: name for name, modality in self.sounds.items() if given.get(name) is not None}
         enter(Call(ids, embeds, encoded, self, pixels, mask=given.get("attention_mask")))
 
     def _encoded_before(self, modality: str, output: Any) -> Encoded:
@@ -222,26 +235,40 @@ class Engine(Following):
         bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
         arguments = {**bound, **bound.pop("kwargs", {})}
         self.adapter.check_encoder_call(arguments)
-        enter(Scope(self, ENCODE))
+        modality = self.adapter.encoders[name]
+        scope = enter(Scope(self, ENCODE))
+        if self.facade is not None and modality not in self.facade.stage.modalities:
+            scope.state[RESTS] = True
         start = self._now()
         try:
             output = original(*args, **kwargs)
+            if modality == "audio":
+                return self._note(Encoded(modality, [], seconds=self._since(start)), output)
             features = self.adapter.features(output, arguments)
             counts = [f.numel() // f.shape[-1] for f in features]
             if not counts:
                 raise ValueError(f"{name} was given no images: leave the pixels out for a text-only prompt")
-            encoded = self.adapter.encoded(self.adapter.encoders[name], arguments, counts)
+            encoded = self.adapter.encoded(modality, arguments, counts)
             self.adapter.mark(encoded, features)
-            if self.vision_tap is not None:
+            if self.vision_tap is not None and modality in self.seen:
                 encoded.signals = self.vision_tap.collect(encoded, arguments)
             encoded.seconds = self._since(start)
-            if self.facade is not None:
+            if self.facade is not None and RESTS not in scope.state:
                 encoded.merged = self.facade.merged
                 encoded.clusters = self.facade.clusters(encoded, arguments)
             if self.facade is not None and encoded.clusters is not None:
                 encoded.left = [self.facade.left(layout.cells, layout.views[0].cells) for layout in encoded.layouts]
         finally:
             leave(self, ENCODE)
+        return self._note(encoded, output)
+
+    def _heard(self, modality: str, module: Any, args: tuple, output: Any) -> None:
+        """A module that encodes a modality has run."""
+        if self.call is not None:
+            self._note(Encoded(modality, []), output)
+
+    def _note(self, encoded: Encoded, output: Any) -> Any:
+        """Keep what was encoded for the call that runs or comes; returns `output`."""
         if hasattr(output, "pooler_output"):
             output.mmcompress = encoded
         call = self.call
@@ -337,9 +364,10 @@ class Engine(Following):
         if call.input_ids.shape[1] == 1:
             return
         for modality, mask in placeholder_masks(call, self.adapter).items():
-            if bool(mask.any()):
+            if (modality != "audio" or "audio" in self.plan.modalities) and bool(mask.any()):
                 raise ValueError(
-                    f"the prompt has {modality} placeholders, but no {modality} came with it: pass its pixels. "
+                    f"the prompt has {modality} placeholders, but no {modality} came with it: pass its "
+                    f"{'sound' if modality == 'audio' else 'pixels'}. "
                     f"generate(prefill_chunk_size=...), which loses them, is not supported"
                 )
 
@@ -360,12 +388,17 @@ class Engine(Following):
         call.hidden = int((~host_valid * torch.arange(1, embeds.shape[1] + 1)).max())
         call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
         remember(self, call.record)
-        call.record.seconds = {"vision": sum(encoded.seconds for encoded in call.encoded), "select": 0.0}
-        call.record.merged = call.encoded[-1].merged
+        call.record.seconds = {"vision": 0.0, "select": 0.0}
+        for encoded in call.encoded:
+            part = "audio" if encoded.modality == "audio" else "vision"
+            call.record.seconds[part] = call.record.seconds.get(part, 0.0) + encoded.seconds
+        call.record.merged = next((e.merged for e in reversed(call.encoded) if e.merged is not None), None)
         if call.cache is not None and int(call.past):
             call.record.before = lengths(call.cache, len(self.language_model.layers))
         if self.rewriters:
-            call.sight = Sight.of(host_valid, spans, int(call.past), device)
+            looked_at = self.plan.attention_stages[0].modalities
+            shown = [span for span in spans if span.modality in looked_at]
+            call.sight = Sight.of(host_valid, shown, int(call.past), device)
         if not self._drops_anything(spans):
             known = None if call.sight is None or bool(host_valid.all()) else host_valid.to(device)
             call.record.groups = [Group(0, embeds.shape[1], embeds.shape[1], counts, known)]
@@ -383,19 +416,21 @@ class Engine(Following):
 
         start = self._now()
         places = torch.arange(embeds.shape[1]).masked_fill(~host_valid, -1)
-        patches, texts = torch.zeros_like(host_valid), torch.zeros_like(host_valid)
-        call.patch_counts, call.text_counts = [0] * call.batch, [0] * call.batch
+        pools, texts = torch.zeros(host_valid.shape, dtype=torch.int8), torch.zeros_like(host_valid)
+        call.pool_counts = {pool: [0] * call.batch for pool in sorted(set(self.cutter.pools.values()))}
+        call.text_counts = [0] * call.batch
         for span in spans:
-            if self.plan.structural == "drop":
+            if self._loses_structural(span):
                 places[span.row, span.structural] = -1
                 counts[span.row] -= len(span.structural)
             else:
                 call.structural += len(span.structural)
-            patches[span.row, span.patches] = True
+            pool = self.cutter.pools[span.modality]
+            pools[span.row, span.patches] = pool
             texts[span.row, span.text] = True
             places[span.row, span.patches] = -1
             counts[span.row] += span.kept - len(span.patches)
-            call.patch_counts[span.row] += span.kept
+            call.pool_counts[pool][span.row] += span.kept
             call.text_counts[span.row] = len(span.text)
         scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
         prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds), scores, leading(kwargs))
@@ -432,16 +467,18 @@ class Engine(Following):
         for name in kwargs.keys() - BY_THEMSELVES - (NAMES if prompt.levels else frozenset()):
             kwargs[name] = follow(kwargs[name], packed.source, length, name)
         assert call.visual is not None
-        given = [prompt.embeds, *(mask.to(device) for mask in (patches, texts, call.visual)), *prompt.levels.values()]
+        given = [prompt.embeds, *(mask.to(device) for mask in (pools, texts, call.visual)), *prompt.levels.values()]
         moved = compact(given, packed.source, packed.valid)
-        kwargs["inputs_embeds"], call.patches, call.texts, visual, *rest = moved
+        kwargs["inputs_embeds"], call.pools, call.texts, visual, *rest = moved
         levels = dict(zip(prompt.levels, rest, strict=True))
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
         if prompt.scores is not None:
             call.kept["input_scores"] = prompt.scores.gather(1, packed.source)
-        if "text_relevance" in self.layer_kinds:
-            lead = levels.get(prompt.lead, 0) if prompt.lead is not None else 0
-            call.kept["text_relevance"] = words_meant(call, kwargs["inputs_embeds"] + lead)
+        for stage in (*self.plan.layer_stages, *self.plan.exit_stages):
+            if "text_relevance" in map(kind_of, names_of(stage.needs)):
+                read = self.cutter.pools_in(stage)
+                lead = levels.get(prompt.lead, 0) if prompt.lead is not None else 0
+                call.kept[of_words(read)] = words_meant(call, read, kwargs["inputs_embeds"] + lead)
         if levels:
             give_levels(call, kwargs, levels, visual, self.cutter.first)
         self._give_mask(call, kwargs, group)
@@ -467,14 +504,20 @@ class Engine(Following):
 
     def _check_ends(self, valid: Tensor, spans: list[Span]) -> None:
         """The answer begins at the last token of a prompt, so that one must not be dropped."""
-        drops = self.plan.structural == "drop"
         last = (valid * torch.arange(valid.shape[1])).amax(1).tolist()
         for span in spans:
-            if last[span.row] in (int(span.patches[-1]), *(span.structural[-1:].tolist() if drops else [])):
+            drops = self._loses_structural(span)
+            if span.modality in self.plan.modalities and last[span.row] in (
+                int(span.patches[-1]),
+                *(span.structural[-1:].tolist() if drops else []),
+            ):
                 raise ValueError(
                     f"the prompt in batch row {span.row} ends with {span.modality} tokens, which compression may drop, and nothing "
                     f"could follow: put text behind the {span.modality}, as chat templates do"
                 )
+
+    def _loses_structural(self, span: Span) -> bool:
+        return self.plan.structural == "drop" and span.modality in self.plan.modalities and len(span.structural) > 0
 
     @staticmethod
     def _given_positions(call: Call, kwargs: dict[str, Any], embeds: Tensor) -> Tensor:
@@ -499,11 +542,11 @@ class Engine(Following):
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
 
     def _drops_anything(self, spans: list[Span]) -> bool:
-        left: dict[int, int] = defaultdict(int)
+        left: dict[int, Counter[int]] = defaultdict(Counter)
         for span in spans:
-            if span.kept < len(span.patches) or (self.plan.structural == "drop" and len(span.structural)):
+            if span.kept < len(span.patches) or self._loses_structural(span):
                 return True
-            left[span.row] += span.kept
+            left[span.row][self.cutter.pools[span.modality]] += span.kept
         return any(map(self.cutter.drops, left.values()))
 
     # ------------------------------------------------------------------ language model, after
@@ -519,7 +562,7 @@ class Engine(Following):
             return None
         last = call.groups[-1]
         compressed = last.source is not None
-        for index in sorted(({*self.cutter.at} | self.cutter.exits) - call.cuts) if call.patches is not None else ():
+        for index in sorted(({*self.cutter.at} | self.cutter.exits) - call.cuts) if call.pools is not None else ():
             raise self._passed(f"layer {index} of the language model")
         held = compressed or call.sight is not None or any(group.valid is not None for group in call.groups)
         if cache is not None and held:
@@ -550,7 +593,7 @@ class Engine(Following):
             level = level if before.from_base is None else take([level], before.from_base)[0]
             hidden = hidden + level.to(hidden)
         here = index in self.cutter.at or index in self.cutter.exits
-        if here and call.patches is not None and index not in call.cuts:
+        if here and call.pools is not None and index not in call.cuts:
             call.cuts.add(index)  # decided once; gradient checkpointing replays layers and only applies it again
             start = self._now()
             decide = self.cutter.cut if index in self.cutter.at else self.cutter.leave

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..selection import Selection, gather
-from ..stage import Pipeline
+from ..stage import InputStage, Pipeline
 from ..visuals import Visuals
 from .adapter import Adapter
 from .call import Call
@@ -56,13 +56,17 @@ class InputStages:
         self.of_clip = {*CLIP_TEXT}.intersection(signals)
         self.reads_text = bool(self.of_prompt or {*TEXT_SIGNALS, *CLIP_TEXT}.intersection(signals))
 
+    def stages(self, modality: str) -> list[InputStage]:
+        """The input stages that act on a modality."""
+        return [stage for stage in self.plan.input_stages if modality in stage.modalities]
+
     def budget(self, call: Call, span: Span) -> int:
         """How many tokens of a visual enter the LLM: known before anything is computed."""
         tokens = span.layout.cells
         encoded, index = call.origin(span)
         if encoded.clusters is not None:
             tokens = encoded.left[index]
-        for stage in self.plan.input_stages:
+        for stage in self.stages(span.modality):
             tokens = stage.budget(tokens)
         return tokens
 
@@ -91,9 +95,10 @@ class InputStages:
             decisions.append(Decision(" >> ".join(map(repr, early)), total, chosen))
             visuals, total = visuals.take(chosen), chosen
             levels = {i: chosen.apply(level) for i, level in levels.items()}
-        for stage in self.plan.input_stages:
+        stages = self.stages(spans[0].modality)
+        for stage in stages:
             k = stage.budget(visuals.n)
-            read = prompt.scores is not None and stage is self.plan.input_stages[-1]
+            read = prompt.scores is not None and stage is stages[-1]
             if k == visuals.n and not read:
                 continue
             chosen = choose(stage, replace(visuals, k=k))
@@ -112,8 +117,7 @@ class InputStages:
         slots = gather(at, total.keep)
         at_slots = (rows.expand_as(slots), slots)
         prompt.places = prompt.places.index_put(at_slots, slots.sort(dim=1).values)
-        if prompt.scores is not None:
-            assert given is not None  # a plan whose cuts read scores has a stage before them
+        if prompt.scores is not None and given is not None:
             prompt.scores = prompt.scores.index_put(at_slots, given)
         if remade:
             made = visuals.features.to(prompt.embeds.dtype)

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from ..stage import ExitStage, LayerStage, Need, Pipeline
+from ..plan import methods
+from ..stage import MODALITIES, USUAL, ExitStage, InputStage, LayerStage, Need, Pipeline
 from .adapter import PER_TOKEN, Adapter
 from .clip import CLIP_PATCHES, CLIP_SIGNALS
 from .layers import SIGNALS
@@ -60,19 +61,56 @@ def _of_tower(adapter: Adapter) -> frozenset[str]:
     return PER_TOKEN | {"encoder_features"} if adapter.packed else PER_TOKEN | set(CLIP_PATCHES)
 
 
+def check_modalities(adapter: Adapter, plan: Pipeline) -> None:
+    """Raise for a stage that names what a model does not take, and for a plan with nothing to act on."""
+    there = adapter.modalities
+    for stage in plan.parts:
+        if stage.on != USUAL and (missing := [m for m in stage.modalities if m not in there]):
+            raise NotImplementedError(
+                f"{stage!r}: {type(adapter.model).__name__} takes {' and '.join(there)}, and no {' or '.join(missing)} of which "
+                f"tokens could be dropped"
+            )
+    if not plan.modalities.intersection(there):
+        raise NotImplementedError(
+            f"{plan!r} acts on {' and '.join(m for m in MODALITIES if m in plan.modalities)}, and "
+            f"{type(adapter.model).__name__} takes {' and '.join(there)}: write {plan.stages[0].name}(..., on={there[0]!r})"
+        )
+
+
+def _serving(need: Need, there: Collection[str]) -> str | None:
+    """The first signal of a need that is there, None if it can do without; "" if there is none."""
+    names = (need,) if isinstance(need, str) else need
+    return next((name for name in names if name is None or kind_of(name) in there), "")
+
+
+def _of_features(there: Collection[str]) -> str:
+    """The input stages that need no more than the signals `there`."""
+    fitting = (
+        n for n, c in methods().items() if issubclass(c, InputStage) and "" not in (_serving(x, there) for x in c.needs)
+    )
+    return ", ".join(fitting)
+
+
 def resolve_needs(adapter: Adapter, forms: Forms, plan: Pipeline, clip: bool) -> dict[str, str]:
     """The signal that serves each need of each stage; raises if there is none, and where `forms` cannot give it."""
     found: dict[str, str] = {}
-    for stage in plan.parts:
-        inside = isinstance(stage, LayerStage | ExitStage)
-        there = set(SIGNALS) if inside else {*adapter.signals, *TEXT_SIGNALS, *PROMPT_SIGNALS}
-        if clip and not inside:
+    pairs = [(stage, m) for stage in plan.parts for m in adapter.modalities if m in stage.modalities]
+    for stage, modality in pairs:
+        inside, heard = isinstance(stage, LayerStage | ExitStage), modality == "audio"
+        of_encoder = set() if heard else adapter.signals
+        there = set(SIGNALS) if inside else {*of_encoder, *TEXT_SIGNALS, *PROMPT_SIGNALS}
+        if clip and not inside and not heard:
             there |= CLIP_SIGNALS
-        if not plan.input_stages:
+        if not any(modality in before.modalities for before in plan.input_stages):
             there.discard("input_scores")
         for need in stage.needs:
             names = (need,) if isinstance(need, str) else need
-            name = next((n for n in names if n is None or kind_of(n) in there), "")
+            name = _serving(need, there)
+            if name == "" and heard and not inside:
+                raise NotImplementedError(
+                    f"{stage!r} needs {' or '.join(map(str, names))}, which only a vision encoder gives; for audio choose one of: "
+                    f"{_of_features(there)}"
+                )
             if name == "":
                 hint = "; give clip=, the CLIP of its vision tower" if kind_of(str(names[0])) in CLIP_SIGNALS else ""
                 raise NotImplementedError(
@@ -94,6 +132,7 @@ def resolve_needs(adapter: Adapter, forms: Forms, plan: Pipeline, clip: bool) ->
                     f"pictures: there is no such signal for the tokens as they were; choose a method that reads features"
                 )
             if name is not None:
-                found[str(names[0])] = name
+                key = str(names[0])
+                found[key if found.get(key, name) == name else f"{key} of {modality}"] = name
                 check_prompt_signals(forms, {kind_of(name)}, repr(stage))
     return found

@@ -89,7 +89,7 @@ class PixelFacade(TowerScope):
         """From the patches of a picture: the patches of its smaller version, and the coarse unit of each unit."""
         side = self.side
         units = (rows // side, columns // side)
-        coarse = self.stage.grid(*units)
+        coarse = units if self.rests else self.stage.grid(*units)
         y, x = ((torch.arange(n) + 0.5).mul(c / n).long() for n, c in zip(units, coarse, strict=True))
         return (coarse[0] * side, coarse[1] * side), (y[:, None] * coarse[1] + x).flatten()
 
