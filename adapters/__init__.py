@@ -9,6 +9,7 @@ from ..runtime.adapter import Adapter, Encoder
 from .common import CommonAdapter, refusal
 from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
+from .pixtral import PixtralAdapter
 from .qwen_vl import QwenVLAdapter
 from .vit import ENCODERS
 
@@ -18,6 +19,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     LlavaOnevisionAdapter,
     QwenVLAdapter,
     InternVLAdapter,
+    PixtralAdapter,
     CommonAdapter,
 )
 """In the order in which they are tried."""

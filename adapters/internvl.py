@@ -42,7 +42,7 @@ class InternVLAdapter(Adapter):
     def prefix(self) -> int:
         return 1
 
-    def order(self, patches: int) -> Tensor:
+    def order(self, patches: int, arguments: dict[str, Any]) -> Tensor:
         side = math.isqrt(patches)
         grid = torch.arange(patches).view(side // 2, 2, side // 2, 2)
         return grid.permute(0, 2, 1, 3).flatten()

@@ -58,7 +58,9 @@ def test_attention_is_that_of_the_eager_module(name: str) -> None:
     arguments = given(model)
     encoded = base_of(model).get_image_features(**arguments).mmcompress
     received, rows = encoded.signals["received_attention"], weights[0]
-    own = VisionTap(None, adapter, set(), None)._per_token(rows if adapter.packed else rows[:, adapter.prefix :])
+    own = VisionTap(None, adapter, set(), None)._per_token(
+        rows.flatten() if adapter.packed else rows[:, adapter.prefix :], arguments
+    )
     wanted = [x[:, 0] for x in adapter.arrange(encoded, arguments, own[..., None])]
     for found, value in zip(received, wanted, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-7)
@@ -72,10 +74,12 @@ def eager(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scale = more.get("scaling") or q.shape[-1] ** -0.5
         logits = q @ k.transpose(2, 3) * scale
+        seen = torch.ones(logits.shape, dtype=torch.bool)
         if mask is not None:
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        shown = logits.softmax(-1)
-        parts.append(shown.mean((1, 2)))
+            seen = (mask if mask.dtype == torch.bool else mask >= 0).expand(logits.shape)
+        shown = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        asking = seen & seen.diagonal(dim1=2, dim2=3)[..., None]  # padding sees tokens, but they do not see it
+        parts.append(((shown * asking).sum(2) / asking.sum(2).clamp(min=1)).mean(1))
         return (shown @ v).transpose(1, 2), shown
 
     ALL_ATTENTION_FUNCTIONS.register("weighed", weigh)
@@ -108,7 +112,9 @@ def test_a_patch_ends_up_where_arrange_says(name: str) -> None:
         mark = torch.zeros(shape if adapter.packed and len(shape) == 1 else (*shape[:-1], patches))
         mark[..., at] = 1
         mark = mark[0] if adapter.packed and mark.dim() == 2 else mark
-        told = adapter.arrange(encoded, arguments, VisionTap(None, adapter, set(), None)._per_token(mark)[..., None])
+        told = adapter.arrange(
+            encoded, arguments, VisionTap(None, adapter, set(), None)._per_token(mark, arguments)[..., None]
+        )
         for old, new, says, layout in zip(before, after, told, encoded.layouts, strict=True):
             changed = (old - new).abs().amax(-1)[layout.patch_tokens()] > 0
             assert torch.equal(changed, says[:, 0] != 0), f"patch {at}"

@@ -58,7 +58,7 @@ def prompt_text(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     mask = inputs.get("attention_mask")
     behind = (labels >= 0).long().cumsum(1) > 0  # the answer, and what comes after it
     kinds[behind if mask is None else behind | ~mask.cpu().bool()] = -1
-    return instruction_of(kinds, adapter.delimited)
+    return instruction_of(kinds, adapter)
 
 
 @torch.no_grad()

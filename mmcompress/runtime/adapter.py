@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..stage import MODALITIES
+from ..stage import MODALITIES, Stage
 from ..visuals import Layout
 
 OF_CLS = frozenset({"cls_attention", "cls_logits", "cls_joint_attention"})
@@ -126,13 +126,15 @@ def placeholder(config: Any, modality: str) -> int | None:
 class Encoder:
     """What the runtime asks about a vision encoder.
 
-    A row of the encoder is one picture, tile or frame: either a row of a batch [n, T, C], or a segment of one packed
-    sequence [T, C] (`packed`). Tokens that are fused later (`unit` of them make one LLM token) are merged as a whole.
+    A row of the encoder is one picture, tile or frame: either a row of a batch [n, T, C], perhaps with padding (`padded`), or a
+    segment of one packed sequence [T, C] (`packed`). Tokens that are fused later (`unit` of them make one LLM token) are merged
+    as a whole.
     """
 
     family: ClassVar[str] = ""
     unit: ClassVar[int] = 1
     packed: ClassVar[bool] = False
+    padded: ClassVar[bool] = False
     bias_argument: ClassVar[str | None] = "attention_mask"
     """Argument of the attention module that takes a bias [n, 1, 1, T] on its logits; None: there is none."""
 
@@ -181,9 +183,14 @@ class Encoder:
         """Length of every row of a packed tower in patches, from the keyword arguments of the tower's call."""
         raise NotImplementedError
 
-    def order(self, patches: int) -> Tensor | None:
-        """The patches of a row in an order in which every `unit` of them make one LLM token; None: they stand so."""
+    def order(self, patches: int, arguments: dict[str, Any]) -> Tensor | None:
+        """The patches of a row (packed or padded: of all rows, [T] or [n * T]) in an order in which every `unit` of them make one
+        LLM token, from the keyword arguments of the tower's or the encoder method's call; None: they stand so. What makes no
+        token is left out."""
         return None
+
+    def check_stage(self, stage: Stage) -> None:
+        """Raise NotImplementedError where a stage in front of the encoder or inside of it cannot act."""
 
 
 @dataclass
@@ -216,6 +223,8 @@ class Adapter(Encoder):
     """Whether position ids are a plain count, so that they can be numbered anew (M-RoPE families: no)."""
     delimited: ClassVar[bool] = False
     """Whether every run of placeholders stands between a start and an end token, which are no text."""
+    opened: ClassVar[bool] = True
+    """Whether there is a start token where `delimited`; without one, what is between two runs is one token, and ends a row."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -311,8 +320,8 @@ class Adapter(Encoder):
         `runs` are the lengths of the runs of placeholders, in order."""
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
-        """Send one value per token of the encoder's rows ([n, T, C]; packed: [T, C]) the way that features take to the LLM:
-        [N, C] for each visual, structural tokens left out. `nearest`: values are numbers of things and cannot be mixed."""
+        """Send one value per token of the encoder's rows ([n, T, C]; packed or padded: [T, C]) the way that features take to the
+        LLM: [N, C] for each visual, structural tokens left out. `nearest`: values are numbers of things and cannot be mixed."""
         raise NotImplementedError
 
     @property
@@ -324,11 +333,25 @@ class Adapter(Encoder):
         """How many rows of the encoder each visual has."""
         return [1] * len(encoded.layouts)
 
-    def feature_rows(self, features: Tensor) -> Tensor:
-        """What the projector is given as one row per LLM token, [n, N, De] (packed: [N, De])."""
-        # a packed tower gives patch after patch; its merger takes a unit at a time
-        return features.unflatten(0, (-1, self.unit)).flatten(1) if self.packed else features
+    def tap_features(self, record: Callable[[Tensor], None]) -> RemovableHandle:
+        """A hook that calls `record` with the encoder features of the patches."""
+        return self.projector.register_forward_pre_hook(functools.partial(_first_argument, record))
+
+    def feature_rows(self, features: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Encoder features as one row per LLM token, [n, N, De] (packed or padded: [N, De])."""
+        if not (self.packed or self.padded):
+            return features
+        patches = features.reshape(-1, features.shape[-1])
+        order = self.order(len(patches), arguments)
+        # patch after patch; the projector takes a unit at a time
+        return (
+            (patches if order is None else patches[order.to(patches.device)]).unflatten(0, (-1, self.unit)).flatten(1)
+        )
 
     def project(self, rows: Tensor) -> Tensor:
         """Encoder features [U, m, De] as LLM tokens [U, m, D]."""
         return self.projector(rows)
+
+
+def _first_argument(record: Callable[[Tensor], None], module: Any, args: tuple) -> None:
+    record(args[0])

@@ -219,7 +219,7 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
         samples = torch.zeros_like(kinds) if call.samples is None else call.samples
         for sample in samples.unique().tolist():
             mine = samples == sample
-            instruction = instruction_of(kinds.masked_fill(~mine | hidden, -1), adapter.delimited)
+            instruction = instruction_of(kinds.masked_fill(~mine | hidden, -1), adapter)
             for span in spans:
                 if mine[span.row, span.patches[0]]:
                     span.text = instruction[span.row].nonzero()[:, 0]
@@ -237,15 +237,15 @@ def _hidden(span: Span, hidden: Tensor) -> bool:
     return part > 0
 
 
-def instruction_of(kinds: Tensor, delimited: bool) -> Tensor:
+def instruction_of(kinds: Tensor, adapter: Adapter) -> Tensor:
     """The text after the last visual of each row, [B, S] bool; all text of rows that have none there.
 
-    kinds [B, S]: 0 for text, above 0 for visual tokens. delimited: the tokens beside those are no text.
+    kinds [B, S]: 0 for text, above 0 for visual tokens. Where the adapter says so, the tokens beside those are no text.
     """
     visual, words = kinds > 0, kinds == 0
-    if delimited:
+    if adapter.delimited:
         beside = torch.nn.functional.pad(visual, (1, 1))
-        words &= ~(beside[:, :-2] | beside[:, 2:])
+        words &= ~(beside[:, :-2] | beside[:, 2:]) if adapter.opened else ~beside[:, :-2]
     after = words & visual.long().flip(1).cumsum(1).flip(1).eq(0)
     return torch.where(after.any(1, keepdim=True), after, words)  # where the question came before the picture
 

@@ -261,10 +261,16 @@ class EncoderFacade(TowerScope):
             patches = hidden.shape[1] - prefix
             run.units = patches // unit + prefix
             run.lengths = [run.units]
-            order = self.encoder.order(patches)
-            if order is not None:
-                run.to_tower = torch.cat([torch.arange(prefix), order + prefix])
-                run.from_tower = run.to_tower.argsort()
+        patches = self._rows(hidden).shape[1] - prefix
+        order = self.encoder.order(patches, run.arguments)
+        if order is not None:
+            if len(order) != patches:
+                raise NotImplementedError(
+                    f"{self.stage!r}: {patches - len(order)} of the {patches} patches make no visual token ({unit} make one), and "
+                    f"could not be merged: give pictures whose sides are multiples of that, as the processor makes them"
+                )
+            run.to_tower = torch.cat([torch.arange(prefix), order.cpu() + prefix])
+            run.from_tower = run.to_tower.argsort()
         run.states[0] = _State(run.lengths)
         run.schedules = {
             length: [0] * len(self.blocks) if self.rests else self._schedule(length) for length in set(run.lengths)
@@ -295,6 +301,9 @@ class EncoderFacade(TowerScope):
         if run.to_tower is not None:
             index = run.to_tower.to(index.device)[index]
         rows = self._rows(args[0])
+        if any(x is not None for x in args[1:]):  # by name, which says what they are
+            names = list(inspect.signature(module.forward).parameters)
+            args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
         kwargs = self._fewer(index, kwargs, rows.shape[1])
         hidden = self._back(gather(rows, index), args[0])
         self._remember(run, hidden, module)
@@ -326,8 +335,14 @@ class EncoderFacade(TowerScope):
             return None
         patches = size if self.encoder.unit == 1 else self._sizes(size)
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
-        bias = self.encoder.bias(proportional_bias(patches, dtype), self.blocks[i])
-        return args, {**kwargs, str(self.encoder.bias_argument): bias}
+        bias, name = (
+            self.encoder.bias(proportional_bias(patches, dtype), self.blocks[i]),
+            str(self.encoder.bias_argument),
+        )
+        mask = kwargs.get(name)
+        if mask is not None:
+            bias = torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
+        return args, {**kwargs, name: bias}
 
     def _sizes(self, size: Tensor) -> Tensor:
         """Sizes of units as sizes of patches."""

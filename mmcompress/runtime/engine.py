@@ -129,6 +129,8 @@ class Engine(Following):
     # ------------------------------------------------------------------ checks at compress time
     def _facade(self) -> PixelFacade | EncoderFacade | None:
         """What stands between the vision encoder and the rest, where its tokens become fewer."""
+        for stage in (*self.plan.pixel_stages, *self.plan.encoder_stages):
+            self.adapter.check_stage(stage)
         if self.plan.pixel_stages:
             return PixelFacade(self, self.adapter, self.plan.pixel_stages[0])
         return EncoderFacade(self, self.adapter, self.plan.encoder_stages[0]) if self.plan.encoder_stages else None

@@ -84,7 +84,7 @@ class VisionTap:
             record = functools.partial(self._keep_arguments, index)
             handles.append(block.attention.register_forward_pre_hook(record, with_kwargs=True))
         if "encoder_features" in self.names:
-            handles.append(self.adapter.projector.register_forward_pre_hook(self._keep_features))
+            handles.append(self.adapter.tap_features(self._keep_features))
         of_cls = self.adapter.feature_blocks if "cls_feature" in self.names else []
         for i in sorted({*of_cls, *self.joint.values()}):
             output = functools.partial(self._keep_output, f"output {i}")
@@ -106,7 +106,7 @@ class VisionTap:
         rows: dict[str, Tensor] = {}
         if "encoder_features" in self.names:
             features = self._recorded("features")
-            rows["encoder_features"] = self.adapter.feature_rows(features)
+            rows["encoder_features"] = self.adapter.feature_rows(features, arguments)
         for name, index in self.joint.items():
             assert self.clip is not None
             patches = self._recorded(f"output {index}")[:, self.adapter.prefix :]
@@ -119,10 +119,11 @@ class VisionTap:
             if names:
                 q, k = (self._recorded(f"{n} {index}").detach() for n in "qk")
                 found |= (self._packed if self.adapter.packed else self._batched)(index, q, k, names)
-            rows |= {name: self._per_token(patches) for name, patches in found.items()}
+            rows |= {name: self._per_token(patches, arguments) for name, patches in found.items()}
         arrange = functools.partial(self.adapter.arrange, encoded, arguments)
+        flat = self.adapter.packed or self.adapter.padded
         signals = {
-            name: [v[:, 0] for v in arrange(x[..., None])] if x.dim() < 2 + (not self.adapter.packed) else arrange(x)
+            name: [v[:, 0] for v in arrange(x[..., None])] if x.dim() < 2 + (not flat) else arrange(x)
             for name, x in rows.items()
         }
         if "cls_feature" in self.names:
@@ -181,13 +182,16 @@ class VisionTap:
                 parts[i] = values
         return torch.cat(parts)
 
-    def _per_token(self, patches: Tensor) -> Tensor:
-        """Mean over the patches that make one token: [n, P, ...] to [n, N, ...] (packed: [P, ...] to [N, ...])."""
+    def _per_token(self, patches: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Mean over the patches that make one token: [n, P, ...] to [n, N, ...] (packed: [P, ...] to [N, ...]; padded: [n, P, ...]
+        to [N, ...] for all that are there)."""
         unit = self.adapter.unit
-        if unit == 1:
+        if self.adapter.padded:
+            patches = patches.flatten(0, 1)
+        elif unit == 1:
             return patches
-        axis = 0 if self.adapter.packed else 1
-        order = self.adapter.order(patches.shape[axis])
+        axis = 0 if self.adapter.packed or self.adapter.padded else 1
+        order = self.adapter.order(patches.shape[axis], arguments)
         if order is not None:
             patches = patches.index_select(axis, order.to(patches.device))
         return patches.unflatten(axis, (-1, unit)).mean(axis + 1)
@@ -216,11 +220,11 @@ class VisionTap:
     def _keep_arguments(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self._keep(f"arguments {index}", (args, kwargs))
 
-    def _keep_features(self, module: Any, args: tuple) -> None:
+    def _keep_features(self, features: Tensor) -> None:
         # the first call is the family's own; later ones project rows that a method has made
         seen = self._seen()
         if seen is not None and "features" not in seen:
-            seen["features"] = args[0][:, self.adapter.structural :] if self.adapter.structural else args[0]
+            seen["features"] = features[:, self.adapter.structural :] if self.adapter.structural else features
 
 
 def _of_rows(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:
