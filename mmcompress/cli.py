@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_explain, cli_learn
+from . import cli_check, cli_explain, cli_learn
 from .assets import CLIP, MODELS, checkpoint
 from .eval import explain_train
 from .eval.cli import OutFile, OutFolder, OutPicture, add_load_options, bench, check_least, evaluate, tune
@@ -59,8 +59,8 @@ class _Console(Console):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command: 0, or 2 and one line for a mistake of the user and for what system, files or device refuse; 130 if it is
-    interrupted (128 + the signal if it is ended), with a line that says what is kept. What we did wrong ourselves is raised."""
+    """Run a command: 0 (`check` also 1), or 2 and one line for a mistake of the user and for what system, files or device refuse;
+    130 if it is interrupted (128 + the signal if it is ended), with a line that says what is kept. What we did wrong ourselves is raised."""
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape"):  # printing ends no run
@@ -73,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(options)
         with warnings.catch_warnings():
             warnings.showwarning = _warnings()
-            options.run(options, console)
+            status = options.run(options, console)
         sys.stdout.flush()
-        return 0
+        return status or 0
     except BrokenPipeError:
         _mute()
         return 0
@@ -189,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     add_load_options(run)
     run.add_argument("--out", type=OutPicture, help="also write a PNG of the kept tokens")
 
+    cli_check.add(command, _load)
     command("methods", _methods, "all methods with kind, paper and options; `sweep MODEL --plan all` measures them")
 
     tune.add_command(command, _load, _open_image, MODELS)

@@ -29,7 +29,20 @@ FLOORS = [
     ("adapters",),
     ("api", "trace", "flops", "dominance"),
     ("explain", "learn", "visualize"),
-    ("eval", "cli", "demo", "assets", "spending", "tune", "cli_explain", "cli_learn", "architectures", "__main__"),
+    (
+        "eval",
+        "cli",
+        "demo",
+        "assets",
+        "spending",
+        "tune",
+        "cli_explain",
+        "cli_learn",
+        "architectures",
+        "check",
+        "cli_check",
+        "__main__",
+    ),
 ]
 """From the ground up; a module may import from its own floor and from those below."""
 

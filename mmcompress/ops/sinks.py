@@ -42,12 +42,13 @@ def sink_dims(config: Any, dims: tuple[int, ...] | None) -> tuple[int, ...]:
             )
         return dims
     kind = (config.model_type, size, getattr(config, "intermediate_size", 0))
-    if kind not in SINK_DIMS:
+    found = next((known for key, known in SINK_DIMS.items() if key == kind), None)  # kind may hold a list: no key
+    if found is None:
         raise NotImplementedError(
             f"the sink dimensions of this language model (type {kind[0]!r}, hidden size {size}, MLP {kind[2]}) are not known: "
             f"find them with mm.find_sink_dims(model, inputs) on a few prompts and give them as dims="
         )
-    return SINK_DIMS[kind]
+    return found
 
 
 def outlying(hidden: Tensor) -> Tensor:

@@ -93,19 +93,20 @@ class Engine(Following):
     told: frozenset[str] = frozenset()
     """What has been warned of once."""
 
-    def __init__(self, adapter: Adapter, plan: Pipeline, timing: bool = False) -> None:
+    def __init__(self, adapter: Adapter, plan: Pipeline, timing: bool = False, forms: Forms | None = None) -> None:
         super().__init__()
         self.plan, self.timing = plan.fit(adapter.language_model.config).load(adapter.model), timing
-        self.find(adapter)
+        self.find(adapter, forms)
 
-    def find(self, adapter: Adapter) -> None:
+    def find(self, adapter: Adapter, forms: Forms | None = None) -> None:
+        """Ask the model for all that the plan needs; raises where it cannot give it. `forms`: of its attention, if found before."""
         plan = self.plan
         self.adapter, self.base, self.language_model = adapter, adapter.base, adapter.language_model
         check_modalities(adapter, plan)
         check_language_model(self.language_model.config, plan)
         check_positions(adapter, plan)
         self.clip = Clip.of(adapter, plan, self.clip)
-        self.forms = Forms(self.language_model, adapter.model)
+        self.forms = Forms(self.language_model, adapter.model) if forms is None else forms
         self.substitutes = resolve_needs(adapter, self.forms, plan, self.clip is not None)
         self.cutter = Cutter(self, self.forms, plan, adapter.reindexes)
         self.facade = self._facade()
