@@ -60,7 +60,8 @@ class _Console(Console):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command: 0 (`check` also 1), or 2 and one line for a mistake of the user and for what system, files or device refuse;
-    130 if it is interrupted (128 + the signal if it is ended), with a line that says what is kept. What we did wrong ourselves is raised."""
+    130 if it is interrupted (128 + the signal if it is ended), with a line that says what is kept. What we did wrong ourselves is
+    raised."""
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape"):  # printing ends no run
