@@ -274,7 +274,7 @@ class _Sampled(Forms):
         key = self._kind(layer)
         if key not in self.kinds:
             try:
-                self.kinds[key] = super()._probed(self._real(layer))[0]
+                self.kinds[key] = replace(super()._probed(self._real(layer))[0], layer=layer)
             except (LookupError, ValueError) as error:
                 self.kinds[key] = error
         found = self.kinds[key]
@@ -312,8 +312,10 @@ class _Sampled(Forms):
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
         self.language_model._init_weights(module)
         for parameter in module.parameters(recurse=False):
-            width = parameter[0].numel() if parameter.dim() > 1 else 25
-            parameter.add_(torch.empty_like(parameter).normal_(0, width**-0.5, generator=generator))
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
     def told(self) -> list[str]:
         """What was found, in words."""

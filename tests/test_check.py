@@ -124,7 +124,7 @@ def folder(tmp_path: Path, **files: Any) -> str:
             "the code of .* lies in the checkpoint .*take a checkpoint that was converted for transformers",
         ),
         ({"config__json": {"model_type": "future_vl", "transformers_version": "9.1"}}, "knows no model_type 'future_vl'; .* 9.1"),
-        ({"config__json": {"model_type": "llama", "num_hidden_layers": 1}}, "it takes no pictures, so it has no visual tokens"),
+        ({"config__json": {"model_type": "llama", "num_hidden_layers": 1}}, "it takes no pictures.*so it has no"),
         ({"config__json": {"model_type": "t5", "num_layers": 1}}, "it takes no pictures"),
         ({"config__json": {"model_type": "florence2"}}, "it is an encoder-decoder: .*smaller pictures"),
         ({"config__json": {"model_type": "mllama"}}, "by cross-attention: .*smaller pictures, or fewer tiles"),
