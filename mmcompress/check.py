@@ -266,6 +266,7 @@ class _Sampled(Forms):
     def __init__(self, language_model: Any, root: nn.Module) -> None:
         super().__init__(language_model, root)
         self.kinds: dict[Any, Form | LookupError | ValueError] = {}
+        self.generator = torch.Generator().manual_seed(0)  # one for all, else matrices of one shape are the same
         for module in language_model.modules():
             if not any(True for _ in module.parameters()) and any(b.is_meta for b in module.buffers(recurse=False)):
                 self._fill(module)  # rotary embeddings
@@ -305,7 +306,6 @@ class _Sampled(Forms):
     @torch.no_grad()
     def _fill(self, module: nn.Module) -> None:
         """Values for a module: as transformers makes them, and noise in all parameters, so that none goes unseen."""
-        generator = torch.Generator().manual_seed(0)
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape), requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
@@ -313,9 +313,9 @@ class _Sampled(Forms):
         self.language_model._init_weights(module)
         for parameter in module.parameters(recurse=False):
             if parameter.dim() > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=self.generator)
             else:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=self.generator))
 
     def told(self) -> list[str]:
         """What was found, in words."""
