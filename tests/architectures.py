@@ -241,7 +241,11 @@ def build(name: str, seed: int = 0, attention: str | None = None) -> Any:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(seed)
     wanted = {} if attention is None else {"attn_implementation": attention}
-    model = getattr(transformers, CLASSES[name])._from_config(config(name), **wanted).eval()
+    return randomised(getattr(transformers, CLASSES[name])._from_config(config(name), **wanted).eval(), seed)
+
+
+def randomised(model: Any, seed: int = 0) -> Any:
+    """The model with other parameters, so that a wrong row, position or norm shows."""
     generator = torch.Generator().manual_seed(seed + 1)
     for part, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,8 @@ class Looks(mm.stage.InputStage):
     """Asks for attention."""
 
     keep: float = 0.5
+    needs: tuple[str, ...] = ("received_attention",)
     name = "looks_at_attention"
-    needs = ("received_attention",)
 
     def select(self, visuals: Any) -> Any:
         return mm.selection.Selection.of(torch.arange(visuals.k).expand(len(visuals.features), -1))
@@ -37,15 +38,34 @@ class Looks(mm.stage.InputStage):
 SIGNALS = sorted(name for name, row in TABLE.items() if row["signal"] == "ok")
 
 
-def given(model: Any) -> dict[str, Any]:
-    """Arguments of get_image_features for two pictures."""
+def given(model: Any, even: bool = True) -> dict[str, Any]:
+    """Arguments of get_image_features for two pictures, the second one smaller if not `even` (skipped where it cannot be)."""
     accepted = inspect.signature(base_of(model).get_image_features).parameters
-    return {name: value for name, value in pictures(model, [[1, 2]]).items() if name in accepted}
+    found = {name: value for name, value in pictures(model, [[1, 2]]).items() if name in accepted}
+    if not even:
+        if not SMALLER.keys() & found.keys():
+            pytest.skip("pictures of one size only")
+        for name in SMALLER.keys() & found.keys():
+            SMALLER[name](model, found)
+    return found
 
 
+def smaller_sizes(model: Any, found: dict[str, Any]) -> None:
+    """4 x 6 patches of a packed tower; other towers cut pictures up by their sizes."""
+    if not getattr(adapter_for(model), "packed", False):
+        pytest.skip("sizes say how pictures are cut")
+    patch = model.config.vision_config.patch_size
+    found["image_sizes"] = torch.tensor([[8 * patch, 8 * patch], [4 * patch, 6 * patch]])
+
+
+SMALLER: dict[str, Callable[[Any, dict[str, Any]], None]] = {"image_sizes": smaller_sizes}
+"""By an argument that tells sizes: make the second picture smaller."""
+
+
+@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("name", SIGNALS)
 @torch.no_grad()
-def test_attention_is_that_of_the_eager_module(name: str) -> None:
+def test_attention_is_that_of_the_eager_module(name: str, even: bool) -> None:
     """`received_attention` of the block whose output is used, against the weights that the module itself gives."""
     model = build(name)
     adapter = adapter_for(model)
@@ -55,7 +75,7 @@ def test_attention_is_that_of_the_eager_module(name: str) -> None:
         lambda module, args, kwargs: weights.append(eager(module, args, kwargs)), with_kwargs=True
     )
     mm.compress(model, Looks(keep=0.5))
-    arguments = given(model)
+    arguments = given(model, even)
     encoded = base_of(model).get_image_features(**arguments).mmcompress
     received, rows = encoded.signals["received_attention"], weights[0]
     own = VisionTap(None, adapter, set(), None)._per_token(
@@ -87,12 +107,13 @@ def eager(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return torch.cat(parts, 1)[0] if len(parts) > 1 or kwargs.get("cu_seqlens") is not None else parts[0]
 
 
+@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("name", SIGNALS)
 @torch.no_grad()
-def test_a_patch_ends_up_where_arrange_says(name: str) -> None:
+def test_a_patch_ends_up_where_arrange_says(name: str, even: bool) -> None:
     """Noise on one patch behind the block whose output is used: the tokens that change are those that `arrange` gives it to."""
     model = build(name)
-    adapter, arguments = adapter_for(model), given(model)
+    adapter, arguments = adapter_for(model), given(model, even)
     base, block = base_of(model), adapter.blocks[adapter.feature_blocks[-1]].module
     features = adapter.features(base.get_image_features(**arguments), arguments)
     before = [f.flatten(0, -2) for f in features]
@@ -118,6 +139,21 @@ def test_a_patch_ends_up_where_arrange_says(name: str) -> None:
         for old, new, says, layout in zip(before, after, told, encoded.layouts, strict=True):
             changed = (old - new).abs().amax(-1)[layout.patch_tokens()] > 0
             assert torch.equal(changed, says[:, 0] != 0), f"patch {at}"
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("name", SIGNALS)
+@torch.no_grad()
+def test_encoder_features_become_tokens_on_the_road(name: str, even: bool) -> None:
+    """What a method is given as encoder features, sent down the road, is what the model makes of them."""
+    model = build(name)
+    adapter, arguments = adapter_for(model), given(model, even)
+    mm.compress(model, Looks(keep=0.5, needs=("encoder_features",)))
+    output = base_of(model).get_image_features(**arguments)
+    encoded, features = output.mmcompress, adapter.features(output, arguments)
+    for rows, tokens, layout in zip(encoded.signals["encoder_features"], features, encoded.layouts, strict=True):
+        wanted = tokens.flatten(0, -2)[layout.patch_tokens()]
+        torch.testing.assert_close(adapter.project(rows[None])[0], wanted, rtol=1e-4, atol=1e-5)
 
 
 def states(output: Any) -> Tensor:
