@@ -11,6 +11,7 @@ from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
 from .pixtral import PixtralAdapter
 from .qwen_vl import QwenVLAdapter
+from .square import SquareAdapter
 from .vit import ENCODERS
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -20,6 +21,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenVLAdapter,
     InternVLAdapter,
     PixtralAdapter,
+    SquareAdapter,
     CommonAdapter,
 )
 """In the order in which they are tried."""

@@ -117,8 +117,8 @@ def resize(x: Tensor, size: Sequence[int], nearest: bool) -> Tensor:
     return F.interpolate(x, list(size), mode="bilinear")
 
 
-def tiled(rows: int, columns: int, side: int) -> Layout:
-    """InternVL: rows x columns tiles of side x side tokens each, then the thumbnail if there is more than one tile."""
+def tiled(rows: int, columns: int, side: int, first: bool = False) -> Layout:
+    """rows x columns tiles of side x side tokens each, and the thumbnail behind or `first`, if there is more than one tile."""
     if rows * columns == 1:
         return Layout.raster(1, side, side)
     views = [
@@ -126,4 +126,5 @@ def tiled(rows: int, columns: int, side: int) -> Layout:
         for r in range(rows)
         for c in range(columns)
     ]
-    return Layout((*views, View((side, side), role="thumbnail")))
+    views.insert(0 if first else len(views), View((side, side), role="thumbnail"))
+    return Layout(tuple(views))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -11,16 +10,16 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded
+from ..runtime.adapter import Adapter, Encoded
 from ..visuals import Layout, View
 from .layouts import AnyRes, resize
-from .towers import blocks_of
+from .square import SquareAdapter
 
-TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Supported towers by config type, with the number of their tokens before the patches (CLS)."""
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Supported towers by config type."""
 
 
-class LlavaAdapter(Adapter):
+class LlavaAdapter(SquareAdapter):
     """LLaVA-1.5: one token per patch."""
 
     family: ClassVar[str] = "LLaVA-1.5 (model_type llava with a CLIP or SigLIP vision tower)"
@@ -33,41 +32,8 @@ class LlavaAdapter(Adapter):
             return False
         return config.vision_config.model_type in TOWERS
 
-    @functools.cached_property
-    def blocks(self) -> list[Block]:
-        return blocks_of(self.tower)
-
-    @property
-    def prefix(self) -> int:
-        return TOWERS[self.model.config.vision_config.model_type]
-
-    @property
-    def signals(self) -> frozenset[str]:
-        always = OF_PATCHES | {"encoder_features"}
-        return always | OF_CLS | {"cls_feature"} if self.prefix else always
-
-    @property
-    def structural(self) -> int:
-        """Tokens of a view that strategy "full" keeps before the patches: the CLS token, if the tower has one."""
-        return self.prefix if self.model.config.vision_feature_select_strategy == "full" else 0
-
-    @property
-    def side(self) -> int:
-        """Patches per side of a view."""
-        vision = self.model.config.vision_config
-        return vision.image_size // vision.patch_size
-
-    def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
-        layouts = []
-        for length in lengths:
-            side = math.isqrt(length - self.structural)
-            if side * side != length - self.structural:
-                raise NotImplementedError(f"an image of {length} tokens is no square grid of patches")
-            layouts.append(Layout.raster(1, side, side, tuple(range(self.structural))))
-        return Encoded(modality, layouts)
-
-    def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
-        return list(rows)
+    def features(self, output: Any, arguments: dict[str, Any]) -> Sequence[Tensor]:
+        return Adapter.features(self, output, arguments)
 
 
 class AnyResAdapter(LlavaAdapter):

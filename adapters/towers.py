@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -29,9 +30,13 @@ MLP = ("mlp", "feed_forward", "ffn")
 PROJECTIONS = (("q_proj", "k_proj"), ("q", "k"), ("query", "key"))
 
 
-def _child(module: nn.Module, names: tuple[str, ...]) -> Any:
+def child(module: nn.Module, names: Sequence[str]) -> Any:
     """The first child of one of the names; None if there is none."""
     return next((child for name in names if isinstance(child := getattr(module, name, None), nn.Module)), None)
+
+
+def _works(module: Any) -> bool:
+    return isinstance(module, nn.Module) and not isinstance(module, nn.Identity)
 
 
 def _number(module: nn.Module, *names: str) -> Any:
@@ -46,16 +51,16 @@ def block_of(layer: nn.Module) -> Block | None:
     What is asked of attention is made of its projections (behind their norms) where nothing rotates them, and else of what the
     module hands to its attention function.
     """
-    first, attention, norm, mlp = (_child(layer, names) for names in (FIRST, ATTENTION, NORM, MLP))
+    first, attention, norm, mlp = (child(layer, names) for names in (FIRST, ATTENTION, NORM, MLP))
     if any(part is None for part in (first, attention, norm, mlp)):
         return None
     heads = _number(attention, "num_heads", "num_attention_heads")
     width = _number(attention, "head_dim")
     normed = [getattr(attention, f"{which}_norm", None) for which in "qk"]
     separate = next(
-        (pair for names in PROJECTIONS if None not in (pair := [_child(attention, (n,)) for n in names])), None
+        (pair for names in PROJECTIONS if None not in (pair := [child(attention, (n,)) for n in names])), None
     )
-    qkv = _child(attention, ("qkv",))
+    qkv = child(attention, ("qkv",))
     if not heads or (separate is None and qkv is None):
         return None
     groups = _number(attention, "num_key_value_groups") or 1
@@ -63,7 +68,7 @@ def block_of(layer: nn.Module) -> Block | None:
     turns = {"position_embeddings", "rotary_pos_emb", "rope", "freqs_ci"} & set(
         inspect.signature(type(attention).forward).parameters
     )
-    q, k = normed if all(isinstance(n, nn.Module) for n in normed) else separate or (None, None)
+    q, k = normed if all(_works(n) for n in normed) else separate or (None, None)
     return Block(
         layer, first, attention, norm, mlp, int(heads), float(scale), q, k, None if q is not None else qkv,
         int(heads) // groups, width, bool(turns),

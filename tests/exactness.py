@@ -82,7 +82,10 @@ def shortened(
 
     def pre(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
         assert not args and kwargs["inputs_embeds"].shape[1] == length
-        kwargs = {name: gathered(value, kept, length, visual) for name, value in {**kwargs, **instead}.items()}
+        given_now = {**kwargs, **instead}
+        # who sees whom goes by the order in which tokens are given, as without a ready-made mask
+        places = {"attention_mask": kept.sort().values}
+        kwargs = {name: gathered(value, places.get(name, kept), length, visual) for name, value in given_now.items()}
         kwargs["inputs_embeds"] = given(kwargs["inputs_embeds"])
         if start is not None:
             kwargs["position_ids"] = torch.arange(start, start + len(kept))[None]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mmcompress.runtime.adapter import Run
 from mmcompress.visuals import View
 
 from .families import PINPOINTS, build
@@ -127,7 +128,7 @@ def test_tokens_lie_where_their_colours_say(family: str, size: tuple[int, int]) 
     output = model.model.get_image_features(**inputs, return_dict=True)
     found = list(output.pooler_output)
     encoded = adapter.encoded("image", inputs, [len(f) for f in found])
-    adapter.assemble(encoded, [sum(len(f) for f in found)])
+    adapter.assemble(encoded, [Run(0, 0, sum(len(f) for f in found))])
     (layout,) = encoded.layouts
     tokens = torch.cat(found)
     assert len(tokens) == layout.tokens
@@ -163,7 +164,7 @@ def test_internvl_finds_out_how_its_tiles_lie(grid: tuple[int, int]) -> None:
     tiles = len(inputs["pixel_values"])
     assert tiles == rows * columns + 1
     encoded = adapter.encoded("image", inputs, [16] * tiles)
-    adapter.assemble(encoded, [16 * tiles])
+    adapter.assemble(encoded, [Run(0, 0, 16 * tiles)])
     assert encoded.layouts == [tiled(rows, columns, 4)]
 
 

@@ -69,7 +69,7 @@ def test_attention_is_that_of_the_eager_module(name: str, even: bool) -> None:
     """`received_attention` of the block whose output is used, against the weights that the module itself gives."""
     model = build(name)
     adapter = adapter_for(model)
-    index, weights = adapter.feature_blocks[-1], []
+    index, weights = max(adapter.feature_blocks), []
     attention = adapter.blocks[index].attention
     attention.register_forward_pre_hook(
         lambda module, args, kwargs: weights.append(eager(module, args, kwargs)), with_kwargs=True
@@ -114,7 +114,7 @@ def test_a_patch_ends_up_where_arrange_says(name: str, even: bool) -> None:
     """Noise on one patch behind the block whose output is used: the tokens that change are those that `arrange` gives it to."""
     model = build(name)
     adapter, arguments = adapter_for(model), given(model, even)
-    base, block = base_of(model), adapter.blocks[adapter.feature_blocks[-1]].module
+    base, block = base_of(model), adapter.blocks[max(adapter.feature_blocks)].module
     features = adapter.features(base.get_image_features(**arguments), arguments)
     before = [f.flatten(0, -2) for f in features]
     encoded = adapter.encoded("image", arguments, [len(f) for f in before])

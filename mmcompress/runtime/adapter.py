@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -193,6 +193,14 @@ class Encoder:
         """Raise NotImplementedError where a stage in front of the encoder or inside of it cannot act."""
 
 
+class Run(NamedTuple):
+    """Neighbouring placeholders in a prompt: number of the row, place of the first, how many."""
+
+    row: int
+    start: int
+    length: int
+
+
 @dataclass
 class Encoded:
     """What one call of an encoder method gave.
@@ -315,9 +323,9 @@ class Adapter(Encoder):
     def mark(self, encoded: Encoded, features: Sequence[Tensor]) -> None:
         """Put into the layouts of an encoder call what only the features of its visuals tell."""
 
-    def assemble(self, encoded: Encoded, runs: list[int]) -> None:
+    def assemble(self, encoded: Encoded, runs: list[Run]) -> None:
         """Where an encoder call gives tiles and only the prompt says which of them make a picture: put them together.
-        `runs` are the lengths of the runs of placeholders, in order."""
+        `runs` are all runs of placeholders, in order."""
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         """Send one value per token of the encoder's rows ([n, T, C]; packed or padded: [T, C]) the way that features take to the

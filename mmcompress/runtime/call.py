@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from ..stage import MODALITIES, Pipeline
 from ..visuals import Layout, View
-from .adapter import Adapter, Encoded
+from .adapter import Adapter, Encoded, Run
 from .packing import Group
 from .record import CallRecord, Span
 from .scope import Scope
@@ -212,7 +212,7 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
             # features come packed, padded or in pieces of one length: only the prompt says how long each one is; a video that is
             # shown in turns with its sound does not end it
             beside = mask | places["video"] if "video" in places else mask
-            encoded[0].layouts = [Layout((View((1, n), role="audio"),)) for n in _runs(mask, beside)]
+            encoded[0].layouts = [Layout((View((1, run.length), role="audio"),)) for run in _runs(mask, beside)]
         spans += _deal(modality, encoded, mask, adapter)
     spans = [span for span in spans if not _hidden(span, hidden)]
     if text:
@@ -280,12 +280,15 @@ def _deal(modality: str, encoded: list[Encoded], mask: Tensor, adapter: Adapter)
     return spans
 
 
-def _runs(mask: Tensor, beside: Tensor | None = None) -> list[int]:
-    """How many are in each run of True in the rows of `mask` [B, S], row after row; `beside`: in the runs of that one."""
+def _runs(mask: Tensor, beside: Tensor | None = None) -> list[Run]:
+    """The runs of True in the rows of `mask` [B, S], row after row; `beside`: those of that one, with what `mask` has in them."""
     edges = torch.nn.functional.pad((mask if beside is None else beside).long(), (1, 1)).diff(dim=1)
     starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()[:, 1]
-    counts = [int(mask[row, start:end].sum()) for (row, start), end in zip(starts.tolist(), ends.tolist(), strict=True)]
-    return [count for count in counts if count]
+    found = [
+        Run(row, start, int(mask[row, start:end].sum()))
+        for (row, start), end in zip(starts.tolist(), ends.tolist(), strict=True)
+    ]
+    return [run for run in found if run.length]
 
 
 def alike(spans: list[Span]) -> list[list[Span]]:

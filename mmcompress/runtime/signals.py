@@ -37,7 +37,7 @@ def kind_of(name: str) -> str:
 class VisionTap:
     """Records what the signals `names` need while the tower runs, and computes them afterwards.
 
-    Attention and keys are those of the block whose output becomes the LLM's tokens (of the last one if there are several),
+    Attention and keys are those of the block whose output becomes the LLM's tokens (of the deepest if there are several),
     or of the one that the name gives: "keys@0" is the first block, "keys@-1" the last, "keys@0.375" the one at that part of
     the depth. Keys are taken before any rotation. Where several patches make one LLM token, it has their mean. Where an
     encoder stage has merged tokens, every patch shows the value of its cluster. What is recorded is in the scope of the call of
@@ -67,7 +67,7 @@ class VisionTap:
         if "." in where:
             index = min(count - 1, round(float(where) * count))
         else:
-            index = int(where) if where else self.adapter.feature_blocks[-1]
+            index = int(where) if where else max(self.adapter.feature_blocks)
             if not where and index < 0:
                 raise NotImplementedError("signals need vision features from a block; this model takes its embeddings")
             index += count if index < 0 else 0
