@@ -7,10 +7,10 @@ from typing import Any
 
 from ..runtime.adapter import Adapter, Encoder
 from .common import CommonAdapter, refusal
+from .grids import GridAdapter
 from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
 from .pixtral import PixtralAdapter
-from .qwen_vl import QwenVLAdapter
 from .square import SquareAdapter
 from .vit import ENCODERS
 
@@ -18,7 +18,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     LlavaAdapter,
     LlavaNextAdapter,
     LlavaOnevisionAdapter,
-    QwenVLAdapter,
+    GridAdapter,
     InternVLAdapter,
     PixtralAdapter,
     SquareAdapter,

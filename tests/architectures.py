@@ -8,6 +8,7 @@ the signature of the method that encodes them, and placeholders the number of fe
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -156,9 +157,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config.sliding_window": 24, "text_config.layer_types": ["full_attention", *["sliding_attention"] * 3],
         "vision_config.image_size": 64,
     },
-    **{name: {"text_config.rope_parameters": MROPE, "vision_start_token_id": 140, "vision_end_token_id": 141} for name in
-       ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
+    "qwen3_omni_moe_thinker": (omni := {
+        "text_config.rope_parameters": MROPE, "vision_start_token_id": 140, "vision_end_token_id": 141,
+    }),
+    "qwen2_5_omni_thinker": {**omni, "vision_config.window_size": 16},
     **{name: {"vision_config.image_size": 64} for name in ("got_ocr2", "pp_chart2table")},
+    "hyperclovax_vision_v2": {"vision_config.window_size": 16},
+    "exaone4_5": {"vision_config.window_size": 16, "vision_config.num_key_value_heads": 1},
     **{name: {"text_config.rope_parameters": MROPE} for name in
        ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni",
         "paddleocr_vl", "glm_ocr", "qwen3_5", "qwen3_5_moe")},
@@ -221,7 +226,7 @@ def config(name: str) -> PretrainedConfig:
     """A tiny config of the model type `name`."""
     cls = CONFIG_MAPPING[name]
     given = shrunk(cls())
-    for path, value in OVERRIDES.get(name, {}).items():
+    for path, value in copy.deepcopy(OVERRIDES.get(name, {})).items():  # configs change what they are given
         *parents, field = path.split(".")
         place = given
         for parent in parents:

@@ -180,7 +180,8 @@ class Encoder:
         return getattr(self.tower.config, "_attn_implementation", None)
 
     def segments(self, arguments: dict[str, Any]) -> list[int]:
-        """Length of every row of a packed tower in patches, from the keyword arguments of the tower's call."""
+        """Length of every row of a packed tower in patches, from the keyword arguments of the tower's call and of its first
+        block's."""
         raise NotImplementedError
 
     def order(self, patches: int, arguments: dict[str, Any]) -> Tensor | None:
@@ -191,6 +192,10 @@ class Encoder:
 
     def check_stage(self, stage: Stage) -> None:
         """Raise NotImplementedError where a stage in front of the encoder or inside of it cannot act."""
+
+    def unit_in(self, arguments: dict[str, Any]) -> int:
+        """How many patches make one LLM token in one call."""
+        return self.unit
 
 
 class Run(NamedTuple):

@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from ..ops import merge_mean, proportional_bias
 from ..selection import gather
 from ..stage import EncoderStage
+from ..visuals import Layout
 from .adapter import Adapter, Encoded, Encoder
 from .scope import ENCODE, Scope, current, enter, leave
 
@@ -59,7 +60,7 @@ class _Merge:
 class _Run:
     """One call of the encoder.
 
-    arguments  keywords of the call. lengths: units in each segment. units: in all.
+    arguments  keywords of the call. lengths: units in each segment. units: in all. unit: patches in each.
     schedules  how many units of a row of a length each block merges away.
     states     what enters each block, and what comes out of the last one. merges: of each block.
     keys       of the block that runs. to_tower, from_tower: order of patches, unit after unit, and back.
@@ -71,6 +72,7 @@ class _Run:
     lengths: list[int] = field(default_factory=list)
     schedules: dict[int, list[int]] = field(default_factory=dict)
     units: int = 0
+    unit: int = 1
     keys: Tensor | None = None
     to_tower: Tensor | None = None
     from_tower: Tensor | None = None
@@ -168,7 +170,7 @@ class EncoderFacade(TowerScope):
         """[n, P0]: which token of `block` each token of the tower is in, None for itself."""
         run = self._running()
         state = run.states[block]
-        return None if state.source is None else _in_tower_order(run, self._patches(state.source))
+        return None if state.source is None else _in_tower_order(run, self._patches(run, state.source))
 
     def clusters(self, encoded: Encoded, arguments: dict[str, Any]) -> list[Tensor] | None:
         """Which tokens of each visual are one cluster at the end, [N] each; None if nothing was merged."""
@@ -196,16 +198,27 @@ class EncoderFacade(TowerScope):
             )
         return run.schedules[run.lengths[0]]
 
-    def left(self, tokens: int, first_view: int) -> int:
-        """How many are left of a visual with `tokens` LLM tokens. Where packing crops or pools what the encoder gives, a
-        visual has fewer tokens than its views have units: it keeps the same part of them."""
-        units = first_view if self.encoder.packed else self._running().units - self.encoder.prefix
-        return max(1, round(tokens * self.stage.budget(units, self.active_blocks, self.encoder.prefix) / units))
+    def left(self, layouts: list[Layout]) -> list[int]:
+        """How many LLM tokens are left of each visual. Where packing crops or pools what the encoder gives, a visual has fewer
+        tokens than its views have units: it keeps the same part of them."""
+        run, prefix = self._running(), self.encoder.prefix
+        if not self.encoder.packed:
+            units = run.units - prefix
+            budget = self.stage.budget(units, self.active_blocks, prefix)
+            return [max(1, round(layout.cells * budget / units)) for layout in layouts]
+        lengths, counts = iter(run.lengths), []
+        for layout in layouts:
+            seen = count = 0
+            while seen < layout.cells:
+                seen += (length := next(lengths))
+                count += self.stage.budget(length, self.active_blocks, prefix)
+            counts.append(count)
+        return counts
 
     # ------------------------------------------------------------------ indices of units and patches
-    def _patches(self, index: Tensor) -> Tensor:
+    def _patches(self, run: _Run, index: Tensor) -> Tensor:
         """Indices of units as indices of patches: [n, T] to [n, T * unit]."""
-        unit, prefix = self.encoder.unit, self.encoder.prefix
+        unit, prefix = run.unit, self.encoder.prefix
         if unit == 1:
             return index
         corners = torch.arange(unit, device=index.device)
@@ -251,18 +264,18 @@ class EncoderFacade(TowerScope):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         self.begin(_Run(given, [_State([])] * (count + 1), [None] * count))
 
-    def _open(self, run: _Run, hidden: Tensor) -> None:
-        """Find out the shape of the rows, before the first block."""
-        unit, prefix = self.encoder.unit, self.encoder.prefix
+    def _open(self, run: _Run, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Find out the shape of the rows, before the first block, whose keywords are given."""
+        arguments, prefix = {**run.arguments, **kwargs}, self.encoder.prefix
+        run.unit = unit = self.encoder.unit_in(arguments)
+        patches = self._rows(hidden).shape[1] - prefix
         if self.encoder.packed:
-            run.lengths = [length // unit for length in self.encoder.segments(run.arguments)]
+            run.lengths = [length // unit for length in self.encoder.segments(arguments)]
             run.units = sum(run.lengths)
         else:
-            patches = hidden.shape[1] - prefix
             run.units = patches // unit + prefix
             run.lengths = [run.units]
-        patches = self._rows(hidden).shape[1] - prefix
-        order = self.encoder.order(patches, run.arguments)
+        order = self.encoder.order(patches, arguments)
         if order is not None:
             if len(order) != patches:
                 raise NotImplementedError(
@@ -292,12 +305,12 @@ class EncoderFacade(TowerScope):
             self._replay(args[0])
         run = self._running()
         if not run.lengths:
-            self._open(run, args[0])
+            self._open(run, args[0], kwargs)
         state = run.states[i]
         self._remember(run, args[0], module)
         if state.representative is None:
             return None
-        index = self._patches(state.representative)
+        index = self._patches(run, state.representative)
         if run.to_tower is not None:
             index = run.to_tower.to(index.device)[index]
         rows = self._rows(args[0])
@@ -330,10 +343,11 @@ class EncoderFacade(TowerScope):
             self._replay(args[0])
 
     def _attention_pre(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        size = self._running().states[i].size
+        run = self._running()
+        size = run.states[i].size
         if size is None or not self.proportional:
             return None
-        patches = size if self.encoder.unit == 1 else self._sizes(size)
+        patches = size if run.unit == 1 else self._sizes(run, size)
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
         bias, name = (
             self.encoder.bias(proportional_bias(patches, dtype), self.blocks[i]),
@@ -344,10 +358,10 @@ class EncoderFacade(TowerScope):
             bias = torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
         return args, {**kwargs, name: bias}
 
-    def _sizes(self, size: Tensor) -> Tensor:
+    def _sizes(self, run: _Run, size: Tensor) -> Tensor:
         """Sizes of units as sizes of patches."""
         prefix = self.encoder.prefix
-        return torch.cat([size[:, :prefix], size[:, prefix:].repeat_interleave(self.encoder.unit, 1)], 1)
+        return torch.cat([size[:, :prefix], size[:, prefix:].repeat_interleave(run.unit, 1)], 1)
 
     def _keep_keys(self, i: int, name: str, heads: Tensor) -> None:
         run = self._running()
@@ -366,22 +380,22 @@ class EncoderFacade(TowerScope):
         hidden = args[0]
         rows = self._rows(hidden)
         size = run.states[i].size
-        sizes = torch.ones(rows.shape[:2], device=hidden.device) if size is None else self._sizes(size)
+        sizes = torch.ones(rows.shape[:2], device=hidden.device) if size is None else self._sizes(run, size)
         prefix = self.encoder.prefix
-        count = prefix + (merge.count - prefix) * self.encoder.unit
+        count = prefix + (merge.count - prefix) * run.unit
         merged, _ = merge_mean(rows, sizes, merge.patches, count)
         hidden.copy_(self._back(gather(merged, merge.patches), hidden))
         return (self._back(merged, hidden),)
 
     def _decide(self, run: _Run, i: int, keys: Tensor) -> _Merge:
         """Match the units of block `i` by the mean keys of their patches [n, P, d]."""
-        state, unit, prefix = run.states[i], self.encoder.unit, self.encoder.prefix
+        state, unit, prefix = run.states[i], run.unit, self.encoder.prefix
         if run.to_tower is not None and state.source is None:
             keys = keys[:, run.to_tower.to(keys.device)]
         if unit > 1:
             keys = torch.cat([keys[:, :prefix], keys[:, prefix:].unflatten(1, (-1, unit)).mean(2)], 1)
         target, lengths = self._match(run, i, keys, state.lengths)
-        patches = self._patches(target)
+        patches = self._patches(run, target)
         if state.source is None:
             patches = _in_tower_order(run, patches)
         count = sum(lengths)
@@ -425,7 +439,7 @@ class EncoderFacade(TowerScope):
         if state.source is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        index = _in_tower_order(run, self._patches(state.source))
+        index = _in_tower_order(run, self._patches(run, state.source))
         hidden = self._back(gather(self._rows(hidden), index), hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 

@@ -260,7 +260,7 @@ class Engine(Following):
                 encoded.merged = self.facade.merged
                 encoded.clusters = self.facade.clusters(encoded, arguments)
             if self.facade is not None and encoded.clusters is not None:
-                encoded.left = [self.facade.left(layout.cells, layout.views[0].cells) for layout in encoded.layouts]
+                encoded.left = self.facade.left(encoded.layouts)
         finally:
             leave(self, ENCODE)
         return self._note(encoded, output)

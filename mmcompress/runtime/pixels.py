@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..stage import PixelStage
+from ..visuals import Layout
 from .adapter import Adapter, Encoded
 from .encoder import TowerScope
 
@@ -71,9 +72,9 @@ class PixelFacade(TowerScope):
         numbers = units + torch.arange(len(units), device=units.device)[:, None] * units.shape[1]
         return [row[:, 0] for row in self.adapter.arrange(encoded, arguments, numbers[..., None], nearest=True)]
 
-    def left(self, tokens: int, first_view: int) -> int:
-        """How many of the tokens of a visual enter the LLM."""
-        return self.stage.budget(tokens)
+    def left(self, layouts: list[Layout]) -> list[int]:
+        """How many of the tokens of each visual enter the LLM."""
+        return [self.stage.budget(layout.cells) for layout in layouts]
 
     def _running(self) -> _Run:
         run = self.run()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops.attention import capped_rows
+from .adapter import Block
 from .cache import CACHE
 from .hooks import running
 from .rotary import ROTATIONS, Rotation, Tables, rotate
@@ -158,6 +159,34 @@ def heard(attention: Any, args: tuple, kwargs: dict[str, Any]) -> list[Heard]:
     if not found:
         raise LookupError(f"{type(attention).__name__} does not call an attention function of transformers")
     return found
+
+
+@torch.no_grad()
+def plainly_rotated(block: Block) -> bool:
+    """Whether an attention module that is given rotary tables and segments hands on what its projections make, turned by `rotate`:
+    tried on a few random tokens. False where that cannot be tried, and where tables of fewer dimensions would do."""
+    attention = running(block.attention)
+    device, taken = _device(attention), inspect.signature(type(attention).forward).parameters
+    if device.type == "meta" or not {"position_embeddings", "cu_seqlens"} <= set(taken):
+        return False
+    size, dtype = (norm := next(block.first.parameters())).shape[-1], norm.dtype
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, size, generator=generator).to(device, dtype)
+    angles = torch.randn(TOKENS, block.width or size // block.heads, generator=generator).to(device)
+    tables, bounds = (angles.cos(), angles.sin()), torch.tensor([0, TOKENS], dtype=torch.int32, device=device)
+
+    def hear(tables: Tables) -> list[Heard]:
+        return heard(attention, (hidden,), {"cu_seqlens": bounds, "position_embeddings": tables})
+
+    made: dict[str, Tensor] = {}
+    handles = block.tap(made.__setitem__)
+    parts = _tried(lambda: hear(tables))
+    for handle in handles:
+        handle.remove()
+    if parts is None or len(parts) > 1 or _tried(lambda: hear(tuple(t[:, ::2] for t in tables))) is not None:
+        return False
+    turned = (rotate(made[n].float().transpose(-3, -2)[None], *(t[None] for t in tables)).to(dtype) for n in "qk")
+    return parts[0].scale == block.scale and all(map(_close, turned, (parts[0].q, parts[0].k)))
 
 
 @dataclass(frozen=True, eq=False)

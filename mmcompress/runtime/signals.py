@@ -106,6 +106,7 @@ class VisionTap:
         rows: dict[str, Tensor] = {}
         if "encoder_features" in self.names:
             features = self._recorded("features")
+            features = features[0] if len(features) == 1 else torch.cat(features, -2 if self.adapter.packed else 0)
             rows["encoder_features"] = self.adapter.feature_rows(features, arguments)
         for name, index in self.joint.items():
             assert self.clip is not None
@@ -185,7 +186,7 @@ class VisionTap:
     def _per_token(self, patches: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Mean over the patches that make one token: [n, P, ...] to [n, N, ...] (packed: [P, ...] to [N, ...]; padded: [n, P, ...]
         to [N, ...] for all that are there)."""
-        unit = self.adapter.unit
+        unit = self.adapter.unit_in(arguments)
         if self.adapter.padded:
             patches = patches.flatten(0, 1)
         elif unit == 1:
@@ -221,10 +222,11 @@ class VisionTap:
         self._keep(f"arguments {index}", (args, kwargs))
 
     def _keep_features(self, features: Tensor) -> None:
-        # the first call is the family's own; later ones project rows that a method has made
+        # some project picture after picture; rows that a method has made are projected outside of the encoder's call
         seen = self._seen()
-        if seen is not None and "features" not in seen:
-            seen["features"] = features[:, self.adapter.structural :] if self.adapter.structural else features
+        if seen is not None:
+            features = features[:, self.adapter.structural :] if self.adapter.structural else features
+            seen.setdefault("features", []).append(features)
 
 
 def _of_rows(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:
