@@ -28,7 +28,14 @@ REASONS = {
         "has indexers, which choose",
         "indexers choose the tokens that a query sees: stages before the language model only",
     ),
-    "windows": ("their window counts tokens", "its layers have windows, which count tokens that may be gone"),
+    "windows": (
+        "how far back they look is of a form that is not known",
+        "its layers look back only so far, in a form that is not known",
+    ),
+    "streams": (
+        "has several residual streams",
+        "its language model has several residual streams, which are not cut: stages before it only",
+    ),
     "attention": (
         "which was compared with the module's own",
         "its attention is of a form that was compared and not matched: stages before the language model only",

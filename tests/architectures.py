@@ -118,6 +118,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": {"mrope_section": [2, 2, 2, 2]}},
     "kimi_k25": {"projection_hidden_size": 32},
+    "mistral3": {"text_config.sliding_window": 24},
     "muse_glimmer": {"out_hidden_size": 128},
     "hy_v4_vl": {"text_config.rope_parameters": {"mrope_section": [1, 1, 2]}},
     "internvl": SQUARE,
@@ -347,6 +348,11 @@ def clips(model: Any, numbers: list[int]) -> dict[str, Any]:
     found = {"pixel_values_videos": image["pixel_values"]}
     if "video_grid_thw" in accepted:
         found["video_grid_thw"] = image["image_grid_thw"][::2] * torch.tensor([2, 1, 1])
+    if "num_frames_per_video" in accepted:
+        found |= {
+            "video_position_ids": image["image_position_ids"],
+            "num_frames_per_video": torch.tensor([2] * len(numbers)),
+        }
     if "video_merge_sizes" in accepted:
         found["video_merge_sizes"] = image["image_merge_sizes"][::2]
     if "video_token_pooling" in accepted:

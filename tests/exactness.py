@@ -3,12 +3,13 @@
 
 The reference is the stock model whose language model is given everything gathered at the kept places, whatever it is: masks
 of any form, positions, keywords (input and encoder stages); or whose layers see no key of a dropped token (layer stages).
+Layers with windows see of the kept tokens those that they see in the whole prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,34 @@ def shortened(
             handle.remove()
 
 
+def looks_back(config: Any) -> bool:
+    """Whether layers of a language model look back only so far."""
+    kinds = getattr(config, "layer_types", None) or ["sliding"] * bool(getattr(config, "sliding_window", None))
+    return any("sliding" in kind or "chunk" in kind for kind in kinds)
+
+
+@contextmanager
+def seeing(model: Any, masks: list[Any], kept: Tensor) -> Iterator[None]:
+    """The layers of a shortened language model see at the places `kept` what `masks` of the whole prompt let them see, in the order
+    in which they run."""
+    left = iter(masks)
+
+    def pre(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        mask = next(left)
+        if isinstance(mask, Tensor):
+            mask = mask.index_select(2, kept).index_select(3, kept)
+        return args, {**kwargs, "attention_mask": mask}
+
+    handles = [
+        layer.register_forward_pre_hook(pre, with_kwargs=True) for layer in adapter_for(model).language_model.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def masked(model: Any, gone: Tensor, layer: int) -> Iterator[None]:
     """From `layer` on no token of a stock model (one row) sees the places `gone`."""
@@ -173,6 +202,15 @@ class Case:
     def last(self, inputs: dict[str, Any]) -> Tensor:
         """Logits behind the last token of every row."""
         return self.model(**inputs, use_cache=False).logits[:, -1]
+
+    def layer_masks(self, inputs: dict[str, Any]) -> list[Any]:
+        """The masks of the layers of the stock model, in the order in which they run."""
+        seen: list[dict[str, Any]] = []
+        with ExitStack() as stack:
+            for layer in adapter_for(self.model).language_model.layers:
+                stack.enter_context(watched(layer, seen))
+            self.last(inputs)
+        return [given.get("attention_mask") for given in seen]
 
     def generate(self, inputs: dict[str, Any]) -> Any:
         return self.model.generate(
@@ -245,7 +283,11 @@ class Case:
             if self.kind == "layer":
                 with masked(model, gone, 1):
                     return self.last(inputs)
-            with shortened(model, torch.cat([kept, more]), ids, self.start(trace), given, levels):
+            here = torch.cat([kept, more])
+            with ExitStack() as stack:
+                if looks_back(language_model.config):
+                    stack.enter_context(seeing(model, self.layer_masks(inputs), here))
+                stack.enter_context(shortened(model, here, ids, self.start(trace), given, levels))
                 return self.last(inputs)
 
         close(got, reference(ids), "prefill", 1e-4 if self.kind == "layer" else 0.0)

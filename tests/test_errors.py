@@ -51,7 +51,9 @@ def sliding() -> Any:
         },
         sliding_window=8,
     )
-    return build(text=text)
+    model = build(text=text)
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    return model
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def sliding() -> Any:
             sliding,
             "visionzip",
             NotImplementedError,
-            "layers of type sliding_attention: their window counts tokens that may be gone",
+            "look back only so far, and attn_implementation='flash_attention_2' counts for that the tokens that are left",
         ),
         (build, "fastv(layer=4)", ValueError, "has 4 layers, cut before one of 1 to 3"),
         (build, "visionzap", ValueError, "did you mean 'visionzip'"),

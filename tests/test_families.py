@@ -566,12 +566,6 @@ def test_reindexed_positions_are_refused_for_mrope() -> None:
             mm.compress(build(family), "random", positions="reindex")
 
 
-def test_sliding_windows_are_refused() -> None:
-    model = build("internvl", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    with pytest.raises(NotImplementedError, match="sliding_attention"):
-        mm.compress(model, "random")
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_visual_tokens_of_a_kind_are_counted(family: str) -> None:

@@ -27,6 +27,7 @@ from ..runtime.needs import check_language_model
 from ..runtime.packing import Group, Packed, pack, renumbered
 from ..runtime.rotary import layer_tables
 from ..runtime.scope import Scope, current, enter, leave
+from ..runtime.windows import windows_of
 from ..selection import gather
 
 CALL = "mmcompress_depth"
@@ -180,6 +181,8 @@ class DepthEngine:
         self.base, self.language_model = adapter.base, adapter.language_model
         text_config = self.language_model.config
         check_language_model(text_config, _plan_of(config))
+        if any(windows_of(text_config)):
+            raise NotImplementedError(f"{config!r}: the language model has layers that look back only so far")
         self.depth = len(self.language_model.layers)
         self.layers = config.converted(self.depth)
         wrong = [f"layer {i}" for i in self.layers if not 1 <= i < self.depth] or ["no layer"]
@@ -350,7 +353,7 @@ class DepthEngine:
                 hidden = gather(hidden, packed.source)
         mine, first = ledger_of(call.cache, index), ledger_of(call.cache, 0)
         given = kwargs["position_embeddings"]
-        kwargs["position_embeddings"] = layer_tables(self.language_model.rotary_emb, call, group, mine, hidden, given)
+        kwargs["position_embeddings"] = layer_tables(self.language_model, index, call, group, mine, hidden, given)
         if group is not call.groups[0] or mine is not first:
             kwargs["attention_mask"] = layer_mask(self.language_model.config, call, group, index, hidden)
             kwargs["position_ids"] = None  # gaps would be taken for packed sequences by flash attention

@@ -247,12 +247,18 @@ def _bytes(value: Any) -> int:
 
 
 def book(
-    cache: Cache, group_of: Callable[[int], Group], past_valid: Tensor | None, batch: int, hidden: int = 0
+    cache: Cache,
+    group_of: Callable[[int], Group],
+    past_valid: Tensor | None,
+    batch: int,
+    hidden: int = 0,
+    windowed: bool = False,
 ) -> None:
     """Write down, after a forward pass that dropped or padded tokens, what each layer now holds.
 
     group_of(i): the tokens of this call that layer i received. past_valid [B, P]: validity of what an unpruned cache held
     before. hidden: how many tokens of the call there are up to the last one that the caller's mask hides in any row.
+    windowed: whether the model has layers that look back only so far.
     """
     books: dict[tuple[int, int], Ledger] = {}
     shifts: dict[tuple[int, int], Tensor | None] = {}
@@ -280,6 +286,9 @@ def book(
     if len(books) > 1:
         for ledger in books.values():
             ledger.bound = "its layers hold different tokens"
+    for ledger in books.values():
+        if windowed and ledger.dropped:
+            ledger.bound = ledger.bound or "its windows count tokens that were dropped"
 
 
 def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor | None, hidden: int) -> Ledger:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ class Call(Scope):
     visual            [B, S] bool on the host: all placeholders, structural and hidden ones too.
     mask              the attention mask that the caller gave.
     ready             the masks of who sees whom that came ready-made, over the tokens that the caller passed; see `masks`.
-    config            of the language model.
+    config, windows   of the language model, and of each of its layers (see `windows`).
     samples           [B, S] number of the sample that each token belongs to, where a row holds several; else None.
     past, past_valid  logical length of the cache before the call, and which tokens of an unpruned cache are real.
     hidden            how many tokens there are up to the last one that the caller's mask hides in any row.
@@ -92,6 +92,7 @@ class Call(Scope):
     mask: Any = None
     ready: Any = None
     config: Any = None
+    windows: Sequence[Any] = ()
     samples: Tensor | None = None
     cache: Cache | None = None
     batch: int = 0
@@ -112,7 +113,7 @@ class Call(Scope):
     carried: dict[str, Tensor] = field(default_factory=dict)
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[tuple[int, ...], Any] = field(default_factory=dict)
-    tables: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict)
+    tables: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict)
     record: CallRecord | None = None
     start: float | None = None
 

@@ -271,7 +271,7 @@ class Cutter:
 
         def behind() -> Heads:
             ledger = ledger_of(call.cache, index)
-            tables = layer_tables(self.language_model.rotary_emb, call, group, ledger, hidden, given)
+            tables = layer_tables(self.language_model, index, call, group, ledger, hidden, given)
             return heads(index, self.forms.of(index, self.plan).entering(hidden), tables, ran=False)
 
         def norm(states: Tensor) -> Tensor:

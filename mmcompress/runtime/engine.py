@@ -41,11 +41,10 @@ from .layers import OF_TEXT
 from .masks import (
     carried,
     check_masks,
-    entry_of,
     is_static,
-    layer_mask,
     layers_differ,
     logical_mask,
+    mask_of,
     packed_samples,
     ready_made,
     validity,
@@ -66,6 +65,7 @@ from .record import CallRecord, Span
 from .rotary import layer_tables, shifted
 from .scope import ENCODE, Scope, current, enter, leave, notes, remember
 from .signals import VisionTap, kind_of
+from .windows import cuts_off, windows_of
 
 CALL = "mmcompress_call"
 """Private keyword that carries the call from the language model to its layers. Gradient checkpointing replays layers
@@ -104,6 +104,7 @@ class Engine(Following):
         self.adapter, self.base, self.language_model = adapter, adapter.base, adapter.language_model
         check_modalities(adapter, plan)
         check_language_model(self.language_model.config, plan)
+        self.windows = windows_of(self.language_model.config)
         check_positions(adapter, plan)
         self.clip = Clip.of(adapter, plan, self.clip)
         self.forms = Forms(self.language_model, adapter.model) if forms is None else forms
@@ -316,7 +317,7 @@ class Engine(Following):
         call = self.call
         if call is None or kwargs.get("inputs_embeds") is None:
             return None
-        call.cache, call.config = cache_of(kwargs), self.language_model.config
+        call.cache, call.config, call.windows = cache_of(kwargs), self.language_model.config, self.windows
         if call.pixels:
             self._check_encoded(call)
         if not call.encoded and not is_pruned(call.cache):
@@ -336,7 +337,8 @@ class Engine(Following):
             call.groups = call.record.groups
         else:
             return None
-        if self.rewriters or layers_differ(call, length, self.language_model.config._attn_implementation):
+        windowed = any(cuts_off(call, i, length) for i in range(len(self.windows)))
+        if self.rewriters or windowed or layers_differ(call, length, call.config._attn_implementation):
             kwargs[CALL] = call
         return args, kwargs
 
@@ -569,7 +571,7 @@ class Engine(Following):
             raise self._passed(f"layer {index} of the language model")
         held = compressed or call.sight is not None or any(group.valid is not None for group in call.groups)
         if cache is not None and held:
-            book(cache, call.group_of, call.past_valid, call.batch, call.hidden)
+            book(cache, call.group_of, call.past_valid, call.batch, call.hidden, any(self.windows))
         if cache is not None:
             keep_notes(cache, call)
         self._weigh(call, cache)
@@ -609,15 +611,11 @@ class Engine(Following):
         mine, first = ledger_of(call.cache, index), ledger_of(call.cache, 0)
         given = kwargs.get("position_embeddings")
         if given is not None:
-            tables = layer_tables(self.language_model.rotary_emb, call, group, mine, hidden, given)
+            tables = layer_tables(self.language_model, index, call, group, mine, hidden, given)
             kwargs["position_embeddings"] = tables
-        if group.from_base is not None or mine is not first:  # other tokens than layer 0 has: an own mask
-            config = self.language_model.config
-            if call.ready is None:
-                kwargs["attention_mask"] = layer_mask(config, call, group, index, hidden)
-            else:
-                entry = entry_of(call, index, config)
-                kwargs["attention_mask"] = carried(config, call, group, index, entry, hidden)
+        # other tokens than layer 0 has, or a window that the language model would have count them: an own mask
+        if group.from_base is not None or mine is not first or cuts_off(call, index, group.logical):
+            kwargs["attention_mask"] = mask_of(call.config, call, group, index, hidden)
         if group.from_base is not None:
             length = call.groups[0].physical
             for name in kwargs.keys() - BY_THEMSELVES:

@@ -4,11 +4,13 @@
 Two sorts come in. A mask of padding, [B, tokens], or none: every layer gets one of its own, made by transformers for the tokens
 that it holds. A mask that is ready-made, [B or 1, heads or 1, queries, keys] or a dict of them by kind of layer (static
 caches, models whose pictures see themselves, prefix models, masks of the caller, samples packed into one row): nobody else
-knows who sees whom, so its rows and columns are carried along.
+knows who sees whom, so its rows and columns are carried along. Layers with windows (see `windows`) get masks of both sorts cut to
+what their window reaches.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from transformers.masking_utils import create_causal_mask, find_packed_sequence_
 from .cache import CACHE, PrunedLayer, is_pruned, ledger_of
 from .call import Call
 from .packing import Group
+from .windows import columns_of, cuts_off, outside, reached, window_mask, window_of
 
 BY_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
 """Keywords that say by lengths which tokens see each other (rows packed for flash attention)."""
@@ -78,13 +81,25 @@ def _sees(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def _past_width(call: Call, mask: Tensor, length: int) -> int:
-    """How many columns of a ready-made mask come before those of the call's own tokens."""
+def _past_width(call: Call, mask: Tensor, length: int, layer: int) -> int:
+    """How many columns of a ready-made mask, for `layer`, come before those of the call's own tokens."""
     width = mask.shape[-1]
     if is_static(call) and width != int(call.past) + length:  # all its places, used or not
-        ledger = ledger_of(call.cache, 0)  # not its layer: that has the new tokens when later ones ask
-        return int(call.past) - (ledger.dropped if ledger is not None else 0)
+        fed = _fed(call, layer)
+        return fed - outside(call, layer, fed)
     return width - length
+
+
+def _fed(call: Call, layer: int) -> int:
+    """How many tokens earlier calls have put into the cache of `layer`. Not as it says itself: it may have the new ones already."""
+    ledger = ledger_of(call.cache, layer)
+    return int(call.past) - (ledger.dropped if ledger is not None else 0)
+
+
+def _layer_of(call: Call, kind: str) -> int:
+    """The first layer of a kind; 0 where the kinds of layers are not known by that name."""
+    kinds = list(getattr(call.config, "layer_types", None) or ())
+    return kinds.index(kind) if kind in kinds else 0
 
 
 def is_static(call: Call) -> bool:
@@ -98,14 +113,19 @@ def validity(call: Call, length: int) -> tuple[Tensor | None, Tensor | None]:
     cache is always real: no mask is read, nothing waits.
     """
     mask, pruned = call.mask, is_pruned(call.cache)
+    layer = 0
     if isinstance(mask, dict):
-        mask = next((m for m in mask.values() if getattr(m, "ndim", 0) == 4), next(iter(mask.values())))
+        made = [kind for kind, m in mask.items() if getattr(m, "ndim", 0) == 4] or [*mask]
+        kind = min(
+            made, key=lambda k: window_of(call, _layer_of(call, k)) is not None
+        )  # what a window hides is no padding
+        mask, layer = mask[kind], _layer_of(call, kind)
     if not isinstance(mask, Tensor) or (pruned and length == 1):
         return None, None
     if mask.dim() == 4:
-        begin, seen = _past_width(call, mask, length), _sees(mask).any(2).any(1).expand(call.batch, -1)
+        begin, seen = _past_width(call, mask, length, layer), _sees(mask).any(2).any(1).expand(call.batch, -1)
         new, past = seen[:, begin : begin + length], seen[:, :begin]
-        if not is_static(call):
+        if not is_static(call) or begin < _fed(call, layer):
             past = past[:, :0]  # later tokens may see what these do not
     else:
         new, past = mask[:, -length:].bool(), mask[:, :-length].bool()
@@ -134,7 +154,7 @@ def logical_mask(call: Call, group: Group, layer: int, device: torch.device) -> 
         cached: Any = call.cache.layers[layer]
         if not isinstance(cached, PrunedLayer):
             cached = next(other for other in call.cache.layers if isinstance(other, PrunedLayer))
-        length = cached.get_mask_sizes(group.physical)[0]
+        length = sum(cached.get_mask_sizes(group.physical)) - dropped  # with what its window has left behind
     else:
         length = int(call.past) - dropped + group.physical
     past = past.to(device) if past is not None else ones(0)
@@ -147,9 +167,11 @@ def carried(config: Any, call: Call, group: Group, layer: int, mask: Any, embeds
     """A ready-made mask over the tokens that the caller passed, for those that `layer` holds (`embeds` [B, M, H]): its rows and
     columns of what is left."""
     if isinstance(mask, dict):
-        return {kind: carried(config, call, group, layer, m, embeds) for kind, m in mask.items()}
+        kinds = {kind: _layer_of(call, kind) or layer for kind in mask}
+        return {kind: carried(config, call, group, kinds[kind], m, embeds) for kind, m in mask.items()}
     if getattr(mask, "ndim", 0) != 4:  # beside ready-made ones: plainly causal, as the kernel does it by itself
-        return None if group.valid is None else layer_mask(config, call, group, layer, embeds)
+        windowed = cuts_off(call, layer, group.logical)
+        return None if group.valid is None and not windowed else layer_mask(config, call, group, layer, embeds)
     key = (id(group), id(ledger_of(call.cache, layer)), id(mask))
     if key not in call.masks:  # with its group: an id lasts as long as what it names
         call.masks[key] = group, _carried(call, group, layer, mask, embeds.device)
@@ -158,7 +180,7 @@ def carried(config: Any, call: Call, group: Group, layer: int, mask: Any, embeds
 
 def _carried(call: Call, group: Group, layer: int, mask: Tensor, device: torch.device) -> Tensor:
     length = group.logical
-    begin = _past_width(call, mask, length)
+    begin = _past_width(call, mask, length, layer)
     mask = mask.to(device).expand(call.batch, -1, -1, -1)
     rows = torch.arange(length, device=device).expand(call.batch, -1)
     rows = rows if group.place is None else group.place.to(device).clamp_min(0)  # a mask speaks of places
@@ -166,6 +188,8 @@ def _carried(call: Call, group: Group, layer: int, mask: Tensor, device: torch.d
     new = rows + begin
     if group.valid is not None:
         new = new.masked_fill(~group.valid.to(device), -1)
+    left = outside(call, layer, past.shape[1])
+    past, real = past[:, left:], real[:, left:] if real is not None else None
     columns = torch.cat([past, new], 1)
     spare = _stored_width(call, layer, group) - columns.shape[1]
     columns = torch.nn.functional.pad(columns, (0, max(spare, 0)), value=-1)
@@ -175,7 +199,10 @@ def _carried(call: Call, group: Group, layer: int, mask: Tensor, device: torch.d
         high = True if made.dtype == torch.bool else 0.0
         seen = torch.where(real, high, low).to(made.dtype)[:, None, None]
         made = torch.cat([seen.expand(*made.shape[:3], -1), made[..., real.shape[1] :]], 3)
-    return made.masked_fill(columns[:, None, None] < 0, low)
+    made = made.masked_fill(columns[:, None, None] < 0, low)
+    if not cuts_off(call, layer, length):
+        return made
+    return made.masked_fill(~reached(call, group, layer, columns_of(call, group, layer, device))[:, None], low)
 
 
 def entry_of(call: Call, layer: int, config: Any) -> Any:
@@ -192,17 +219,19 @@ def entry_of(call: Call, layer: int, config: Any) -> Any:
 
 
 def who_sees(call: Call, layer: int, device: torch.device) -> Tensor | None:
-    """By a ready-made mask: which keys of cache and call each token that comes to `layer` sees, [B, heads or 1, M, K] bool; None
-    where masks are of padding and everything is causal."""
-    if call.ready is None:
+    """By a ready-made mask or a window: which keys of cache and call each token that comes to `layer` sees, [B, heads or 1, M, K]
+    bool; None where masks are of padding and everything is causal."""
+    mask = entry_of(call, layer, call.config) if call.ready is not None else None
+    if mask is None and not call.windows:
         return None
-    mask = entry_of(call, layer, call.config)
-    if mask is None:
+    before = call.visual  # of a prompt that is asked before it is packed
+    length = call.groups[0].logical if call.groups else before.shape[1] if before is not None else 0
+    if mask is None and not cuts_off(call, layer, length):
         return None
-    length = mask.shape[2]
     group = call.group_of(layer) if call.groups else Group(0, length, length, [])
     like = torch.empty(call.batch, group.physical, 0, device=device)
-    return _sees(carried(call.config, call, group, layer, mask, like))
+    make = layer_mask if mask is None else functools.partial(carried, mask=mask)
+    return _sees(make(call.config, call, group, layer, embeds=like))
 
 
 def _past_columns(call: Call, layer: int, begin: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -226,6 +255,13 @@ def _stored_width(call: Call, layer: int, group: Group) -> int:
     return cached.get_mask_sizes(group.physical)[0] if isinstance(cached, StaticLayer) else 0
 
 
+def mask_of(config: Any, call: Call, group: Group, layer: int, embeds: Tensor) -> Any:
+    """A mask for `layer` alone; `embeds` [B, M, H]."""
+    if call.ready is None:
+        return layer_mask(config, call, group, layer, embeds)
+    return carried(config, call, group, layer, entry_of(call, layer, config), embeds)
+
+
 def layers_differ(call: Call, length: int, attention: str | None) -> bool:
     """Whether layers need masks or rotary tables of their own in a call that drops nothing: not if all share one ledger, and
     no mask for a single query without padding, except where `attention` is "eager", which always gets one, or masks are
@@ -246,17 +282,22 @@ def layers_differ(call: Call, length: int, attention: str | None) -> bool:
     )
 
 
-def layer_mask(config: Any, call: Call, group: Group, index: int, hidden: Tensor) -> Any:
-    """The mask of layer `index`, which holds other tokens than the first one, as transformers makes it."""
-    ledger = ledger_of(call.cache, index)
-    key = (id(group), id(ledger))
-    if key not in call.masks:
-        call.masks[key] = create_causal_mask(
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=logical_mask(call, group, index, hidden.device),
-            position_ids=None,
-            layer_idx=index,
-            **{CACHE: call.cache},
-        )
-    return call.masks[key]
+def layer_mask(config: Any, call: Call, group: Group, layer: int, embeds: Tensor) -> Any:
+    """The mask of `layer` where it holds other tokens than the first one, or has a window that hides some; `embeds` [B, M, H]."""
+    window = window_of(call, layer) if cuts_off(call, layer, group.logical) else None
+    kind = -1 if window is None else call.windows.index(window)
+    key = (id(group), id(ledger_of(call.cache, layer)), kind)
+    if key not in call.masks:  # with its group, as above
+        if window is not None:
+            made = window_mask(config, call, group, layer, embeds)
+        else:
+            made = create_causal_mask(
+                config=config,
+                inputs_embeds=embeds,
+                attention_mask=logical_mask(call, group, layer, embeds.device),
+                position_ids=None,
+                layer_idx=layer,
+                **{CACHE: call.cache},
+            )
+        call.masks[key] = group, made
+    return call.masks[key][1]

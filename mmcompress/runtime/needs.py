@@ -14,6 +14,7 @@ from .layers import SIGNALS
 from .probe import Forms
 from .prompt import PROMPT_SIGNALS, check_prompt_signals
 from .signals import kind_of
+from .windows import SLIDING, windows_of
 
 VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature", *CLIP_PATCHES})
 TEXT_SIGNALS = ("text_embeddings",)
@@ -30,12 +31,26 @@ def check_language_model(config: Any, plan: Pipeline) -> None:
     """Raise for layers in which tokens cannot be dropped."""
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     inside = (*plan.layer_stages, *plan.exit_stages)
-    if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        kinds = {"sliding_attention"}
-    windows = sorted(kind for kind in kinds if "sliding" in kind or "chunk" in kind)
-    if windows:
+    unknown = sorted(kind for kind in kinds - SLIDING if "sliding" in kind or "chunk" in kind)
+    if unknown:
         raise NotImplementedError(
-            f"the language model has layers of type {', '.join(windows)}: their window counts tokens that may be gone"
+            f"the language model has layers of type {', '.join(unknown)}: how far back they look is of a form that is not known"
+        )
+    if inside and getattr(config, "altup_num_inputs", None):
+        raise NotImplementedError(
+            f"{inside[0]!r}: the language model has several residual streams (AltUp), which are not cut: only stages before the "
+            f"language model are supported"
+        )
+    if inside and "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
+        raise NotImplementedError(
+            f"{inside[0]!r}: layers of the language model share keys and values with earlier ones, which hold "
+            f"other tokens behind a cut: only stages before the language model are supported"
+        )
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "sdpa", "eager") and any(windows_of(config)):
+        raise NotImplementedError(
+            f"the language model has layers that look back only so far, and attn_implementation={attention!r} counts for that the "
+            f"tokens that are left: load the model with attn_implementation='sdpa'"
         )
     states = sorted(kinds & STATES)
     if states and inside:

@@ -24,7 +24,7 @@ from ..ops.attention import capped_rows
 from .adapter import Block
 from .cache import CACHE
 from .hooks import running
-from .rotary import ROTATIONS, Rotation, Tables, rotate
+from .rotary import ROTATIONS, Rotation, Tables, rotary_tables, rotate
 from .shards import whole
 
 RECORD = "mmcompress_record"
@@ -295,14 +295,6 @@ class Forms:
                 raise ValueError(f"it cannot be run by itself ({type(error).__name__}: {error})") from error
 
 
-def first_tables(language_model: Any, hidden: Tensor, positions: Tensor, index: int = 0) -> Any:
-    """What the rotary module makes of `positions` for layer `index`; some have tables for each type of layer."""
-    rotary = language_model.rotary_emb
-    if "layer_type" not in inspect.signature(type(rotary).forward).parameters:
-        return rotary(hidden, positions)
-    return rotary(hidden, positions, language_model.config.layer_types[index])
-
-
 UNFIT = {
     "simple": "it caps its logits or has sinks, and statistics of all rows are made from plain logits",
     "rotation": "its rotary embedding is of no form that we know",
@@ -454,7 +446,7 @@ class _Probe:
         """Rotary tables of the tokens; the module may want positions of three or four axes."""
         for shape in ((1, TOKENS), (3, 1, TOKENS), (4, 1, TOKENS)):
             made = _tried(
-                functools.partial(first_tables, model, self.stream, positions.expand(shape), self.attention.layer_idx)
+                functools.partial(rotary_tables, model, self.stream, positions.expand(shape), self.attention.layer_idx)
             )
             if isinstance(made, tuple) and all(t.dim() == 3 and t.shape[:2] == (1, TOKENS) for t in made):
                 return made

@@ -14,9 +14,9 @@ from .cache import ledger_of
 from .call import Call
 from .deepstack import leading, levels_of
 from .layers import Heads
-from .probe import Forms, first_tables
+from .probe import Forms
 from .relevance import Prompt, answer_relevance, check_relevance, greedy_answers
-from .rotary import shifted
+from .rotary import rotary_tables, shifted
 
 PROMPT_SIGNALS = ("first_text_attention", "answer_relevance")
 BLOCK = 128
@@ -37,7 +37,7 @@ def first_heads(forms: Forms, embeds: Tensor, positions: Tensor, valid: Tensor |
         positions = positions[1:]
     form = forms.of(0, "the first attention on the instruction", "norm")
     hidden = form.entering(embeds)
-    tables = first_tables(forms.language_model, hidden, positions.to(hidden.device))
+    tables = rotary_tables(forms.language_model, hidden, positions.to(hidden.device))
     return Heads(form, hidden, tables, valid, call, 0, False, positions)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -70,16 +71,26 @@ def shifted(positions: Tensor, ledger: Ledger | None) -> Tensor:
     return positions - ledger.shift.to(positions.device)[:, None]
 
 
-def layer_tables(rotary: Any, call: Call, group: Group, ledger: Ledger | None, hidden: Tensor, given: Tables) -> Tables:
-    """Rotary tables of the tokens of `group` in a layer with `ledger`; `given` are those of the first layer, `rotary` the module of
-    the language model that makes them."""
+def rotary_tables(language_model: Any, hidden: Tensor, positions: Tensor, index: int = 0) -> Any:
+    """What the rotary module makes of `positions` for layer `index`; some have tables for each type of layer."""
+    rotary = language_model.rotary_emb
+    if "layer_type" not in inspect.signature(type(rotary).forward).parameters:
+        return rotary(hidden, positions)
+    return rotary(hidden, positions, language_model.config.layer_types[index])
+
+
+def layer_tables(
+    language_model: Any, index: int, call: Call, group: Group, ledger: Ledger | None, hidden: Tensor, given: Tables
+) -> Tables:
+    """Rotary tables of the tokens of `group` in layer `index`, which has `ledger`; `given` are those of its first tokens."""
     first, before = call.groups[0], ledger_of(call.cache, 0)
     moved = ledger is not before and ledger is not None and before is not None and ledger.shift is not before.shift
     if group.gone is first.gone and not moved:
         return given if group.from_base is None else tuple(take(given, group.from_base))
-    key = (id(group), id(ledger))
+    kinds = getattr(language_model.config, "layer_types", None)
+    key = (id(group), id(ledger), hash(kinds[index] if kinds else None))
     if key not in call.tables:
         assert group.positions is not None
         positions = shifted(group.positions, ledger).to(hidden.device)
-        call.tables[key] = rotary(hidden, positions)
+        call.tables[key] = rotary_tables(language_model, hidden, positions, index)
     return call.tables[key]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that look back only so far: sliding windows and chunks.
+
+Distances are those of places in the prompt as the caller gave it, dropped tokens counted, whatever numbers the position ids have.
+So a compressed layer sees what the stock layer sees, less the tokens that are gone, and ready-made masks, decoding and later
+turns mean the same. The other reading, to count kept tokens, would be the stock model on a shorter prompt: it reaches farther
+back, and its answers are less those of the model without compression.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+from .cache import PrunedLayer, ledger_of
+from .call import Call
+from .packing import Group
+
+SLIDING = frozenset({"sliding_attention"})
+CHUNKED = "chunked_attention"
+
+
+@dataclass(frozen=True)
+class Window:
+    """How far the queries of a layer look back.
+
+    size     in places: a query sees itself and the `size` - 1 before it.
+    chunked  a query sees no key before its own chunk of `size` places, counted from the first real token.
+    """
+
+    size: int
+    chunked: bool = False
+
+    def reaches(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether queries at places [B, M] are near enough to keys at places [B, K], [B, M, K]."""
+        queries, keys = queries[:, :, None], keys[:, None]
+        if self.chunked:
+            return queries // self.size == keys // self.size
+        return queries - keys < self.size
+
+
+def windows_of(config: Any) -> tuple[Window | None, ...]:
+    """The window of each layer of a language model, None where all is seen; by what transformers makes masks and caches from.
+    Without types of layers a model has one window for all."""
+    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    chunk = getattr(config, "attention_chunk_size", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if sliding else CHUNKED if chunk else ""] * config.num_hidden_layers
+    known = {**dict.fromkeys(SLIDING, sliding and Window(sliding)), CHUNKED: chunk and Window(chunk, True)}
+    return tuple(known.get(kind) for kind in kinds)
+
+
+def window_of(call: Call, index: int) -> Window | None:
+    """The window of layer `index`."""
+    return call.windows[index] if call.windows else None
+
+
+def cuts_off(call: Call, index: int, length: int) -> bool:
+    """Whether the window of layer `index` may hide anything from the `length` tokens that the caller passed. True for static
+    caches, which are not waited for."""
+    window = window_of(call, index)
+    if window is None:
+        return False
+    return isinstance(call.past, Tensor) or call.past + length > window.size
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The keys that a layer attends to in a call, K of them, as its cache has them and before it has taken in the M new ones.
+
+    number  [K] of each among all that were ever put there.
+    past    how many of these were there before the call.
+    place   [B or 1, K] in the prompt; real [B or 1, K]: which are no padding.
+    """
+
+    number: Tensor
+    past: Any
+    place: Tensor
+    real: Tensor
+
+
+def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Columns:
+    """The keys of layer `index`, which is about to run, or of a layer with the same window that will give it its keys."""
+    ledger, layer = ledger_of(call.cache, index), _cached(call, index)
+    dropped, past, first, width = ledger.dropped if ledger is not None else 0, 0, 0, group.physical
+    if layer is not None:
+        past = layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length()
+        width, first = layer.get_mask_sizes(group.physical)
+        first = first - (dropped if isinstance(layer, PrunedLayer) else 0)
+    number = torch.arange(width, device=device) + first
+    valid = ledger.valid if ledger is not None else call.past_valid
+    place = _spread(ledger.place if ledger is not None else None, number, number + dropped)
+    real = _spread(valid, number, torch.ones_like(number, dtype=torch.bool))
+    new = (number - past).clamp(0, group.physical - 1)
+    if group.place is not None:
+        place = torch.where(number >= past, call.past + group.place.to(device)[:, new], place)
+    if group.valid is not None:
+        real = torch.where(number >= past, group.valid.to(device)[:, new], real)
+    return Columns(number, past, place, real)
+
+
+def _spread(known: Tensor | None, number: Tensor, later: Tensor) -> Tensor:
+    """Values [B, P] of the first P keys at those of `number` [K], and `later` [K] for the others: [B or 1, K]."""
+    if known is None or not known.shape[1]:
+        return later[None]
+    known = known.to(number.device)
+    return torch.where(number < known.shape[1], known[:, number.clamp(max=known.shape[1] - 1)], later)
+
+
+def _cached(call: Call, index: int) -> Any:
+    """The cache layer that has the keys of layer `index`; of layers that share keys with others, one with the same window."""
+    layers = call.cache.layers if call.cache is not None else []
+    alike = [i for i in range(len(call.windows)) if call.windows[i] == window_of(call, index)]
+    there = [layers[i] for i in (index, *alike) if i < len(layers)]
+    return next((layer for layer in there if isinstance(layer, CacheLayerMixin)), None)
+
+
+def outside(call: Call, index: int, fed: int) -> int:
+    """How many of the `fed` tokens of earlier calls the cache of layer `index` has let go, since no window reaches them."""
+    layer = _cached(call, index)
+    if layer is None or not layer.is_sliding:
+        return 0
+    return max(fed + 1 - (layer.max_cache_len if isinstance(layer, StaticLayer) else layer.sliding_window), 0)
+
+
+def reached(call: Call, group: Group, index: int, columns: Columns) -> Tensor:
+    """Which keys are near enough to each new token, [B or 1, M, K]."""
+    window, device = window_of(call, index), columns.number.device
+    assert window is not None
+    place = torch.arange(group.logical, device=device)[None] if group.place is None else group.place.to(device)
+    return window.reaches(place + call.past, columns.place)
+
+
+def window_mask(config: Any, call: Call, group: Group, index: int, hidden: Tensor) -> Tensor:
+    """The mask of a layer with a window where all else is causal, [B, 1, M, K], in the form that its attention takes."""
+    columns = columns_of(call, group, index, hidden.device)
+    row = torch.arange(group.physical, device=hidden.device)[:, None] + columns.past
+    seen = (columns.number <= row) & columns.real[:, None] & reached(call, group, index, columns)
+    return as_given(config, seen.expand(call.batch, -1, -1)[:, None], hidden.dtype)
+
+
+def as_given(config: Any, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of bool in the form that the attention of the model takes."""
+    if config._attn_implementation != "eager":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
