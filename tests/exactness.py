@@ -115,15 +115,15 @@ def looks_back(config: Any) -> bool:
 
 
 @contextmanager
-def seeing(model: Any, masks: list[Any], kept: Tensor) -> Iterator[None]:
-    """The layers of a shortened language model see at the places `kept` what `masks` of the whole prompt let them see, in the order
-    in which they run."""
+def seeing(model: Any, masks: list[Any], places: Tensor) -> Iterator[None]:
+    """The layers of a shortened language model, whose tokens stand at `places`, see what `masks` of the whole prompt let them see
+    there, in the order in which they run."""
     left = iter(masks)
 
     def pre(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
         mask = next(left)
         if isinstance(mask, Tensor):
-            mask = mask.index_select(2, kept).index_select(3, kept)
+            mask = mask.index_select(2, places).index_select(3, places)
         return args, {**kwargs, "attention_mask": mask}
 
     handles = [
@@ -259,7 +259,7 @@ class Case:
                 got = self.last(row)
         trace = mm.trace(model)
         str(mm.report(model))
-        kept = trace.call.groups[-1].source[0].cpu()
+        kept, place = (x[0].cpu() for x in (trace.call.groups[-1].source, trace.call.groups[-1].place))
         gone = torch.ones(len(visual), dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
         self.check_budget(trace, visual, gone)
         generated = self.generate(row)
@@ -286,7 +286,7 @@ class Case:
             here = torch.cat([kept, more])
             with ExitStack() as stack:
                 if looks_back(language_model.config):
-                    stack.enter_context(seeing(model, self.layer_masks(inputs), here))
+                    stack.enter_context(seeing(model, self.layer_masks(inputs), torch.cat([place, more])))
                 stack.enter_context(shortened(model, here, ids, self.start(trace), given, levels))
                 return self.last(inputs)
 
