@@ -7,7 +7,9 @@ import difflib
 from pathlib import Path
 
 MODELS = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes")
-"""Vision-language models, one of each family."""
+"""Vision-language models, one of each family, that answer questions about shapes."""
+PAGES = "qwen3-vl-pages"
+"""A vision-language model that answers questions about pages of text."""
 CLIP = "clip-shapes"
 """The CLIP pair whose image tower is that of `llava-shapes`, for `open_clip.create_model_and_transforms("local-dir:...")`."""
 

@@ -29,8 +29,9 @@ from .journal import Journal, answers_in, file_name, fingerprint
 from .machine import machine, synchronize
 from .metrics import Protocol, check_protocol
 from .prompts import new_tokens
-from .synthetic import items
+from .synthetic import Item, items
 from .synthetic.benchmark import takes_any_shape
+from .synthetic.pages import PageItem, page_items
 from .tasks import Row, Task, by_kind, known, task_of
 from .team import Team
 
@@ -71,14 +72,21 @@ class Progress:
 
 
 def shapes_questions(count: int, model: Any, start: int = 1_000_000) -> list[Question]:
-    """The embedded benchmark as questions; pictures are drawn when their turn comes. start: as of `items`."""
-    if count < 7:
-        raise ValueError(f"{count} questions: at least 7, one of each type")
+    """`drawn_questions` of the benchmark of shapes."""
+    return drawn_questions("shapes", count, model, start)
+
+
+def drawn_questions(task: str, count: int, model: Any, start: int = 1_000_000) -> list[Question]:
+    """An embedded benchmark as questions; pictures are drawn when their turn comes. start: as of `items`."""
+    kinds = len(task_of(task).drawn)
+    if count < kinds:
+        raise ValueError(f"{count} questions: at least {kinds}, one of each type")
+    found: Sequence[Item | PageItem] = (
+        page_items(count, start) if task == "pages" else items(count, start, stretched=takes_any_shape(model))
+    )
     return [
-        Question(
-            str(item.scene.seed), item.question.text, (_Drawn(item),), (item.question.answer,), kind=item.question.kind
-        )
-        for item in items(count, start, stretched=takes_any_shape(model))
+        Question(str(item.seed), item.question.text, (_Drawn(item),), (item.question.answer,), kind=item.question.kind)
+        for item in found
     ]
 
 

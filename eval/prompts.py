@@ -22,7 +22,7 @@ VICUNA = (
 """The system sentence of LLaVA-1.5's own scripts, which the chat template on the hub does not have."""
 TEMPLATES = ("chat", "vicuna")
 LLAVA_NEW_TOKENS = 128
-SHAPES_NEW_TOKENS = 16
+DRAWN_NEW_TOKENS = 16
 NEW_TOKENS = {
     16: ("vqav2", "gqa", "mme", "scienceqa", "ai2d", "chartqa", "realworldqa"),
     32: ("docvqa", "infovqa"),
@@ -32,8 +32,8 @@ NEW_TOKENS = {
 
 def new_tokens(task: Task, protocol: Protocol) -> int:
     """How many tokens an answer may have at most."""
-    if task.name == "shapes":
-        return SHAPES_NEW_TOKENS
+    if task.drawn:
+        return DRAWN_NEW_TOKENS
     if protocol == "lmms":
         return next((most for most, names in NEW_TOKENS.items() if task.name in names), LLAVA_NEW_TOKENS)
     return LLAVA_NEW_TOKENS
@@ -42,7 +42,7 @@ def new_tokens(task: Task, protocol: Protocol) -> int:
 def instruction(task: Task, question: Question, protocol: Protocol) -> str:
     """The sentence behind the question, with the line breaks before it: none for the tables of users, who ask as they wish."""
     lmms = protocol == "lmms"
-    if task.own or task.name in ("shapes", "ocrbench", "realworldqa", "hallusionbench"):
+    if task.own or task.drawn or task.name in ("ocrbench", "realworldqa", "hallusionbench"):
         return ""
     if task.name == "mme" and protocol == "official":
         return ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -14,7 +14,8 @@ import numpy as np
 from . import metrics as vqa
 from .data import Question
 from .metrics import Protocol
-from .synthetic.questions import CHANCE
+from .synthetic.pages import CHANCE as PAGES_CHANCE
+from .synthetic.questions import CHANCE as SHAPES_CHANCE
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ Terms: TypeAlias = "list[tuple[float, np.ndarray, np.ndarray]]"
 @dataclass(frozen=True)
 class Task:
     """A benchmark. score: the name of its main score; percent: whether that is a part of 1; own: for the tables of users, who
-    ask as they wish."""
+    ask as they wish; drawn: of an embedded benchmark, which needs no data, the types of its questions and the chance of each."""
 
     name: str
     title: str
@@ -52,6 +53,7 @@ class Task:
     percent: bool = True
     protocols: tuple[Protocol, ...] = vqa.PROTOCOLS
     own: bool = False
+    drawn: Mapping[str, float] = field(default_factory=dict)
 
     def headline(self, protocol: Protocol) -> str:
         """The name of the score that tables show: POPE has its mean F1, but in lmms-eval the accuracy over all splits."""
@@ -65,7 +67,7 @@ class Task:
         parsed, value = self.judge(self, question, said, protocol)
         return Row(
             question.id, question.kind, _cluster(self.name, question), question.answers, reply, parsed,
-            float(value) if question.answers else None, _chance(self.name, question), question.extra.get("l2_category", ""),
+            float(value) if question.answers else None, _chance(self, question), question.extra.get("l2_category", ""),
         )  # fmt: skip
 
     def check(self, questions: Sequence[Question], protocol: Protocol) -> None:
@@ -112,7 +114,7 @@ class Task:
             meant = np.array([row.answers[0].lower() == "yes" for row in rows], float)
             parts = [kinds == kind for kind in dict.fromkeys(kinds)]
             return [(1 / len(parts), 2 * yes * meant * part, (yes + meant) * part) for part in parts]
-        if self.name == "shapes":
+        if self.drawn:
             parts = [kinds == kind for kind in dict.fromkeys(kinds)]
             return [(1 / len(parts), values * part, ones * part) for part in parts]
         first, whole = _groups(rows, values)
@@ -211,12 +213,12 @@ def _cluster(task: str, question: Question) -> str:
     return question.group or question.id
 
 
-def _chance(task: str, question: Question) -> float:
+def _chance(task: Task, question: Question) -> float:
     if question.options:
         return 1 / len(question.options)
-    if task in ("pope", "mme", "hallusionbench", "yesno"):
+    if task.name in ("pope", "mme", "hallusionbench", "yesno"):
         return 0.5
-    return CHANCE[question.kind] if task == "shapes" else 0.25 if task == "mmstar" else 0.0
+    return task.drawn[question.kind] if task.drawn else 0.25 if task.name == "mmstar" else 0.0
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -372,7 +374,8 @@ TASKS = {
         Task("infovqa", "InfoVQA", _anls, "anls"),
         Task("ocrbench", "OCRBench", _ocrbench),
         Task("hallusionbench", "HallusionBench by rule, without a judge", _hallusion, "aAcc", protocols=("lmms",)),
-        Task("shapes", "the embedded synthetic benchmark", _words),
+        Task("shapes", "the embedded synthetic benchmark", _words, drawn=SHAPES_CHANCE),
+        Task("pages", "the embedded benchmark of pages of text", _words, drawn=PAGES_CHANCE),
         Task("exact", "a table: equal to a gold answer after normalisation", _exact, own=True),
         Task("soft", "a table: soft accuracy over several human answers", _soft, own=True),
         Task("anls", "a table: edit similarity", _anls, "anls", own=True),

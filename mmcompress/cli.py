@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cli_check, cli_explain, cli_learn
-from .assets import CLIP, MODELS, checkpoint
+from .assets import CLIP, MODELS, PAGES, checkpoint
 from .eval import explain_train
 from .eval.cli import OutFile, OutFolder, OutPicture, add_load_options, bench, check_least, evaluate, tune
 from .eval.machine import check_device
@@ -198,8 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_commands(command, _load, MODELS)
 
     train = command("train", _train, "train an embedded model on the synthetic benchmark (restartable)")
-    trained = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes", CLIP)
-    train.add_argument("model", choices=trained, help="all but llava-shapes start from the one in the package")
+    trained = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes", CLIP, PAGES)
+    train.add_argument("model", choices=trained, help="all but llava-shapes start from one in the package")
     train.add_argument("--out", type=OutFolder, help="default: runs/MODEL")
     train.add_argument("--device", default=None)
     cli_learn.add(command)
@@ -326,12 +326,15 @@ def _methods(options: argparse.Namespace, console: Console) -> None:
 def _train(options: argparse.Namespace, console: Console) -> None:
     from .eval.synthetic.clip import ClipTrainer
     from .eval.synthetic.families import FAMILIES
+    from .eval.synthetic.pages.train import PageTrainer
     from .eval.synthetic.train import Trainer
     from .eval.synthetic.transfer import RECIPES, Transfer
 
     out = options.out or Path("runs") / options.model
     if options.model == CLIP:
         ClipTrainer(out, device=options.device).run()
+    elif options.model == PAGES:
+        PageTrainer(out, device=options.device).run()
     elif options.model in FAMILIES:
         Transfer(out, FAMILIES[options.model](), RECIPES[options.model], options.device).run()
     else:

@@ -36,8 +36,8 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
         "--tasks",
         default="shapes",
         help="vqav2, gqa, textvqa, pope, mme, mmbench, scienceqa, chartqa, docvqa, ...; for a table of your own exact, soft, "
-        "anls, relaxed, letter, yesno or contains; shapes is the embedded benchmark (default). With --harness lmms names of "
-        "its tasks between commas, NAME=FOLDER for one whose data lie in a folder, or task files",
+        "anls, relaxed, letter, yesno or contains; shapes (default) and pages are the embedded benchmarks. With --harness lmms "
+        "names of its tasks between commas, NAME=FOLDER for one whose data lie in a folder, or task files",
     )
     measure.add_argument(
         "--data", type=Path, help="folder of the benchmark, or file of questions (.jsonl, .csv, .tsv, .parquet)"
@@ -46,7 +46,9 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
         "--images", type=Path, help="folder of the pictures, if they are not where the layout has them"
     )
     measure.add_argument("--split", help="part of the benchmark, where the folder has several")
-    measure.add_argument("--questions", type=int, metavar="N", help="only the first N (shapes: how many, default 210)")
+    measure.add_argument(
+        "--questions", type=int, metavar="N", help="only the first N (shapes, pages: how many, default 210)"
+    )
     measure.add_argument(
         "--protocol", default="official", help="whose prompts and metric: official (default), llava or lmms"
     )
@@ -130,7 +132,11 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
     check_data(options.task, options.data)
     asked = None if options.data is None else read_questions(options.task, options.data, options.images, options.split)
     model, processor, _ = load(options)
-    questions = runs.shapes_questions(options.questions or 210, model) if asked is None else asked[: options.questions]
+    questions = (
+        runs.drawn_questions(options.task, options.questions or 210, model)
+        if asked is None
+        else asked[: options.questions]
+    )
     records = []
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -169,15 +175,16 @@ def _eval(options: argparse.Namespace, console: Console, load: Load, parser: arg
 
 def check_data(task: str, data: Path | None) -> None:
     """Raise ValueError unless a benchmark has its data, and the embedded one its own."""
-    if data is None and task != "shapes":
-        raise ValueError(f"--task {task} needs --data")
-    if data is not None and task == "shapes":
-        from ..tasks import TASKS
+    from ..tasks import TASKS, task_of
 
+    drawn = bool(task_of(task).drawn)
+    if data is None and not drawn:
+        raise ValueError(f"--task {task} needs --data")
+    if data is not None and drawn:
         own = ", ".join(name for name, one in TASKS.items() if one.own)
         raise ValueError(
             f"--data {data} needs a --task, which says how replies are judged: for a table of your own one of {own}, or the name "
-            f"of a benchmark; shapes, the default, has its own data"
+            f"of a benchmark; {task} has its own data"
         )
 
 

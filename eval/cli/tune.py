@@ -126,7 +126,7 @@ class _Inputs:
 def _data(options: argparse.Namespace, load: Load, open_image: OpenImage) -> tuple[_Inputs, Any]:
     from ...tune import FINAL_STATE
     from ..data import read_questions
-    from ..evaluator import shapes_questions
+    from ..evaluator import drawn_questions
     from ..tasks import task_of
     from ..tuning import answers, batches
     from .evaluate import check_data
@@ -144,7 +144,7 @@ def _data(options: argparse.Namespace, load: Load, open_image: OpenImage) -> tup
     asked = read_questions(task, options.data) if options.data else None
     model, processor, _ = load(options)
     if asked is None:
-        asked = shapes_questions(max(7, options.samples), model, HELD_OUT)
+        asked = drawn_questions(task, max(len(task_of(task).drawn), options.samples), model, HELD_OUT)
     parts = batches(model, processor, task, asked[: options.samples])
     objective = FINAL_STATE if options.metric == "state" else answers(processor, task, parts, options.metric)
     return _Inputs(model, [part.inputs for part in parts]), objective

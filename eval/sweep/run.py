@@ -18,7 +18,7 @@ from ...records import RecordError, write_text
 from ..comparison import compare
 from ..cost.record import conditions, costs, prompt_text
 from ..data import Question, read_questions
-from ..evaluator import STOCK, Prepared, Progress, Setup, evaluate, read_record, record_path, shapes_questions
+from ..evaluator import STOCK, Prepared, Progress, Setup, drawn_questions, evaluate, read_record, record_path
 from ..inputs import AskError, inputs_of
 from ..statistics import RIGHT
 from ..tasks import task_of
@@ -83,16 +83,15 @@ def points(plans: Iterable[str], keeps: Sequence[float | int]) -> list[Point]:
 
 
 def read_tasks(texts: Sequence[str], count: int | None, model: Any) -> list[Work]:
-    """Tasks written as NAME=DATA (shapes alone), with their first `count` questions."""
+    """Tasks written as NAME=DATA (embedded ones alone), with their first `count` questions."""
     found = []
     for text in texts:
         name, _, data = text.partition("=")
-        task_of(name)
-        if (name == "shapes") == bool(data):
+        if bool(task_of(name).drawn) == bool(data):
             raise ValueError(
-                f"--task {text}: " + ("shapes has its own data" if data else f"write {name}=FOLDER or FILE")
+                f"--task {text}: " + (f"{name} has its own data" if data else f"write {name}=FOLDER or FILE")
             )
-        asked = read_questions(name, Path(data)) if data else shapes_questions(count or 210, model)
+        asked = read_questions(name, Path(data)) if data else drawn_questions(name, count or 210, model)
         found.append(Work(name, asked[:count]))
     if len({work.name for work in found}) < len(found) or not found:
         raise ValueError("give each task once, and at least one")

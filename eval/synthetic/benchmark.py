@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ class Item:
 
     scene: Scene
     question: Question
+
+    @property
+    def seed(self) -> int:
+        return self.scene.seed
 
     @property
     def picture(self) -> Image.Image:
@@ -58,6 +62,16 @@ def items(count: int, start: int = 1_000_000, most: int = 4, stretched: bool = F
     return found
 
 
+class Asked(Protocol):
+    """What is evaluated: a picture and a question."""
+
+    @property
+    def picture(self) -> Image.Image: ...
+
+    @property
+    def question(self) -> Question: ...
+
+
 @dataclass
 class Score:
     """Right answers by question type."""
@@ -69,7 +83,7 @@ class Score:
         """Part of the answers that are right: of one type, or the mean of all types."""
         if kind is not None:
             return sum(self.right[kind]) / len(self.right[kind]) if self.right[kind] else math.nan
-        return float(np.nanmean([self.accuracy(k) for k in KINDS]))
+        return float(np.nanmean([self.accuracy(k) for k in self.right]))
 
     @property
     def standard_error(self) -> float:
@@ -97,7 +111,7 @@ def prompt(processor: Any, text: str, images: int = 1) -> str:
     return processor.apply_chat_template([message], add_generation_prompt=True)
 
 
-def encode(processor: Any, batch: Sequence[Item]) -> Any:
+def encode(processor: Any, batch: Sequence[Asked]) -> Any:
     """Model inputs of a batch of items."""
     return processor(
         images=[item.picture for item in batch],
@@ -116,11 +130,11 @@ def same(answer: str, expected: str) -> bool:
 class Batch:
     """Items with their model inputs, made once for many evaluations."""
 
-    items: Sequence[Item]
+    items: Sequence[Asked]
     inputs: Any
 
 
-def prepare(processor: Any, questions: Sequence[Item], size: int = 50) -> list[Batch]:
+def prepare(processor: Any, questions: Sequence[Asked], size: int = 50) -> list[Batch]:
     """Questions in batches of `size`, drawn and processed."""
     parts = [questions[first : first + size] for first in range(0, len(questions), size)]
     return [Batch(part, encode(processor, part)) for part in parts]
@@ -136,5 +150,5 @@ def evaluate(model: Any, processor: Any, batches: Sequence[Batch]) -> Score:
         texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for item, text in zip(batch.items, texts, strict=True):
             score.answers.append(text.strip())
-            score.right[item.question.kind].append(same(text, item.question.answer))
+            score.right.setdefault(item.question.kind, []).append(same(text, item.question.answer))
     return score

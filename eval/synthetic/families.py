@@ -207,26 +207,33 @@ class Qwen3VL(Family):
     name = "qwen3-vl-shapes"
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     patch: ClassVar = 4
+    merge: ClassVar = 2
+    width: ClassVar = 96
+    depth: ClassVar = 4
     pixels: ClassVar = {"shortest_edge": 64**2, "longest_edge": 112**2}
+    special: ClassVar = {
+        "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+    }  # fmt: skip
+
+    def make_tokenizer(self) -> Any:
+        return make_tokenizer(**self.special)
 
     def make_processor(self) -> Any:
         from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-        tokenizer = make_tokenizer(
-            image_token="<|image_pad|>", video_token="<|video_pad|>", vision_start_token="<|vision_start|>",
-            vision_end_token="<|vision_end|>",
-        )  # fmt: skip
+        tokenizer = self.make_tokenizer()
         images = Qwen2VLImageProcessor(
             size=dict(self.pixels),
             patch_size=self.patch,
-            merge_size=2,
+            merge_size=self.merge,
             temporal_patch_size=2,
             image_mean=MEAN,
             image_std=STD,
         )
         videos = Qwen3VLVideoProcessor(
-            size={"shortest_edge": 64**2, "longest_edge": 16 * 112**2}, patch_size=self.patch, merge_size=2,
-            temporal_patch_size=2, image_mean=MEAN, image_std=STD,
+            size={"shortest_edge": 64**2, "longest_edge": 16 * 112**2}, patch_size=self.patch,
+            merge_size=self.merge, temporal_patch_size=2, image_mean=MEAN, image_std=STD,
         )  # fmt: skip
         return Qwen3VLProcessor(images, tokenizer, videos, chat_template=self.chat_template())
 
@@ -234,9 +241,10 @@ class Qwen3VL(Family):
         from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
         vision = {
-            "depth": 4, "hidden_size": 96, "intermediate_size": 384, "num_heads": 4,
+            "depth": self.depth, "hidden_size": self.width, "intermediate_size": 4 * self.width, "num_heads": 4,
             "out_hidden_size": HIDDEN, "patch_size": self.patch,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 24**2, "deepstack_visual_indexes": [1, 2],
+            "spatial_merge_size": self.merge,
+            "temporal_patch_size": 2, "num_position_embeddings": 24**2, "deepstack_visual_indexes": [1, 2],
         }  # fmt: skip
         ids = {
             "image_token_id": "<|image_pad|>",
@@ -264,7 +272,7 @@ class Qwen3VL(Family):
     def layout(self, picture: Image.Image) -> Layout:
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        step = 2 * self.patch
+        step = self.merge * self.patch
         low, high = self.pixels["shortest_edge"], self.pixels["longest_edge"]
         height, width = smart_resize(picture.height, picture.width, step, low, high)
         return Layout.raster(1, height // step, width // step)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
@@ -36,22 +38,14 @@ _WORDS = (
     *("what", "color", "is", "the", "shape", "how", "many", "shapes", "there", "a", "where", "of", "above", "below"),
     *("does", "sign", "say", "and", "in", "picture", "yes", "no", ",", ".", "?"),
 )
+WORDS = (*_WORDS, *COLORS, *SHAPES, *ROWS, *COLUMNS, *CHARACTERS, *map(str, range(MOST_COUNTED + 1)))
+"""All words of the shapes benchmark."""
 
 
-def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(words: Sequence[str] = WORDS, **special: str) -> PreTrainedTokenizerFast:
     """A word-level tokenizer: lower case, one token per word, mark and character of a code; `special` tokens by the names
     under which the processor of a family looks for them, behind all others (so that words have the same ids everywhere)."""
-    words = [
-        *_WORDS,
-        *COLORS,
-        *SHAPES,
-        *ROWS,
-        *COLUMNS,
-        *CHARACTERS,
-        *map(str, range(MOST_COUNTED + 1)),
-        *special.values(),
-    ]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*_SPECIAL, *words]))}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*_SPECIAL, *words, *special.values()]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
