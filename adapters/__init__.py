@@ -7,9 +7,11 @@ from typing import Any
 
 from ..runtime.adapter import Adapter, Encoder
 from .common import CommonAdapter, refusal
+from .gemma import GemmaAdapter
 from .grids import GridAdapter
 from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
+from .naflex import NaFlexAdapter
 from .pixtral import PixtralAdapter
 from .square import SquareAdapter
 from .vit import ENCODERS
@@ -21,6 +23,8 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     GridAdapter,
     InternVLAdapter,
     PixtralAdapter,
+    NaFlexAdapter,
+    GemmaAdapter,
     SquareAdapter,
     CommonAdapter,
 )

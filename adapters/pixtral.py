@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..runtime.adapter import body_of
+from ..runtime.adapter import Adapter, body_of
 from .common import refusal
 from .raster import RasterAdapter
 
@@ -47,7 +47,9 @@ class PixtralAdapter(RasterAdapter):
 
     @property
     def feature_blocks(self) -> list[int]:
-        return super().feature_blocks if hasattr(self.model.config, "vision_feature_layer") else [len(self.blocks) - 1]
+        if not hasattr(self.model.config, "vision_feature_layer"):
+            return super().feature_blocks
+        return Adapter.feature_blocks.fget(self)  # type: ignore[attr-defined]
 
     def check_encoder_call(self, arguments: dict[str, Any]) -> None:
         super().check_encoder_call(arguments)

@@ -6,18 +6,20 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..runtime.adapter import OF_PATCHES, Adapter, Block, Encoded
-from ..visuals import Layout
+from ..stage import Stage
+from ..visuals import Layout, View
 from .towers import blocks_of
 
 
 class RasterAdapter(Adapter):
-    """Every row of the encoder is one picture, its patches row after row; `side` x `side` of them make one LLM token."""
+    """Every row of the encoder is one picture or frame, its patches row after row; `side` x `side` of them make one LLM token."""
 
     prefix: ClassVar[int] = 0  # type: ignore[assignment]
 
@@ -37,11 +39,28 @@ class RasterAdapter(Adapter):
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
-        return blocks_of(self.tower)
+        # masks and bounds of rows are those of the module
+        return [replace(block, heard=True) for block in blocks_of(self.tower)]
+
+    @property
+    def feature_blocks(self) -> list[int]:
+        return [len(self.blocks) - 1]
 
     @property
     def signals(self) -> frozenset[str]:
         return OF_PATCHES | {"encoder_features"}
+
+    def check_stage(self, stage: Stage) -> None:
+        if stage.kind == "pixel":
+            raise NotImplementedError(
+                f"{stage!r}: {type(self.tower).__name__} is given patches and their places, not pictures that could be made "
+                f"smaller: choose a stage behind the encoder, or give the processor smaller pictures"
+            )
+        if stage.kind == "encoder" and self.padded:
+            raise NotImplementedError(
+                f"{stage!r}: the rows of {type(self.tower).__name__} are filled up with padding, which would be merged with "
+                f"patches: choose a stage behind the encoder"
+            )
 
     def segments(self, arguments: dict[str, Any]) -> list[int]:
         return [rows * columns for rows, columns in self.shapes(arguments)]
@@ -53,9 +72,14 @@ class RasterAdapter(Adapter):
         return torch.cat([start + units(*shape, self.side) for start, shape in zip(starts, shapes, strict=False)])
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
-        side = self.side
-        grids = [(rows // side, columns // side) for rows, columns in self.shapes(arguments)]
-        return Encoded(modality, [Layout.raster(1, rows, columns) for rows, columns in grids])
+        views = iter(View((rows // self.side, columns // self.side)) for rows, columns in self.shapes(arguments))
+        layouts = []
+        for length in lengths:
+            frames: list[View] = []
+            while sum(view.cells for view in frames) < length:
+                frames.append(next(views))
+            layouts.append(Layout(tuple(frames if len(frames) == 1 else (replace(v, role="frame") for v in frames))))
+        return Encoded(modality, layouts)
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         return list(rows.split([layout.cells for layout in encoded.layouts]))

@@ -20,6 +20,10 @@ GROUPS = {"CLS": OF_CLS, "patches": OF_PATCHES, "features": frozenset({"encoder_
 
 REASONS = {
     "tower": ("is not known to mmcompress", "nothing is known of its vision encoder"),
+    "padding": (
+        "which would be merged with patches",
+        "the rows of its vision encoder are filled up with padding: stages behind it only",
+    ),
     "states": (
         "whose state cannot forget tokens",
         "its language model has layers whose state cannot forget tokens: stages before it only",

@@ -58,7 +58,22 @@ def smaller_sizes(model: Any, found: dict[str, Any]) -> None:
     found["image_sizes"] = torch.tensor([[8 * patch, 8 * patch], [4 * patch, 6 * patch]])
 
 
-SMALLER: dict[str, Callable[[Any, dict[str, Any]], None]] = {"image_sizes": smaller_sizes}
+def smaller_shapes(model: Any, found: dict[str, Any]) -> None:
+    found["spatial_shapes"][1] = torch.tensor([4, 6])
+    found["pixel_attention_mask"][1, 24:] = 0
+
+
+def smaller_places(model: Any, found: dict[str, Any]) -> None:
+    """6 x 9 patches of 12 x 12."""
+    places = torch.stack(torch.meshgrid(torch.arange(9), torch.arange(6), indexing="xy"), -1).flatten(0, 1)
+    found["image_position_ids"] = found["image_position_ids"].clone()
+    found["image_position_ids"][1] = -1
+    found["image_position_ids"][1, :54] = places
+
+
+SMALLER: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+    "image_sizes": smaller_sizes, "spatial_shapes": smaller_shapes, "image_position_ids": smaller_places,
+}  # fmt: skip
 """By an argument that tells sizes: make the second picture smaller."""
 
 

@@ -348,7 +348,7 @@ class Adapter(Encoder):
 
     def tap_features(self, record: Callable[[Tensor], None]) -> RemovableHandle:
         """A hook that calls `record` with the encoder features of the patches."""
-        return self.projector.register_forward_pre_hook(functools.partial(_first_argument, record))
+        return self.projector.register_forward_pre_hook(functools.partial(_first_argument, record), with_kwargs=True)
 
     def feature_rows(self, features: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Encoder features as one row per LLM token, [n, N, De] (packed or padded: [N, De])."""
@@ -366,5 +366,5 @@ class Adapter(Encoder):
         return self.projector(rows)
 
 
-def _first_argument(record: Callable[[Tensor], None], module: Any, args: tuple) -> None:
-    record(args[0])
+def _first_argument(record: Callable[[Tensor], None], module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    record(args[0] if args else next(iter(kwargs.values())))
