@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,10 @@ from . import assets
 from .runtime.adapter import OF_CLS, OF_PATCHES, Adapter
 
 FILE = Path(assets.__file__).with_name("architectures.json")
+CHECKPOINTS = Path(assets.__file__).with_name("checkpoints.json")
+"""A few checkpoints of each model type: those that the documentation of transformers names, and sizes of the same release."""
+NEWEST = "5.24"
+"""The transformers that the table was written with."""
 GROUPS = {"CLS": OF_CLS, "patches": OF_PATCHES, "features": frozenset({"encoder_features"})}
 """Signals of a vision encoder, in a word: attention of a CLS token, attention among patches, and features."""
 
@@ -73,7 +81,8 @@ REASONS = {
 
 @functools.cache
 def table() -> dict[str, dict[str, Any]]:
-    """By model type: for each kind of stage "ok" or a word of REASONS; `signals`, words of GROUPS; `positions`, the policies."""
+    """By model type: for each kind of stage "ok" or a word of REASONS; `signals`, words of GROUPS; `positions`, the policies;
+    `task`, if transformers does not list it for pictures and text."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
@@ -85,3 +94,135 @@ def facts(adapter: Any) -> dict[str, Any]:
         "signals": [word for word, names in GROUPS.items() if names & adapter.signals],
         "positions": ["keep", "reindex"] if adapter.reindexes else ["keep"],
     }
+
+
+COLUMNS = {
+    "input": "before the LLM",
+    "video": "videos",
+    "audio": "audio",
+    "layer": "in the LLM",
+    "encoder": "in the encoder",
+}
+"""Kinds of stages that are judged, as headings."""
+ABSENT = ("no videos", "no audio")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A row of the table, and a few checkpoints that it serves."""
+
+    name: str
+    row: dict[str, Any]
+    checkpoints: tuple[str, ...]
+
+    @property
+    def image_text(self) -> bool:
+        """Whether transformers lists it for pictures and text; else for more modalities alone."""
+        return bool("task" not in self.row)
+
+    def cell(self, kind: str) -> str:
+        """ "yes", "-" where there is nothing of the kind, or a word of REASONS."""
+        verdict = self.row.get(kind, "-")
+        return "yes" if verdict == "ok" else "-" if verdict in ABSENT else verdict
+
+    @property
+    def cells(self) -> list[str]:
+        """All columns, a reason that holds for everything said once."""
+        found = [self.cell(kind) for kind in COLUMNS]
+        rest = ["-" if cell == found[0] != "yes" else cell for cell in found[1:]]
+        signals = ", ".join(self.row["signals"]) if self.row.get("signal") == "ok" else "-"
+        return [found[0], *rest, signals, ", ".join(self.row["positions"]) if "yes" in found else "-"]
+
+    def matches(self, word: str) -> bool:
+        return word.lower() in " ".join((self.name, *self.checkpoints)).lower()
+
+
+def architectures(words: Sequence[str] = ()) -> list[Architecture]:
+    """All of the table, or those whose name or checkpoints contain one of `words`."""
+    known = json.loads(CHECKPOINTS.read_text())
+    found = [Architecture(name, row, tuple(known.get(name, ()))) for name, row in sorted(table().items())]
+    return [one for one in found if not words or any(map(one.matches, words))]
+
+
+HEADINGS = ("architecture", "checkpoints", *COLUMNS.values(), "signals", "positions")
+
+
+def counts(found: Sequence[Architecture]) -> str:
+    """How many take each kind of stage, of those that have what it acts on; but for audio, of image-text architectures."""
+    parts = []
+    for kind, heading in (*COLUMNS.items(), ("signal", "signals of the encoder")):
+        verdicts = [one.row.get(kind, ABSENT[0]) for one in found if one.image_text or kind == "audio"]
+        judged = [verdict for verdict in verdicts if verdict not in ABSENT]
+        if judged:
+            parts.append(f"{heading} {judged.count('ok')} of {len(judged)}")
+    return "; ".join(parts)
+
+
+def summary() -> str:
+    """The paragraph of the README: counts, and the reasons of all others."""
+    found = architectures()
+    seeing = [one for one in found if one.image_text]
+    reasons = Counter(one.row["input"] for one in seeing if one.row["input"] != "ok")
+    later = Counter(one.row["layer"] for one in seeing if one.row["input"] == "ok" != one.row["layer"])
+
+    hearing = f", and {len(found) - len(seeing)} that hear," if len(found) > len(seeing) else ""
+
+    def listed(counted: Counter[str]) -> str:
+        return ", ".join(f"{word} {number}" for word, number in counted.most_common())
+
+    lines = (
+        f"All {len(seeing)} image-text architectures of transformers {NEWEST}{hearing} are judged as tiny random models "
+        f"(`python -m tests.architectures`, a test). Exact: {counts(found)}. All others are refused by `compress` with the "
+        f"reason ({listed(reasons)}; in the LLM also {listed(later)}). `mmcompress models` and "
+        f"[docs/models.md](docs/models.md) list them, and `mmcompress check MODEL` says it of one checkpoint, from its config "
+        f"alone."
+    )
+    return textwrap.fill(lines, 140, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def markdown() -> str:
+    """The page docs/models.md."""
+    found = architectures()
+    rows = [HEADINGS, ["---"] * len(HEADINGS)]
+    rows += [(f"`{one.name}`", ", ".join(one.checkpoints) or "-", *one.cells) for one in found]
+    said = {one.row.get(kind) for one in found for kind in (*COLUMNS, "signal")}
+    reasons = [f"* **{word}**: {sentence}." for word, (_, sentence) in REASONS.items() if word in said - set(ABSENT)]
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            f"What mmcompress does on every image-text and multimodal architecture of transformers {NEWEST}, as the crossed test "
+            "found it on tiny random models (`tests/test_architectures.py`: exact against the stock model that is given what was "
+            "kept, in prefill, decoding and padded batches; or refused by `compress`). This page is made of the table of that test "
+            "by `python -m mmcompress.architectures`.",
+            "",
+            "`mmcompress models WORD` prints the rows with a word; `mmcompress check MODEL` says it of one checkpoint, from its "
+            "config alone: other language models inside the same architecture may take other stages.",
+            "",
+            f"{counts(found)}.",
+            "",
+            *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+            "**yes**: exact. **-**: there is nothing of the kind, or the reason before holds for it too. Signals: **CLS**, "
+            "attention of a CLS token; **patches**, attention among patches; **features**, of the encoder. Positions of kept "
+            "tokens: their "
+            "places in the full prompt (keep), or numbered anew (reindex). Reasons:",
+            "",
+            *reasons,
+            "",
+        ]
+    )
+
+
+def publish(root: Path) -> None:
+    """Write docs/models.md, and the paragraph of the README between its marks, in a checkout."""
+    (root / "docs").mkdir(exist_ok=True)
+    (root / "docs" / "models.md").write_text(markdown())
+    readme = root / "README.md"
+    start, end = (f"<!-- {mark} architectures -->\n" for mark in ("begin", "end"))
+    before, _, rest = readme.read_text().partition(start)
+    readme.write_text(before + start + summary() + end + rest.partition(end)[2])
+
+
+if __name__ == "__main__":
+    publish(Path(assets.__file__).parent.parent)

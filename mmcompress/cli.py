@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_check, cli_explain, cli_learn
+from . import cli_check, cli_explain, cli_learn, cli_models
 from .assets import CLIP, MODELS, PAGES, checkpoint
 from .eval import explain_train
 from .eval.cli import OutFile, OutFolder, OutPicture, add_load_options, bench, check_least, evaluate, tune
@@ -191,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=OutPicture, help="also write a PNG of the kept tokens")
 
     cli_check.add(command, _load)
+    cli_models.add(command)
     command("methods", _methods, "all methods with kind, paper and options; `sweep MODEL --plan all` measures them")
 
     tune.add_command(command, _load, _open_image, MODELS)

@@ -20,12 +20,13 @@ import transformers
 from mmcompress.adapters import adapter_for
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT
 
 from mmcompress.architectures import FILE, REASONS, facts
 from mmcompress.architectures import table as read_table
 
 OLDEST = transformers.__version__.startswith("5.17")
+CLASSES = {**IMAGE_TEXT}
 NAMES = tuple(CLASSES)
 VOCABULARY, PAD, EOS, BOS, IMAGE, VIDEO = 160, 0, 1, 2, 150, 151
 LAYERS, SIDE = 4, 32
@@ -442,13 +443,14 @@ def table(outcome: Any) -> str:
 
 
 def told(name: str) -> dict[str, Any]:
-    """What the adapter of an architecture says of it."""
+    """What the adapter of an architecture says of it, and its task, if transformers does not list it for pictures and text."""
+    task = {} if name in IMAGE_TEXT else {"task": "multimodal"}
     with torch.device("meta"):
         model = getattr(transformers, CLASSES[name])._from_config(config(name))
     try:
-        return facts(adapter_for(model))
+        return task | facts(adapter_for(model))
     except NotImplementedError:
-        return facts(None)
+        return task | facts(None)
 
 
 def main(names: list[str], write: bool) -> None:

@@ -41,6 +41,7 @@ FLOORS = [
         "architectures",
         "check",
         "cli_check",
+        "cli_models",
         "__main__",
     ),
 ]
@@ -143,6 +144,8 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
         "assert AutoProcessor.from_pretrained(path).image_token == '<image>'\n"
         "assert (path / 'model.safetensors').stat().st_size > 10**6\n"
         "assert (pathlib.Path(mmcompress.__file__).parent / 'py.typed').exists()\n"
+        "from mmcompress.architectures import architectures\n"
+        "assert len(architectures()) >= 100 and architectures(['llava-1.5-7b'])\n"
         "print('complete')\n"
     )
     names = [name for name in modules() if not name.endswith("__main__")]
