@@ -118,7 +118,7 @@ def modality_dominance(
     keys = torch.stack([real & ~visual, visual, real & ~visual & ~first, visual & ~first])
     tally = _Tally(engine if isinstance(engine, Engine) else None, keys, real)
     forms = Forms(adapter.language_model, adapter.model)
-    found = [forms.of(i, "text dominance", "cached") for i in range(len(adapter.language_model.layers))]
+    found = [forms.of(i, "text dominance", "cached", "boundless") for i in range(len(adapter.language_model.layers))]
     handles = [(form.attention, functools.partial(tally.record, i, form)) for i, form in enumerate(found)]
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in handles]
     try:

@@ -351,7 +351,8 @@ class Case:
         handle.remove()
         scores = seen[0][0, :, -1].mean(0)
         best = patches[scores[patches].topk(len(kept)).indices].tolist()
-        assert kept == set(best), f"{len(kept & set(best))} of the {len(kept)} most attended tokens are kept"
+        mine, most = scores[sorted(kept)].sort().values, scores[best].sort().values  # equal ones: behind a window, say
+        assert torch.equal(mine, most), f"{len(kept & set(best))} of the {len(kept)} most attended tokens are kept"
 
 
 @torch.no_grad()

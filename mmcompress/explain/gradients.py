@@ -55,7 +55,7 @@ def gradient_relevance(
         refuse_rewriting(s)
         depth = len(s.adapter.language_model.layers)
         forms = Forms(s.adapter.language_model, s.adapter.model)
-        outs = {i: forms.of(i, "gradient relevance", "out") for i in range(depth)}
+        outs = {i: forms.of(i, "gradient relevance", "out", "boundless") for i in range(depth)}
         attention, graph, states = AttentionTap(range(depth), forms), GraphTap(outs), StatesTap()
         with differentiated(s, attention, graph, states):
             assert s.trace is not None

@@ -66,7 +66,7 @@ class AttentionTap:
         handles, forms = [], self.forms or Forms(adapter.language_model, adapter.model)
         self.seen, self.places = {i: [] for i in self.layers}, {i: [] for i in self.layers}
         for i in self.layers:
-            self.form[i] = form = forms.of(i, "this explanation")
+            self.form[i] = form = forms.of(i, "this explanation", "boundless")
             hook = here(functools.partial(self._record, i))
             handles.append(form.attention.register_forward_pre_hook(hook, with_kwargs=True))
         return handles

@@ -50,7 +50,7 @@ def rewriters(plan: Pipeline, forms: Forms) -> dict[int, Rewriter]:
                 f"{stage!r} acts in layers {layers.start} to {layers.stop - 1}; the model has 0 to {depth - 1}"
             )
         for i in layers:
-            form = forms.of(i, repr(stage), "cached", "out")
+            form = forms.of(i, repr(stage), "cached", "out", "boundless")
             check_unit(form.attention)
             found.setdefault(i, Rewriter(form, i)).stages.append(stage)
     return found

@@ -157,6 +157,11 @@ class Heads:
         if not self.past:
             return self.new_keys
         layer: Any = self._cache_layer
+        if getattr(layer, "is_sliding", False):
+            raise NotImplementedError(
+                "attention in a later turn of a layer that looks back only so far: its cache has let keys go; start again from the "
+                "whole prompt"
+            )
         if not is_plain(layer):
             raise NotImplementedError(
                 f"attention over a cache of type {type(layer).__name__} in a later turn: its keys are not stored as they are; use "
@@ -371,7 +376,7 @@ AROUND = (
     - {"final_states", "text_final_states", "text_states", "text_relevance", "input_scores"}
 )
 """Those that read an attention module: of the layer before the cut, with "@next" of the layer behind it."""
-WANTS = {"mean_attention": ("simple",), "pagerank": ("simple",), "rotary_gain": ("rotation",)}
+WANTS = {"mean_attention": ("simple", "boundless"), "pagerank": ("simple", "boundless"), "rotary_gain": ("rotation",)}
 """What a signal needs the form of the module to have."""
 OF_TEXT = frozenset(
     {

@@ -26,6 +26,7 @@ from .cache import CACHE
 from .hooks import running
 from .rotary import ROTATIONS, Rotation, Tables, rotary_tables, rotate
 from .shards import whole
+from .windows import Window, windows_of
 
 RECORD = "mmcompress_record"
 """Name of our attention function; only copies of modules, made for one call, have it in their config."""
@@ -127,6 +128,8 @@ def _attend(
 ) -> Any:  # fmt: skip
     twin = _copy(attention, config=_As(attention.config, implementation), **changes)
     given = {"position_embeddings": tables, "attention_mask": mask, "position_ids": positions, CACHE: cache}
+    if "shared_kv_states" in inspect.signature(type(attention).forward).parameters:
+        given["shared_kv_states"] = {}  # for later layers
     return _forward(twin, attention, hidden, **given)
 
 
@@ -198,6 +201,7 @@ class Form:
     cached   whether a cache holds the keys and values as they are handed to the attention function.
     norm     name of the child of the layer whose output enters attention, "" where the residual stream does; None: neither.
     out      name of the child of the attention module that gives its output from the heads, side by side; None: there is none.
+    boundless  whether a query may see everything before it.
     """
 
     root: nn.Module
@@ -211,6 +215,7 @@ class Form:
     cached: bool = True
     norm: str | None = "input_layernorm"
     out: str | None = "o_proj"
+    boundless: bool = True
 
     @property
     def attention(self) -> Any:
@@ -251,6 +256,7 @@ class Forms:
     def __init__(self, language_model: Any, root: nn.Module | None = None) -> None:
         self.language_model, self.root = language_model, language_model if root is None else root
         self.found: dict[int, Form] = {}
+        self.windows = windows_of(language_model.config)
 
     def of(self, index: int, asked: object, *wants: str) -> Form:
         """The form of layer `index`. `asked`: who wants it; `wants`: attributes of it that must not be None or False. Raises
@@ -285,10 +291,14 @@ class Forms:
         device = _device(attention)
         if device.type == "meta":
             width = getattr(attention, "head_dim", 1)
-            return Form(self.root, layer, name, scaling=getattr(attention, "scaling", width**-0.5)), False
+            scaling = getattr(attention, "scaling", width**-0.5)
+            return Form(
+                self.root, layer, name, scaling=scaling, boundless=window_at(self.windows, attention) is None
+            ), False
         with torch.no_grad(), torch.autocast(device.type, enabled=False), whole(self.root, layer), _still(layer):
             try:
-                return _Probe(self.root, layer, name, self.language_model, device).form(), True
+                window = window_at(self.windows, attention)
+                return _Probe(self.root, layer, name, self.language_model, device, window).form(), True
             except (LookupError, ValueError):
                 raise
             except Exception as error:  # of modules that we do not know
@@ -297,12 +307,18 @@ class Forms:
 
 UNFIT = {
     "simple": "it caps its logits or has sinks, and statistics of all rows are made from plain logits",
+    "boundless": "it looks back only so far (a sliding window or chunks)",
     "rotation": "its rotary embedding is of no form that we know",
     "cached": "its cache holds neither keys nor values as they are (latent attention)",
     "norm": "what enters it is not one norm of the residual stream",
     "out": "its output is not a projection of its heads",
 }
 """Why a form is not enough, by the attribute that is wanted."""
+
+
+def window_at(windows: Sequence[Window | None], attention: Any) -> Window | None:
+    """That of the layer of an attention module."""
+    return windows[attention.layer_idx] if attention.layer_idx < len(windows) else None
 
 
 def attention_name(layer: Any) -> str | None:
@@ -431,8 +447,11 @@ def states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 class _Probe:
     """One layer on a few random tokens."""
 
-    def __init__(self, root: nn.Module, layer: Any, name: str, language_model: Any, device: torch.device) -> None:
+    def __init__(
+        self, root: nn.Module, layer: Any, name: str, language_model: Any, device: torch.device, window: Window | None
+    ) -> None:
         self.root, self.layer, self.name, self.attention = root, layer, name, running(getattr(layer, name))
+        self.window = window
         config = language_model.config
         self.stream = torch.randn(1, TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(0))
         self.stream = self.stream.to(device, language_model.dtype)
@@ -457,8 +476,8 @@ class _Probe:
 
     def form(self) -> Form:
         handed = self._handed()
-        if handed.window is not None:
-            raise ValueError(f"it has a sliding window of {handed.window} tokens")
+        if handed.window is not None and (self.window is None or self.window.size != handed.window):
+            raise ValueError(f"it has a sliding window of {handed.window} tokens, of which its config does not tell")
         if handed.others:
             raise ValueError(f"it hands {', '.join(handed.others)} to its attention function, which we do not know")
         most = self._largest(handed)
@@ -472,7 +491,7 @@ class _Probe:
         cached = kept is not None and all(_close(a, b) for a, b in zip(written.seen, (kept.k, kept.v), strict=True))
         form = Form(
             self.root, self.layer, self.name, False, rotation, handed.scaling, handed.softcap, handed.sinks is not None,
-            cached, self._norm(), self._out(weights, handed.v, output),
+            cached, self._norm(), self._out(weights, handed.v, output), self.window is None,
         )  # fmt: skip
         plain = form.simple and all(
             _close(_tried(functools.partial(form.project, which, self.stream, self.tables)), getattr(handed, which))

@@ -125,7 +125,7 @@ def check_relevance(forms: Forms, asked: object = "the relevance of an answer") 
             f"process holds the whole model"
         )
     for index in range(len(forms.language_model.layers)):
-        forms.of(index, asked, "out")
+        forms.of(index, asked, "out", "boundless")
 
 
 def answer_relevance(
@@ -159,7 +159,7 @@ def answer_relevance(
         there = torch.arange(most, device=device) < torch.tensor(lengths, device=device)[:, None]
         new = language_model.get_input_embeddings()(ids[:, :-1]).detach()
         whole = prompt.followed_by(new)
-        taps = [_Tap(forms.of(i, "the relevance of an answer")) for i in range(depth)]
+        taps = [_Tap(forms.of(i, "the relevance of an answer", "boundless")) for i in range(depth)]
         handles = [handle for tap in taps for handle in tap.install()]
         try:
             leaf = Prompt(whole.embeds.requires_grad_(), whole.positions, whole.valid, whole.levels)
