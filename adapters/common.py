@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..runtime.adapter import Adapter, Encoded, body_of, decoder_of, encoding, placeholder
+from ..runtime.adapter import Adapter, Encoded, body_of, config_of, decoder_of, encoding, placeholder
 from ..runtime.deepstack import NAMES as DEEPSTACK
 from ..runtime.structural import StructuralTokens, ruled
 from ..stage import MODALITIES, USUAL
@@ -45,7 +45,7 @@ class CommonAdapter(Adapter):
 
     @property
     def lacks(self) -> str:
-        tower = getattr(getattr(self.model.config, "vision_config", None), "model_type", "")
+        tower = getattr(getattr(self.config, "vision_config", None), "model_type", "")
         of = type(self.model).__name__ + (f" ({tower})" if tower else "")
         return f"the vision encoder of {of} is not known to mmcompress"
 
@@ -70,13 +70,13 @@ class CommonAdapter(Adapter):
         return StructuralTokens(self.base, self.language_model)
 
     def mark(self, encoded: Encoded, features: Sequence[Tensor]) -> None:
-        if not self.structural_tokens:
-            return
+        layouts = encoded.layouts
+        if not self.structural_tokens or any(layout != Layout.raster(1, 1, layout.tokens) for layout in layouts):
+            return  # none are made of parameters, or it is known how the tokens lie
         which = self.structural_tokens.among(torch.cat([f.flatten(0, -2) for f in features]))
-        parts = which.split([layout.tokens for layout in encoded.layouts])
-        for i, part in enumerate(parts):
+        for i, part in enumerate(which.split([layout.tokens for layout in layouts])):
             if part.any():
-                encoded.layouts[i] = ruled(part, encoded.modality == "image")
+                layouts[i] = ruled(part, encoded.modality == "image")
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         raise AssertionError("no signals, nothing to arrange")
@@ -122,7 +122,7 @@ def refusal(model: Any) -> str | None:
             "its base model has no decoder apart (language_model or text_model with layers) that is given embeddings, in "
             f"front of which {kind} tokens could be dropped"
         )
-    if all(placeholder(config, modality) is None for modality in MODALITIES):
+    if all(placeholder(config_of(model), modality) is None for modality in MODALITIES):
         return f"no token of its prompts stands for a token of {what}: config has no {encoded[0]}_token_id"
     other = [name for name in inspect.signature(decoder.forward).parameters if "deepstack" in name]
     if set(other) - DEEPSTACK:

@@ -54,7 +54,7 @@ class GridAdapter(Adapter):
 
     @property
     def delimited(self) -> bool:  # type: ignore[override]
-        return any(hasattr(self.model.config, f"{name}_start_token_id") for name in ("vision", "image"))
+        return any(hasattr(self.config, f"{name}_start_token_id") for name in ("vision", "image"))
 
     @functools.cached_property
     def tower(self) -> Any:

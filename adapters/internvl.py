@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..runtime.adapter import Encoded, Run
+from ..runtime.adapter import Encoded, Run, config_of
 from .square import SquareAdapter
 from .tiles import Picture, arrangement, join
 
@@ -21,11 +21,11 @@ class InternVLAdapter(SquareAdapter):
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        return hasattr(getattr(model, "config", None), "downsample_ratio") and super().matches(model)
+        return hasattr(config_of(model), "downsample_ratio") and super().matches(model)
 
     @property
     def factor(self) -> int:
-        return round(1 / self.model.config.downsample_ratio)
+        return round(1 / self.config.downsample_ratio)
 
     def assemble(self, encoded: Encoded, runs: list[Run]) -> None:
         if encoded.pixels is None:

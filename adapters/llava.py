@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.adapter import Adapter, Encoded
+from ..runtime.adapter import Adapter, Encoded, config_of
 from ..visuals import Layout, View
 from .layouts import AnyRes, resize
 from .square import SquareAdapter
@@ -27,7 +27,7 @@ class LlavaAdapter(SquareAdapter):
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        config = getattr(model, "config", None)
+        config = config_of(model)
         if getattr(config, "model_type", None) not in cls.model_types or not hasattr(model, "base_model_prefix"):
             return False
         return config.vision_config.model_type in TOWERS
@@ -49,7 +49,7 @@ class AnyResAdapter(LlavaAdapter):
 
     def pictures(self, arguments: dict[str, Any]) -> list[AnyRes | None]:
         """How each picture of an encoder call is cut; None: one view and a newline."""
-        config = self.model.config
+        config = self.config
         pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
         tile, patch = config.vision_config.image_size, config.vision_config.patch_size
         given = arguments["image_sizes"]  # a tensor, or what a collator makes: lists, tuples, tensors in a list
@@ -109,12 +109,12 @@ class LlavaNextAdapter(AnyResAdapter):
 
     @property
     def pooled(self) -> int:
-        return self.side // self.model.config.spatial_pool_stride
+        return self.side // self.config.spatial_pool_stride
 
     def pool(self, frames: Tensor, nearest: bool) -> Tensor:
-        stride = self.model.config.spatial_pool_stride
+        stride = self.config.spatial_pool_stride
         # a "conv" resampler cannot pool signals: they take the mean
-        if self.model.config.spatial_pool_mode == "max" or nearest:
+        if self.config.spatial_pool_mode == "max" or nearest:
             return F.max_pool2d(frames.double(), stride).to(frames.dtype)
         return F.avg_pool2d(frames, stride)
 
@@ -131,7 +131,7 @@ class LlavaOnevisionAdapter(AnyResAdapter):
         return [int(n) == 1 for n in counts for _ in range(int(n))]
 
     def _most_tiles(self, arguments: dict[str, Any]) -> int | None:
-        ratio = arguments.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+        ratio = arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
         return int(ratio.removeprefix("anyres_max_"))
 
     @property

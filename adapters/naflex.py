@@ -31,7 +31,7 @@ class NaFlexAdapter(RasterAdapter):
 
     @property
     def side(self) -> int:
-        return int(self.model.config.downsample_factor)
+        return int(self.config.downsample_factor)
 
     def shapes(self, arguments: dict[str, Any]) -> list[tuple[int, int]]:
         return [(int(rows), int(columns)) for rows, columns in arguments["spatial_shapes"].tolist()]

@@ -43,11 +43,11 @@ class PixtralAdapter(RasterAdapter):
 
     @property
     def side(self) -> int:
-        return int(getattr(self.model.config, "spatial_merge_size", 1))
+        return int(getattr(self.config, "spatial_merge_size", 1))
 
     @property
     def feature_blocks(self) -> list[int]:
-        if not hasattr(self.model.config, "vision_feature_layer"):
+        if not hasattr(self.config, "vision_feature_layer"):
             return super().feature_blocks
         return Adapter.feature_blocks.fget(self)  # type: ignore[attr-defined]
 

@@ -75,14 +75,14 @@ class SquareAdapter(Adapter):
 
     @property
     def feature_blocks(self) -> list[int]:
-        if getattr(self.model.config, "vision_feature_layer", None) is None:
+        if getattr(self.config, "vision_feature_layer", None) is None:
             return [len(self.blocks) - 1]
         return super().feature_blocks
 
     @property
     def side(self) -> int:
         """Patches per side of a view."""
-        vision = self.model.config.vision_config
+        vision = self.config.vision_config
         size, patch = (n if isinstance(n, int) else n[0] for n in (vision.image_size, vision.patch_size))
         return size // patch
 
@@ -103,7 +103,7 @@ class SquareAdapter(Adapter):
 
     @property
     def delimited(self) -> bool:  # type: ignore[override]
-        return self.factor > 1 or any(hasattr(self.model.config, f"eoi_token_{what}") for what in ("id", "index"))
+        return self.factor > 1 or any(hasattr(self.config, f"eoi_token_{what}") for what in ("id", "index"))
 
     def order(self, patches: int, arguments: dict[str, Any]) -> Tensor | None:
         side, factor = math.isqrt(patches), self.factor
@@ -121,7 +121,7 @@ class SquareAdapter(Adapter):
     @property
     def structural(self) -> int:
         """Tokens of a view that strategy "full" keeps before the patches: the CLS token, if the tower has one."""
-        return self.prefix if getattr(self.model.config, "vision_feature_select_strategy", None) == "full" else 0
+        return self.prefix if getattr(self.config, "vision_feature_select_strategy", None) == "full" else 0
 
     def check_stage(self, stage: Stage) -> None:
         if isinstance(stage, PixelStage):

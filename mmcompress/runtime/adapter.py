@@ -100,6 +100,11 @@ def body_of(model: Any) -> Any:
     return unwrapped(getattr(model, "base_model", model))
 
 
+def config_of(model: Any) -> Any:
+    """The config of the part of a model that sees: of a retriever that of the model inside. None where there is none."""
+    return getattr(body_of(model), "config", None)
+
+
 def decoder_of(base: Any) -> Any:
     """The decoder that a base model gives its embeddings to: with its layers, without its head; None if there is none."""
     part = getattr(base, "language_model", None) or getattr(base, "text_model", None)
@@ -242,6 +247,7 @@ class Adapter(Encoder):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.base: Any = body_of(model)
+        self.config: Any = getattr(self.base, "config", model.config)
         self.language_model: Any = decoder_of(self.base)
         if self.language_model is None:
             raise NotImplementedError(
@@ -252,7 +258,7 @@ class Adapter(Encoder):
     @property
     def placeholders(self) -> dict[str, int]:
         """Token id that stands for one token of a modality in `input_ids`, by modality."""
-        found = {modality: placeholder(self.model.config, modality) for modality in MODALITIES}
+        found = {modality: placeholder(self.config, modality) for modality in MODALITIES}
         there = {*self.encoders.values(), *self.listened}
         return {m: token for m, token in found.items() if token is not None and m in there}
 
@@ -272,7 +278,7 @@ class Adapter(Encoder):
 
     def _stands(self, modality: str) -> bool:
         # frames of videos may stand on the placeholders of pictures
-        return modality != "audio" or placeholder(self.model.config, "audio") is not None
+        return modality != "audio" or placeholder(self.config, "audio") is not None
 
     @property
     def modalities(self) -> list[str]:
@@ -285,7 +291,7 @@ class Adapter(Encoder):
 
     @property
     def feature_blocks(self) -> list[int]:
-        chosen, count = self.model.config.vision_feature_layer, len(self.blocks)
+        chosen, count = self.config.vision_feature_layer, len(self.blocks)
         states = [chosen] if isinstance(chosen, int) else list(chosen)
         # hidden_states[0] are the embeddings, hidden_states[i] is the output of block i - 1
         return [(state if state >= 0 else count + 1 + state) - 1 for state in states]
@@ -308,7 +314,7 @@ class Adapter(Encoder):
     def check_encoder_call(self, arguments: dict[str, Any]) -> None:
         """Raise if a call of an encoder method asks for something that would make layout or signals wrong."""
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            given, configured = arguments.get(name), getattr(self.model.config, name, None)
+            given, configured = arguments.get(name), getattr(self.config, name, None)
             if isinstance(given, list | tuple) and isinstance(configured, list | tuple):
                 given, configured = list(given), list(configured)
             if given is not None and given != configured:

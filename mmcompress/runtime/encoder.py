@@ -118,6 +118,11 @@ class TowerScope:
         return None if scope is None else scope.state.get(self)
 
 
+def opened_by_tower(scope: Scope) -> bool:
+    """Whether a vision tower that was called by itself has opened a scope."""
+    return "mine" in scope.state
+
+
 class EncoderFacade(TowerScope):
     """Runs one EncoderStage in a vision encoder; `owner` is the engine.
 

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from ..kernels.compact import compact
 from ..stage import Pipeline
 from .adapter import Adapter, Encoded
+from .around import Around, pixels_in
 from .attention import GIVEN, keep_notes, rewriters
 from .cache import CACHE, Ledger, book, cache_of, held_bytes, is_pruned, ledger_of, lengths
 from .call import Call, Sight, alike, locate, placeholder_masks
@@ -107,6 +108,7 @@ class Engine(Following):
         self.windows = windows_of(self.language_model.config)
         check_positions(adapter, plan)
         self.clip = Clip.of(adapter, plan, self.clip)
+        self.around = Around.of(self)
         self.forms = Forms(self.language_model, adapter.model) if forms is None else forms
         self.substitutes = resolve_needs(adapter, self.forms, plan, self.clip is not None)
         self.cutter = Cutter(self, self.forms, plan, adapter.reindexes)
@@ -141,7 +143,7 @@ class Engine(Following):
     def doors(self) -> Iterator[RemovableHandle]:
         yield self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True)
         if self.base is not self.adapter.model:
-            yield self.adapter.model.register_forward_pre_hook(self._model_pre)
+            yield self.adapter.model.register_forward_pre_hook(self._model_pre, with_kwargs=True)
 
     def hooks(self) -> Iterator[RemovableHandle]:
         yield self.base.register_forward_hook(self._base_post, always_call=True)
@@ -149,7 +151,7 @@ class Engine(Following):
         yield self.language_model.register_forward_hook(self._language_post)
         for i, layer in enumerate(self.language_model.layers):
             yield layer.register_forward_pre_hook(functools.partial(self._layer_pre, i), with_kwargs=True)
-        for part in (self.facade, self.vision_tap, *self.rewriters.values(), self.cutter):
+        for part in (self.around, self.facade, self.vision_tap, *self.rewriters.values(), self.cutter):
             if part is not None:
                 yield from part.install()
         for name in self.adapter.encoders:
@@ -169,9 +171,13 @@ class Engine(Following):
         notes(self).clear()
 
     # ------------------------------------------------------------------ base model
-    def _model_pre(self, module: Any, args: tuple) -> None:
-        if self.doors_at is not None and self.doors_at.changed():
+    def _model_pre(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.whole:
+            return
+        if self.doors_at is None or self.doors_at.changed():
             self.follow()
+        if self.around is not None:
+            self.around.enter(args, kwargs)
 
     def _base_pre(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self.whole:
@@ -185,13 +191,12 @@ class Engine(Following):
             self.follow()
         outputs = {m: o for m, o in (given.get("mm_encoder_outputs") or {}).items() if o is not None}
         encoded = [self._encoded_before(modality, output) for modality, output in outputs.items()]
-        pixels = {
-            "video" if "video" in name else "image": name
-            for name, value in given.items()
-            if name.startswith("pixel_values") and value is not None
-        }
+        pixels = pixels_in(given)
         if not step and "audio" in self.plan.modalities:
             pixels |= {modality: name for name, modality in self.sounds.items() if given.get(name) is not None}
+        if self.around is not None:
+            ids, before, more = self.around.seen(ids, embeds)
+            encoded, pixels = encoded + before, {**more, **pixels}
         enter(Call(ids, embeds, encoded, self, pixels, mask=given.get("attention_mask")))
 
     def _encoded_before(self, modality: str, output: Any) -> Encoded:
@@ -218,6 +223,8 @@ class Engine(Following):
             kept.clear()
             if call.groups and call.groups[-1].source is not None:
                 kept["visual"] = call.visual
+                if self.around is not None:
+                    self.around.note(call.groups[-1])
 
     def _passed(self, what: str) -> RuntimeError:
         return RuntimeError(
@@ -578,6 +585,8 @@ class Engine(Following):
         if compressed:
             assert call.visual is not None
             ends = call.visual & ~torch.nn.functional.pad(call.visual, (0, 1))[:, 1:]
+            if self.around is not None:  # nothing is generated: each token shows its own
+                ends = torch.zeros_like(ends)
             output.last_hidden_state = last.restore(output.last_hidden_state, ends)
         return output
 
