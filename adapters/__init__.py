@@ -8,6 +8,7 @@ from typing import Any
 from ..runtime.adapter import Adapter, Encoder
 from .common import CommonAdapter, refusal
 from .gemma import GemmaAdapter
+from .grid_forms import ClassTokenAdapter, ErnieAdapter, KimiAdapter, SizedAdapter
 from .grids import GridAdapter
 from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
@@ -20,6 +21,10 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     LlavaAdapter,
     LlavaNextAdapter,
     LlavaOnevisionAdapter,
+    KimiAdapter,
+    ErnieAdapter,
+    SizedAdapter,
+    ClassTokenAdapter,
     GridAdapter,
     InternVLAdapter,
     PixtralAdapter,

@@ -23,6 +23,9 @@ from .common import refusal
 from .raster import units
 from .towers import blocks_of
 
+GRIDS = ("grid_thw", "image_grid_thw", "video_grid_thw")
+"""Frames, rows and columns of patches: keywords of towers and of methods that encode."""
+
 
 class GridAdapter(Adapter):
     """Qwen-VL and what is built like it: a tower that is given `grid_thw`, and modules that make tokens of `side` x `side` patches.
@@ -41,12 +44,16 @@ class GridAdapter(Adapter):
     def matches(cls, model: Any) -> bool:
         if refusal(model) is not None:
             return False
-        adapter = cls(model)
+        plain = GridAdapter(model)
         try:
-            asked = inspect.signature(adapter.projector.forward).parameters
-            return bool(adapter.blocks) and adapter.grouped and len(asked) == 1
-        except (StopIteration, IndexError, NotImplementedError):
+            return bool(blocks_of(plain.tower) and plain.road) and cls.fits(plain)
+        except (StopIteration, NotImplementedError):
             return False
+
+    @classmethod
+    def fits(cls, plain: GridAdapter) -> bool:
+        """Whether the parts that were found are of this form; raises StopIteration where one is missing."""
+        return plain.side > 0
 
     @property
     def reindexes(self) -> bool:  # type: ignore[override]
@@ -58,7 +65,7 @@ class GridAdapter(Adapter):
 
     @functools.cached_property
     def tower(self) -> Any:
-        return next(c for c in self.base.children() if "grid_thw" in inspect.signature(c.forward).parameters)
+        return next(c for c in self.base.children() if {*GRIDS}.intersection(inspect.signature(c.forward).parameters))
 
     @functools.cached_property
     def side(self) -> int:
@@ -72,6 +79,10 @@ class GridAdapter(Adapter):
     @property
     def unit(self) -> int:  # type: ignore[override]
         return self.side**2
+
+    def sides(self, arguments: dict[str, Any]) -> list[int]:
+        """The same of each visual of a call."""
+        return [self.side] * len(self._grids(arguments))
 
     @property
     def grouped(self) -> bool:
@@ -130,8 +141,7 @@ class GridAdapter(Adapter):
     @staticmethod
     def _grids(arguments: dict[str, Any]) -> Tensor:
         """Frames, rows and columns of the patches of each visual, in a call of the tower or of the method that encodes."""
-        names = ("grid_thw", "image_grid_thw", "video_grid_thw")
-        return next(grids for name in names if (grids := arguments.get(name)) is not None)
+        return next(grids for name in GRIDS if (grids := arguments.get(name)) is not None)
 
     def order(self, patches: int, arguments: dict[str, Any]) -> Tensor | None:
         if self.grouped:
@@ -154,8 +164,8 @@ class GridAdapter(Adapter):
         return index
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
-        grids = (self._grids(arguments) // torch.tensor([1, self.side, self.side])).tolist()
-        return Encoded(modality, [laid(*grid, length) for grid, length in zip(grids, lengths, strict=True)])
+        grids = zip(self._grids(arguments).tolist(), self.sides(arguments), lengths, strict=True)
+        return Encoded(modality, [laid(t, h // side, w // side, length) for (t, h, w), side, length in grids])
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         if self.grouped and (index := self._windows(arguments)) is not None:
@@ -166,8 +176,21 @@ class GridAdapter(Adapter):
         return features if self.joined else super().feature_rows(features, arguments)
 
     def project(self, rows: Tensor) -> Tensor:
-        tokens = rows.flatten(0, 1) if self.joined else rows.unflatten(-1, (self.unit, -1)).flatten(0, 2)
-        for part in self.road:
+        first, asked = self.projector, inspect.signature(self.projector.forward).parameters
+        if self.joined:
+            tokens = first(rows.flatten(0, 1))
+        elif len(asked) == 1:
+            tokens = first(rows.unflatten(-1, (self.unit, -1)).flatten(0, 2))
+        else:  # it is given pictures: units side by side are one, too
+            units = rows.unflatten(-1, (self.side, self.side, -1)).flatten(0, 1)
+            picture, size = units.transpose(0, 1).flatten(0, 2), (self.side, self.side * len(units))
+            if "size" in asked:
+                tokens = first(picture[None], size=size)[0]
+            else:
+                tokens = first(picture, torch.tensor([[1, *size]], device=rows.device))
+            begin = (len(tokens) - len(units)) // 2  # of structural tokens, one or none stands in front
+            tokens = tokens[begin : begin + len(units)]
+        for part in self.road[1:]:
             tokens = part(tokens)
         return tokens.unflatten(0, rows.shape[:2])
 

@@ -120,7 +120,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": {"mrope_section": [2, 2, 2, 2]}},
     "kimi_k25": {"projection_hidden_size": 32},
     "mistral3": {"text_config.sliding_window": 24},
-    "muse_glimmer": {"out_hidden_size": 128},
+    "muse_glimmer": {"out_hidden_size": 128, "vision_config.pos_emb_height": 4, "vision_config.pos_emb_width": 4},
     "hy_v4_vl": {"text_config.rope_parameters": {"mrope_section": [1, 1, 2]}},
     "internvl": SQUARE,
     "janus": {"vq_config.channel_multiplier": [1, 1], "vision_config.projection_dim": 64},
