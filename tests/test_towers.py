@@ -71,8 +71,18 @@ def smaller_places(model: Any, found: dict[str, Any]) -> None:
     found["image_position_ids"][1, :54] = places
 
 
+def smaller_grids(model: Any, found: dict[str, Any]) -> None:
+    """Half as many rows, and columns half as many again."""
+    for name in {"image_grid_thw", "video_grid_thw"} & found.keys():
+        t, h, w = found[name][1].tolist()
+        found[name] = torch.tensor([[t, h, w], [t, h // 2, w * 3 // 2]])
+        pixels = name.replace("image_grid_thw", "pixel_values").replace("video_grid_thw", "pixel_values_videos")
+        found[pixels] = found[pixels][: int(found[name].prod(1).sum())]
+
+
 SMALLER: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "image_sizes": smaller_sizes, "spatial_shapes": smaller_shapes, "image_position_ids": smaller_places,
+    "image_grid_thw": smaller_grids, "video_grid_thw": smaller_grids,
 }  # fmt: skip
 """By an argument that tells sizes: make the second picture smaller."""
 
