@@ -114,16 +114,19 @@ def refusal(model: Any) -> str | None:
             "its language model looks at pictures by cross-attention: no visual tokens stand in its prompt; smaller pictures, or "
             "fewer tiles, make that cheaper"
         )
-    if not encoded:
+    standing = [modality for modality in MODALITIES if placeholder(config_of(model), modality) is not None]
+    if not encoded and (standing or what == "pictures"):
         return f"it encodes {what} inside its forward pass: its base model has no get_{taken[0]}_features"
+    if not standing and what == "sounds":
+        return f"no token of its prompts stands for a part of {what}: config has no audio_token_id"
     decoder = decoder_of(base)
     if decoder is None:
         return (
             "its base model has no decoder apart (language_model or text_model with layers) that is given embeddings, in "
             f"front of which {kind} tokens could be dropped"
         )
-    if all(placeholder(config_of(model), modality) is None for modality in MODALITIES):
-        return f"no token of its prompts stands for a token of {what}: config has no {encoded[0]}_token_id"
+    if not standing:
+        return "no token of its prompts stands for a visual token: config has no image_token_id"
     other = [name for name in inspect.signature(decoder.forward).parameters if "deepstack" in name]
     if set(other) - DEEPSTACK:
         return f"its features enter layers of the language model in a form that is not supported ({', '.join(other)})"

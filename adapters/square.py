@@ -41,8 +41,15 @@ class SquareAdapter(Adapter):
             return False
         base = body_of(model)
         tower, projector = child(base, TOWERS), child(base, PROJECTORS)
-        given = inspect.signature(base.get_image_features).parameters
-        if tower is None or projector is None or not set(given) <= SQUARES or cls._embeddings(tower) is None:
+        encode = getattr(base, "get_image_features", None)
+        given = () if encode is None else inspect.signature(encode).parameters
+        if (
+            not given
+            or tower is None
+            or projector is None
+            or not set(given) <= SQUARES
+            or cls._embeddings(tower) is None
+        ):
             return False
         if any("attn" in name or "perceiver" in name for name, _ in projector.named_modules()):
             return False  # of queries, which have no grid

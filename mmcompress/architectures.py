@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every image-text architecture of transformers takes, as the crossed test of this project found it on tiny random models.
+"""What every image-text and multimodal architecture of transformers takes, as the crossed test of this project found it on tiny
+random models.
 
 The table is `assets/architectures.json`, written by `python -m tests.architectures --write` and compared in every run of the tests.
 """
@@ -60,12 +61,15 @@ REASONS = {
         "is an encoder-decoder",
         "it is an encoder-decoder: no visual tokens stand in the prompt of its decoder",
     ),
-    "no pictures": ("takes no pictures", "it takes no pictures"),
+    "no pictures": ("takes no pictures", "it takes no pictures and no audio"),
     "no videos": ("no videos", "it takes no videos"),
+    "no audio": ("no audio of which tokens", "it takes no audio"),
+    "audio only": ("takes audio: name", 'it takes audio and no pictures: on="audio"'),
+    "inside": ("it wraps the model that sees", "it wraps the model that sees: compress that one (model.thinker)"),
     "no decoder": ("no decoder apart", "its base model has no decoder apart that is given embeddings"),
     "no placeholder": (
-        "no token of its prompts stands for a visual token",
-        "no token of its prompts stands for a visual token",
+        "no token of its prompts stands for a",
+        "no token of its prompts stands for a visual token, or a part of its sounds",
     ),
     "no features": (
         "encodes pictures inside its forward pass",

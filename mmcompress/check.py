@@ -30,7 +30,7 @@ from .runtime.adapter import Adapter
 from .runtime.engine import Engine
 from .runtime.probe import Form, Forms, attention_name
 from .runtime.tower import TowerEngine
-from .stage import Recipe
+from .stage import USUAL, Recipe
 
 PICTURES = ((336, 336), (1024, 768), (1920, 1080))
 """Width and height of the pictures whose tokens are counted."""
@@ -115,7 +115,7 @@ def examine(model: Any, result: Checked | None = None) -> Checked:
     if isinstance(adapter, Adapter):
         told = facts(adapter)
         result.signals, result.positions = told["signals"], told["positions"]
-        result.modalities = sorted(set(adapter.encoders.values()))
+        result.modalities = adapter.modalities
         language_model = adapter.language_model
         result.layers = dict(Counter(_types(language_model)))
         forms = _Sampled(language_model, model)
@@ -136,11 +136,12 @@ def _refusal(adapter: Any, name: str, forms: Forms | None) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plan = as_pipeline(name)
             if isinstance(adapter, Adapter):
+                sees = {*USUAL}.intersection(adapter.modalities)
+                plan = as_pipeline(name) if sees else as_pipeline(name, on=tuple(adapter.modalities))
                 Engine(adapter, plan, forms=forms)
             else:
-                TowerEngine(adapter, plan)
+                TowerEngine(adapter, as_pipeline(name))
     except (NotImplementedError, ValueError) as refusal:
         return str(refusal)
     return None

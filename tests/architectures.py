@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every image-text architecture of the installed transformers, tiny and random.
+"""Every image-text and multimodal architecture of the installed transformers, tiny and random.
 
 Configs are the defaults, shrunk by rules over nested configs, with overrides where a family needs one. Pictures follow
 the signature of the method that encodes them, and placeholders the number of features that come back.
@@ -20,13 +20,18 @@ import transformers
 from mmcompress.adapters import adapter_for
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT
+from transformers.models.auto import modeling_auto
 
 from mmcompress.architectures import FILE, REASONS, facts
 from mmcompress.architectures import table as read_table
 
+from .sounds import AUDIO, sounds
+from .sounds import OVERRIDES as HEARD
+
+SOUNDING = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})  # not in all supported versions
+IMAGE_TEXT = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+CLASSES = {**SOUNDING, **IMAGE_TEXT}
 OLDEST = transformers.__version__.startswith("5.17")
-CLASSES = {**IMAGE_TEXT}
 NAMES = tuple(CLASSES)
 VOCABULARY, PAD, EOS, BOS, IMAGE, VIDEO = 160, 0, 1, 2, 150, 151
 LAYERS, SIDE = 4, 32
@@ -108,11 +113,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config.embed_dim": [16] * 4, "vision_config.projection_dim": 64, "text_config.d_model": 64,
     },
     "gemma3n": {
-        "text_config.num_kv_shared_layers": 0, "vision_soft_tokens_per_image": 16, "vision_config.hidden_size": 2048,
+        "text_config.num_kv_shared_layers": 0, "audio_config.vocab_offset": 153, "audio_soft_tokens_per_image": 16,
+        "vision_soft_tokens_per_image": 16, "vision_config.hidden_size": 2048,
         "vision_config.model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 4},
     },
-    "gemma4": {"vision_config": "gemma4_vision"},
-    "gemma4_unified": {"vision_config": "gemma4_unified_vision"},
     "granite4_vision": {
         "downsample_rate": "4/8", "deepstack_layer_map": [[-1, 0], [-2, 1]], "spatial_target_layers": [0, 1, 2, 3],
         "vision_config.hidden_size": 64, "image_grid_pinpoints": [[32, 32]],
@@ -169,6 +173,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **{name: {"text_config.rope_parameters": MROPE} for name in
        ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni",
         "paddleocr_vl", "glm_ocr", "qwen3_5", "qwen3_5_moe")},
+    **HEARD,
     **{name: {"text_config.rope_parameters": PARTIAL} for name in ("glm4v", "glm46v", "glmga", "glm4v_moe")},
 }  # fmt: skip
 """Fields by dotted path that the rules do not find, each by what the class asks for or by how it was released."""
@@ -177,7 +182,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 def token(name: str) -> int:
     """The token id for the field `name` of a config: the same for the same purpose in every config."""
     kind = re.sub(r"_(token_id|token_index|id)$", "", name)
-    known = {"pad": PAD, "eos": EOS, "bos": BOS, "image": IMAGE, "image_patch": IMAGE, "video": VIDEO}
+    known = {"pad": PAD, "eos": EOS, "bos": BOS, "image": IMAGE, "image_patch": IMAGE, "video": VIDEO, "audio": AUDIO}
     return known.get(kind, 128 + sum(map(ord, kind)) % 21)
 
 
@@ -266,11 +271,10 @@ def randomised(model: Any, seed: int = 0) -> Any:
 
 
 def base_of(model: Any) -> Any:
-    """The module that encodes pictures."""
-    return next(
-        (m for m in (getattr(model, model.base_model_prefix or "-", None), model) if hasattr(m, "get_image_features")),
-        None,
-    )
+    """The module that encodes pictures, or sounds."""
+    doors = ("get_image_features", "get_audio_features", "audio_tower")
+    inside = (getattr(model, model.base_model_prefix or "-", None), model)
+    return next((m for m in inside if any(hasattr(m, door) for door in doors)), None)
 
 
 def pictures(model: Any, rows: list[list[int]]) -> dict[str, Any]:
@@ -387,12 +391,12 @@ def lengths_of(base: Any, modality: str, found: dict[str, Any]) -> int:
 
 @torch.no_grad()
 def prompts(model: Any, samples: list[list[int | str]], first: int = 0, runs: int = 2) -> dict[str, Any]:
-    """Inputs for `samples`, padded on the left: an int is so many text tokens, a string the picture of that number, or the
-    video after a "v", whose tokens stand in `runs` runs between marks of text."""
+    """Inputs for `samples`, padded on the left: an int is so many text tokens, a string the picture of that number, the sound
+    after an "a", or the video after a "v", whose tokens stand in `runs` runs between marks of text."""
     base, config = base_of(model), model.config
     shown = [[part for part in sample if isinstance(part, str)] for sample in samples]
     rows_of = [[int(part) for part in row if part.isdigit()] for row in shown]
-    films = [int(part[1:]) for row in shown for part in row if not part.isdigit()]
+    films, heard = ([int(part[1:]) for row in shown for part in row if part[0] == letter] for letter in "va")
     found: dict[str, Any] = {}
     tokens = 0
     if any(rows_of):
@@ -401,6 +405,10 @@ def prompts(model: Any, samples: list[list[int | str]], first: int = 0, runs: in
     if films:
         found |= (more := clips(model, films))
         frame = lengths_of(base, "video", more) // len(films) // runs
+    lengths: list[int] = []
+    if heard:
+        more, lengths = sounds(model, base, heard)
+        found |= more
     rows = []
     for number, sample in enumerate(samples, start=first):
         generator = torch.Generator().manual_seed(1000 + number)
@@ -410,6 +418,11 @@ def prompts(model: Any, samples: list[list[int | str]], first: int = 0, runs: in
                 row += torch.randint(5, 120, (part,), generator=generator).tolist()
             elif part.isdigit():
                 row += [IMAGE] * tokens
+            elif part[0] == "a":
+                start, end = (
+                    [x] if (x := getattr(config, f"audio_{at}_token_id", None)) else [] for at in ("start", "end")
+                )
+                row += [*start, *[AUDIO] * lengths.pop(0), *end]
             else:
                 start, end = (getattr(config, f"video_{at}_token_id", 120) for at in ("start", "end"))
                 row += [start, *([121, *[video_id(model)] * frame] * runs), end]
@@ -424,6 +437,8 @@ def prompts(model: Any, samples: list[list[int | str]], first: int = 0, runs: in
     for name in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
         if name in taken:
             found[name] = (ids == IMAGE).long() + (2 if name == "mm_token_type_ids" else 1) * (ids == VIDEO).long()
+            if name == "mm_token_type_ids":
+                found[name] += 3 * (ids == AUDIO).long()
             if films and name == "mm_token_type_ids" and video_id(model) == IMAGE:
                 found[name] *= 2
     return {name: value for name, value in found.items() if name in taken}

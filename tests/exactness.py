@@ -14,25 +14,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from mmcompress.adapters import adapter_for
 from torch import Tensor
 
 import mmcompress as mm
 from mmcompress.budget import resolve
 
-from .architectures import IMAGE, LAYERS, VIDEO, base_of, build, prompts
+from .architectures import CLASSES, IMAGE, LAYERS, VIDEO, base_of, build, prompts
+from .sounds import AUDIO
 
 PLANS = {
     "input": "divprune(keep={})",
     "video": "divprune(keep={})",
+    "audio": "divprune(keep={}, on='audio')",
     "layer": "fastv(layer=1, keep={})",
     "signal": "visionzip(keep={})",
     "encoder": "tome(keep={})",
 }
-"""One plan for each kind of stage, and for signals of the vision encoder; and what an input stage does to a video."""
+"""One plan for each kind of stage, and for signals of the vision encoder; and what an input stage does to videos and sounds."""
 ROW: list[int | str] = [4, "1", 2, "2", 6]
 RAGGED: list[list[int | str]] = [[5, "3", 4], ROW]
 FILM: list[int | str] = [4, "v1", 6]
+HEARD: list[list[int | str]] = [[5, "a3", 4], [4, "a1", 2, "a2", 6]]
 STEPS = 4
 LOOSE = {"nemotron_h_omni": 3e-3}
 """Where steps of stock differ from its own longer prompts (a recurrence that is rounded otherwise than its scan): how far, of
@@ -51,7 +55,7 @@ class Outcome:
 
 
 def visual_in(ids: Tensor) -> Tensor:
-    return (ids == IMAGE) | (ids == VIDEO)
+    return (ids == IMAGE) | (ids == VIDEO) | (ids == AUDIO)
 
 
 def gathered(value: Any, kept: Tensor, length: int, visual: Tensor) -> Any:
@@ -215,12 +219,12 @@ class Case:
     def generate(self, inputs: dict[str, Any]) -> Any:
         return self.model.generate(
             **inputs, do_sample=False, max_new_tokens=STEPS, min_new_tokens=STEPS, output_logits=True,
-            return_dict_in_generate=True, suppress_tokens=[IMAGE, VIDEO],
+            return_dict_in_generate=True, suppress_tokens=[IMAGE, VIDEO, AUDIO],
         )  # fmt: skip
 
     def prepare(self) -> None:
         """Inputs of two rows alone and together, and what the stock model makes of them."""
-        samples = [FILM] if self.kind == "video" else RAGGED
+        samples = [FILM] if self.kind == "video" else HEARD if self.kind == "audio" else RAGGED
         try:
             self._prepare(samples, 2)
         except (RuntimeError, StopIteration, ValueError):  # frames of a video in one run
@@ -274,7 +278,9 @@ class Case:
 
         def given(embeds: Tensor) -> Tensor:
             mine = embeds[:, : len(kept)]
-            same = torch.ones(len(kept), dtype=torch.bool) if self.kind in ("input", "video") else ~visual[kept]
+            same = (
+                torch.ones(len(kept), dtype=torch.bool) if self.kind in ("input", "video", "audio") else ~visual[kept]
+            )
             assert torch.equal(mine[:, same], packed[:, same]), "other embeddings enter the language model"
             return torch.cat([packed, embeds[:, len(kept) :]], 1)
 
@@ -301,7 +307,7 @@ class Case:
 
     def check_budget(self, trace: Any, visual: Tensor, gone: Tensor) -> None:
         tokens = [shown.tokens for shown in trace.visuals]
-        assert self.kind == "video" or len(tokens) == 2, f"{len(tokens)} visuals for 2 pictures"
+        assert self.kind == "video" or len(tokens) == 2, f"{len(tokens)} visuals for 2 pictures or sounds"
         structural = sum(len(shown.layout.structural) for shown in trace.visuals)
         assert sum(tokens) + structural == int(visual.sum()), "visuals do not add up"
         wanted = resolve(0.5, sum(tokens)) if self.kind == "layer" else sum(resolve(0.5, n) for n in tokens)
@@ -358,6 +364,8 @@ class Case:
 @torch.no_grad()
 def judge(name: str, kind: str) -> Outcome:
     """What a plan of the kind `kind` of PLANS does on the architecture `name`."""
+    if kind == "audio" and "audio" not in getattr(transformers, CLASSES[name]).input_modalities:
+        return Outcome("none", "no audio of which tokens could be dropped")
     case = Case(name, kind)
     if kind == "video" and not hasattr(base_of(case.model), "get_video_features"):
         return Outcome("none", "no videos")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every image-text architecture of transformers: each kind of stage is exact or refused, as assets/architectures.json says.
+"""Every image-text and multimodal architecture of transformers: each kind of stage is exact or refused, as the table in
+assets/architectures.json says.
 
 After a change that is meant, `python -m tests.architectures --write` writes what is there now.
 """
@@ -49,6 +50,7 @@ def test_every_architecture_has_a_verdict() -> None:
         print(f"{kind}: {found.count('ok')} of {len(found)} exact")
         assert not [verdict for verdict in found if verdict not in ("ok", *SHARED)]
     assert verdicts["input"].count("ok") >= 74 and verdicts["layer"].count("ok") >= 47
+    assert verdicts["audio"].count("ok") >= 18
     assert verdicts["signal"].count("ok") >= 9 and verdicts["encoder"].count("ok") >= 9
 
 
@@ -87,7 +89,7 @@ def wrapped(name: str, cls: str, **changes: Any) -> Any:
         (lambda: wrapped("t5", "T5ForConditionalGeneration"), "it takes no pictures"),
         (
             lambda: wrapped("qwen2_audio", "Qwen2AudioForConditionalGeneration"),
-            r"takes audio: write divprune\(\.\.\., on='audio'",
+            r"takes audio: name it, as in divprune\(keep=0.25, on='audio'\)",
         ),
         (lambda: wrapped("clip", "CLIPModel"), "its base model has no decoder apart"),
         (

@@ -88,7 +88,7 @@ def check_modalities(adapter: Adapter, plan: Pipeline) -> None:
     if not plan.modalities.intersection(there):
         raise NotImplementedError(
             f"{plan!r} acts on {' and '.join(m for m in MODALITIES if m in plan.modalities)}, and "
-            f"{type(adapter.model).__name__} takes {' and '.join(there)}: write {plan.stages[0].name}(..., on={there[0]!r})"
+            f"{type(adapter.model).__name__} takes {' and '.join(there)}: name it, as in divprune(keep=0.25, on={there[0]!r})"
         )
 
 
