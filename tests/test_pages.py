@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import zlib
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from mmcompress.eval.synthetic.pages.content import (
 )  # fmt: skip
 from mmcompress.eval.synthetic.pages.content import KINDS as DOCUMENTS
 from mmcompress.eval.synthetic.pages.labels import LABELS, token_labels
-from mmcompress.eval.synthetic.pages.layout import UNIT, Field
+from mmcompress.eval.synthetic.pages.layout import UNIT, Field, font_of
 from mmcompress.eval.synthetic.pages.model import WORDS, PageReader
 from mmcompress.eval.synthetic.pages.train import PageRecipe, PageTrainer, questions_of
 from mmcompress.eval.tasks import task_of
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 
 # ---------------------------------------------------------------------- pages
@@ -43,7 +42,7 @@ def test_a_page_follows_from_its_seed() -> None:
     rng = np.random.default_rng(0)
     made = [make_content("test", kind, 4, 2, True, rng) for kind in DOCUMENTS for _ in range(5)]
     said = "\n".join(str((content.heading, content.lines, content.columns)) for content in made)
-    assert zlib.crc32(said.encode()) == 3546182247, "recorded results are about other pages"
+    assert zlib.crc32(said.encode()) == 782986057, "recorded results are about other pages"
 
 
 def test_pages_differ_as_documents_do() -> None:
@@ -126,11 +125,6 @@ def baseline(field: Field) -> int:
     return field.box[1] - int(font_of(field.size).getbbox(field.text, anchor="la")[1])
 
 
-@cache
-def font_of(size: int) -> Any:
-    return ImageFont.load_default(size=size)
-
-
 def columns(page: Page) -> list[str]:
     return [f.text for f in sorted(page.fields, key=lambda f: f.box[0]) if f.text in COLUMNS]
 
@@ -194,7 +188,7 @@ def test_chance_is_that_of_a_guess_among_the_answers() -> None:
     }
     assert len(set(said["cell"])) == 90 and CHANCE["cell"] == 1 / 90
     assert len(set(said["heading"])) <= len(HEADINGS[0]) * len(HEADINGS[1]) == 1 / CHANCE["heading"]
-    assert len(set(said["code"])) > 500 and CHANCE["code"] == 16**-3
+    assert 120 <= len(set(said["code"])) <= 128 and CHANCE["code"] == 1 / 128
     assert CHANCE["largest"] == pytest.approx(sum(1 / n for n in range(3, 7)) / 4)
     assert abs(said["listed"].count("yes") / len(said["listed"]) - 0.5) < 0.01
     blind = max(said["lines"].count(n) for n in set(said["lines"])) / len(said["lines"])

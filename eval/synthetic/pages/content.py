@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from ..scenes import CHARACTERS, CODE_LENGTH
+from ..scenes import CHARACTERS
 
 Split: TypeAlias = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
@@ -39,6 +39,9 @@ HEADINGS = (
 )
 """First and second word of a heading."""
 DIGITS = "0123456789"
+LETTERS = tuple(c for c in CHARACTERS if c not in DIGITS)
+"""What a code begins with; its second and last character is any of `CHARACTERS`."""
+CODE_LENGTH = 2
 NUMBERS = (10, 99)
 """Smallest and largest number in a table."""
 AMOUNTS = (1, 6)
@@ -126,7 +129,7 @@ def _fits(split: Split, content: Content) -> bool:
 
 
 def _code(rng: np.random.Generator) -> str:
-    return "".join(rng.choice(list(CHARACTERS), size=CODE_LENGTH))
+    return LETTERS[int(rng.integers(len(LETTERS)))] + CHARACTERS[int(rng.integers(len(CHARACTERS)))]
 
 
 def _number(split: Split, label: str, column: str, rng: np.random.Generator) -> str:
@@ -148,4 +151,4 @@ def _bars(count: int, rng: np.random.Generator) -> tuple[float, ...]:
 
 def is_code(text: str) -> bool:
     """Whether a value is a code and no word."""
-    return len(text) == CODE_LENGTH and set(text) <= set(CHARACTERS)
+    return len(text) == CODE_LENGTH and text[0] in LETTERS and text[1] in CHARACTERS

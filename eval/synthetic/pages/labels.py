@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..scenes import CODE_LENGTH
-from .content import DIGITS, LINES, is_code
-from .layout import UNIT, Page
+from .content import CODE_LENGTH, DIGITS, LINES, is_code
+from .layout import UNIT, Page, font_of
 from .model import CHARACTERS_WRITTEN, WORDS
 
 _WORD = {word: i + 1 for i, word in enumerate(WORDS)}
@@ -68,8 +67,8 @@ def token_labels(page: Page) -> np.ndarray:
         if number or is_code(text):
             for slot, character in enumerate(text):
                 labels[rows[f"slot {slot + 1}"], here] = _WRITTEN[character]
-        width_of = (field.box[2] - field.box[0]) / len(text)
-        at = np.clip(((x + UNIT / 2 - field.box[0]) // width_of).astype(int), 0, len(text) - 1)
+        ends = [field.box[0] + font_of(field.size).getlength(text[: i + 1]) for i in range(len(text))]
+        at = np.clip(np.searchsorted(ends, x + UNIT / 2), 0, len(text) - 1)
         letters = np.array([_WRITTEN[c] for c in text])[at]
         labels[rows["letter"], here] = np.broadcast_to(letters[None], here.shape)[here]
     return labels.reshape(len(LABELS), -1)

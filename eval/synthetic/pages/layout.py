@@ -51,7 +51,7 @@ class Page:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font_of(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=size)  # type: ignore[return-value]
 
 
@@ -62,7 +62,7 @@ def _snap(length: int) -> int:
 
 def _place(text: str, left: int, top: int, size: int, line: int = 0, column: int = 0, right: bool = False) -> Field:
     """A field that begins (or ends) at `left`."""
-    font = _font(size)
+    font = font_of(size)
     if right:
         left = (left - round(font.getlength(text))) // GRID * GRID
     a, b, c, d = font.getbbox(text, anchor="la")
@@ -70,7 +70,7 @@ def _place(text: str, left: int, top: int, size: int, line: int = 0, column: int
 
 
 def _width(texts: tuple[str, ...], size: int) -> int:
-    return max(round(_font(size).getlength(text)) for text in texts)
+    return max(round(font_of(size).getlength(text)) for text in texts)
 
 
 def make_page(seed: int, split: Split = "train", snippet: bool = False) -> Page:
@@ -160,6 +160,6 @@ def draw_page(page: Page) -> Image.Image:
     for bar in page.bars:
         pen.rectangle(bar, fill=tuple(int(v) for v in rng.integers(40, 170, size=3)))
     for field in page.fields:
-        a, b, *_ = _font(field.size).getbbox(field.text, anchor="la")
-        pen.text((field.box[0] - a, field.box[1] - b), field.text, fill=ink, font=_font(field.size), anchor="la")
+        a, b, *_ = font_of(field.size).getbbox(field.text, anchor="la")
+        pen.text((field.box[0] - a, field.box[1] - b), field.text, fill=ink, font=font_of(field.size), anchor="la")
     return image

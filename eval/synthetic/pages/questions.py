@@ -9,8 +9,8 @@ from statistics import mean
 import numpy as np
 
 from ..questions import Question
-from ..scenes import CHARACTERS, CODE_LENGTH
-from .content import AMOUNTS, HEADINGS, ITEMS, KEYS, LINES, NUMBERS, VALUES, Content, is_code
+from ..scenes import CHARACTERS
+from .content import AMOUNTS, HEADINGS, ITEMS, KEYS, LETTERS, LINES, NUMBERS, VALUES, Content, is_code
 
 Ask = Callable[[Content, np.random.Generator], list[Question]]
 
@@ -91,7 +91,7 @@ KINDS: dict[str, Ask] = {
 }
 CHANCE = {
     "value": 1 / len(VALUES),
-    "code": 1 / len(CHARACTERS) ** CODE_LENGTH,
+    "code": 1 / (len(LETTERS) * len(CHARACTERS)),
     "cell": 1 / (NUMBERS[1] - NUMBERS[0] + 1),
     "amount": 1 / (AMOUNTS[1] - AMOUNTS[0] + 1),
     "sum": 1 / (2 * (AMOUNTS[1] - AMOUNTS[0]) + 1),

@@ -243,7 +243,7 @@ class PageTrainer(Loop):
         asked = [questions_of(page, self.recipe.turns, rng) for page in batch]
         logits, packed, visual = self.answers(batch, asked, augment=True)
         loss = F.cross_entropy(logits.float(), packed.labels[:, 1:][packed.labels[:, 1:] >= 0])
-        return loss + 0.03 * self.label_loss(visual, self.labels(batch))
+        return loss + 0.1 * self.label_loss(visual, self.labels(batch))
 
     @torch.no_grad()
     def answer_scores(self) -> dict[str, float]:
