@@ -13,6 +13,7 @@ from .grids import GridAdapter
 from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
 from .naflex import NaFlexAdapter
+from .ovis import Ovis2Adapter
 from .pixtral import PixtralAdapter
 from .square import SquareAdapter
 from .vit import ENCODERS
@@ -30,6 +31,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     PixtralAdapter,
     NaFlexAdapter,
     GemmaAdapter,
+    Ovis2Adapter,
     SquareAdapter,
     CommonAdapter,
 )

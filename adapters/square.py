@@ -18,12 +18,16 @@ from ..visuals import Layout
 from .common import refusal
 from .tiles import join, pictures, small
 from .towers import blocks_of, child
+from .units import side_by_side, through, unit_order
 
 TOWERS = ("vision_tower", "vision_model", "image_tower")
 PROJECTORS = ("multi_modal_projector", "aligner", "connector")
 SQUARES = frozenset(
-    {"pixel_values", "pixel_attention_mask", "vision_feature_layer", "vision_feature_select_strategy", "kwargs"}
-)
+    {
+        "pixel_values", "pixel_attention_mask", "vision_feature_layer", "vision_feature_select_strategy", "kwargs",
+        "high_res_pixel_values", "tile_fine_mask",
+    }
+)  # fmt: skip
 """Arguments of a method that encodes squares: none says of what size pictures are."""
 RATIOS = ("scale_factor", "downsample_factor", "kernel_size", "pooling_ratio")
 """How many patches of a side a projector makes one token of."""
@@ -40,16 +44,11 @@ class SquareAdapter(Adapter):
         if refusal(model) is not None:
             return False
         base = body_of(model)
-        tower, projector = child(base, TOWERS), child(base, PROJECTORS)
-        encode = getattr(base, "get_image_features", None)
-        given = () if encode is None else inspect.signature(encode).parameters
-        if (
-            not given
-            or tower is None
-            or projector is None
-            or not set(given) <= SQUARES
-            or cls._embeddings(tower) is None
-        ):
+        tower, encode = child(base, TOWERS), getattr(base, "get_image_features", None)
+        projector = cls._projector(base, tower)
+        if tower is None or projector is None or encode is None or cls._embeddings(tower) is None:
+            return False
+        if not set(inspect.signature(encode).parameters) <= SQUARES:
             return False
         if any("attn" in name or "perceiver" in name for name, _ in projector.named_modules()):
             return False  # of queries, which have no grid
@@ -67,9 +66,19 @@ class SquareAdapter(Adapter):
     def tower(self) -> Any:
         return child(self.base, TOWERS)
 
+    @staticmethod
+    def _projector(base: Any, tower: Any) -> Any:
+        return child(base, PROJECTORS) or (tower and child(tower, PROJECTORS))
+
     @property
     def projector(self) -> Any:
-        return child(self.base, PROJECTORS)
+        return self._projector(self.base, self.tower)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the projector is given encoder features and nothing else, so that rows of them can be sent through it."""
+        taken = inspect.signature(self.projector.forward).parameters.values()
+        return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in taken) == 1
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
@@ -113,17 +122,22 @@ class SquareAdapter(Adapter):
         return self.factor > 1 or any(hasattr(self.config, f"eoi_token_{what}") for what in ("id", "index"))
 
     def order(self, patches: int, arguments: dict[str, Any]) -> Tensor | None:
-        side, factor = math.isqrt(patches), self.factor
-        if factor == 1:
-            return None
-        grid = torch.arange(patches).view(side // factor, factor, side // factor, factor)
-        return grid.permute(0, 2, 1, 3).flatten()
+        return unit_order(patches, self.factor) if self.factor > 1 else None
 
     @property
     def signals(self) -> frozenset[str]:
-        found = OF_PATCHES | {"encoder_features"} | (OF_CLS if self.prefix else frozenset())
+        found = OF_PATCHES | (OF_CLS if self.prefix else frozenset())
+        if not self.alone:
+            return found
         # a CLS token cannot take a road on which patches are fused
-        return found | {"cls_feature"} if self.prefix and self.unit == 1 else found
+        return found | {"encoder_features"} | ({"cls_feature"} if self.prefix and self.unit == 1 else set())
+
+    @property
+    def lacks(self) -> str:
+        what = (
+            "puts more than the features of this vision encoder together, so rows of those make no tokens by themselves"
+        )
+        return "" if self.alone else f"{type(self.projector).__name__} {what}"
 
     @property
     def structural(self) -> int:
@@ -131,13 +145,20 @@ class SquareAdapter(Adapter):
         return self.prefix if getattr(self.config, "vision_feature_select_strategy", None) == "full" else 0
 
     def check_stage(self, stage: Stage) -> None:
-        if isinstance(stage, PixelStage):
-            takes = inspect.signature(self.tower.forward).parameters
-            always = "bool_masked_pos" in takes
-            if "interpolate_pos_encoding" not in takes and not always:
-                raise NotImplementedError(
-                    f"{stage!r}: {type(self.tower).__name__} takes pictures of one size only, no smaller ones"
-                )
+        kind, takes = type(self.tower).__name__, inspect.signature(self.tower.forward).parameters
+        if "high_res_pixel_values" in inspect.signature(self.base.get_image_features).parameters:
+            raise NotImplementedError(
+                f"{stage!r} acts in {kind}, one of two vision encoders: the other gives all tokens"
+            )
+        embeddings, name = self._embeddings(self.tower), "interpolate_pos_encoding"
+        always = hasattr(embeddings, name) and name not in inspect.signature(embeddings.forward).parameters
+        if isinstance(stage, PixelStage) and name not in takes and not always:
+            raise NotImplementedError(f"{stage!r}: {kind} takes pictures of one size only, no smaller ones")
+
+    def check_encoder_call(self, arguments: dict[str, Any]) -> None:
+        super().check_encoder_call(arguments)
+        if arguments.get("tile_fine_mask") is not None:
+            raise NotImplementedError("tile_fine_mask: a compressed model takes the coarse route only, call it without")
 
     def features(self, output: Any, arguments: dict[str, Any]) -> Sequence[Tensor]:
         found = super().features(output, arguments)
@@ -163,20 +184,9 @@ class SquareAdapter(Adapter):
         return list(rows)
 
     def feature_rows(self, features: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Where the projector fuses patches: those of a token side by side, [n, N, unit * De]."""
-        if self.pools == 1:
-            return features
-        order = self.order(features.shape[1], arguments)
-        assert order is not None
-        return features[:, order.to(features.device)].unflatten(1, (-1, self.unit)).flatten(2)
+        return side_by_side(features, self.pools) if self.pools > 1 else features
 
     def project(self, rows: Tensor) -> Tensor:
         if self.pools == 1:
             return self.projector(rows)
-        each = (self.side // self.pools) ** 2  # a projector that fuses patches takes whole views
-        flat = rows.flatten(0, 1)
-        views = torch.cat([flat, flat.new_zeros(-len(flat) % each, flat.shape[1])]).unflatten(0, (-1, each))
-        patches, order = views.unflatten(2, (self.unit, -1)).flatten(1, 2), self.order(each * self.unit, {})
-        assert order is not None
-        made = self.projector(patches[:, order.argsort().to(rows.device)])
-        return made.reshape(views.shape[0] * each, -1)[: len(flat)].unflatten(0, rows.shape[:2])
+        return through(self.projector, rows, self.pools, (self.side // self.pools) ** 2)

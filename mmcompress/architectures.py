@@ -33,6 +33,14 @@ REASONS = {
         "which would be merged with patches",
         "the rows of its vision encoder are filled up with padding: stages behind it only",
     ),
+    "more features": (
+        "puts more than the features of this vision encoder together",
+        "its projector takes more than the features of one vision encoder: attention among patches, but none of those features",
+    ),
+    "two encoders": (
+        "one of two vision encoders",
+        "two vision encoders give each token: none of them can merge tokens",
+    ),
     "states": (
         "whose state cannot forget tokens",
         "its language model has layers whose state cannot forget tokens: stages before it only",

@@ -143,6 +143,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config.video_temporal_patch_size": 2, "image_token_id": IMAGE, "video_token_id": VIDEO,
         "vision_hidden_size": 32, "vision_config.patch_dim": 48, "vision_config.video_patch_dim": 96,
     },
+    "ovis2": {"vision_config.hidden_stride": 2},
     "perception_lm": {
         "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
         "vision_config.model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": [32, 32], "patch_size": 4},
