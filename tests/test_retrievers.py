@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING
 import mmcompress as mm
 from mmcompress.runtime.around import Around
 
-from .architectures import OLDEST, PAD, build, config, prompts
-from .exactness import shortened
+from .architectures import OLDEST, PAD, base_of, build, config, lengths_of, pictures, prompts, shrunk
+from .exactness import shortened, watched
 
 pytestmark = pytest.mark.skipif(OLDEST, reason="the tiny inputs are those of the newest transformers")
 
@@ -200,3 +200,66 @@ def test_heads_that_classify_read_the_last_token(name: str) -> None:
     handle.remove()
     assert got.shape == (2, model.config.num_labels)
     assert torch.equal(got, model.score(seen[0]["x"][:, -1])) and mm.trace(model).visuals[0].kept == 8
+
+
+def encoder(name: str, cls: str) -> tuple[Any, dict[str, Any]]:
+    """A model whose language model is an encoder with windows of 6 places to both sides, and a prompt that is longer."""
+    made = CONFIG_MAPPING[name](**shrunk(CONFIG_MAPPING[name]()))
+    setattr(
+        made.text_config,
+        *(("local_attention", 12) if hasattr(made.text_config, "local_attention") else ("sliding_window", 6)),
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)._from_config(made).eval()
+    found = pictures(model, [[1]])
+    ids = [*range(5, 25), *[made.image_token_id] * lengths_of(base_of(model), "image", found), *range(30, 50)]
+    found |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    return model, found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "cls"), [("modernvbert", "ModernVBertModel"), ("ultravbert", "UltraVBertModel")])
+@pytest.mark.parametrize("positions", ["keep", "reindex"])
+def test_encoders_see_to_both_sides_as_far_as_in_the_whole_prompt(name: str, cls: str, positions: str) -> None:
+    model, inputs = encoder(name, cls)
+    language_model = adapter_for(model).language_model
+    kinds = language_model.config.layer_types
+    seen: list[dict[str, Any]] = []
+    with watched(language_model, seen), watched(language_model.layers[kinds.index("sliding_attention")], seen):
+        model(**inputs)
+    embeds, window = seen[0]["inputs_embeds"], seen[1]["attention_mask"]
+    assert window is not None and not window.all()
+    mm.compress(model, "divprune(keep=2)", positions=positions)
+    got = model(**inputs).last_hidden_state
+    kept = mm.trace(model).call.groups[-1].source[0]
+    mm.uncompress(model)
+    window = window[:, :, kept][..., kept]
+    for kind, layer in zip(kinds, language_model.layers, strict=True):
+        if kind == "sliding_attention":
+            layer.register_forward_pre_hook(
+                lambda _, args, given: (args, {**given, "attention_mask": window}), with_kwargs=True
+            )
+    numbers = kept if positions == "keep" else torch.arange(len(kept))
+    wanted = language_model(inputs_embeds=embeds[:, kept], position_ids=numbers[None])
+    assert len(kept) < embeds.shape[1]
+    assert torch.allclose(got[0, kept], wanted.last_hidden_state[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["fastv(layer=1)", "cmai", "sparsevlm"])
+def test_what_presumes_a_decoder_is_refused_on_encoders(plan: str) -> None:
+    model, _ = encoder("modernvbert", "ModernVBertModel")
+    with pytest.raises(
+        NotImplementedError, match="presumes that tokens see those before them only, but ModernBertModel is an"
+    ):
+        mm.compress(model, plan)
+
+
+@torch.no_grad()
+def test_a_page_of_an_encoder_scores_as_its_kept_rows() -> None:
+    body, inputs = encoder("modernvbert", "ModernVBertModel")
+    made = CONFIG_MAPPING["colmodernvbert"](vlm_config=body.config.to_dict(), embedding_dim=16)
+    model = transformers.ColModernVBertForRetrieval._from_config(made).eval()
+    mm.compress(model, "divprune(keep=2)")
+    got = model(**inputs).embeddings[0]
+    kept = mm.trace(model).call.groups[-1].source[0]
+    assert (got.norm(dim=1) > 0.99).nonzero()[:, 0].tolist() == kept.tolist() and len(kept) == 42

@@ -52,11 +52,13 @@ from .masks import (
 )
 from .needs import (
     VISION_SIGNALS,
+    check_causal,
     check_language_model,
     check_modalities,
     check_positions,
     names_of,
     resolve_needs,
+    sees_behind,
 )
 from .packing import Group, follow, pack, renumbered, take
 from .pixels import PixelFacade
@@ -105,7 +107,8 @@ class Engine(Following):
         self.adapter, self.base, self.language_model = adapter, adapter.base, adapter.language_model
         check_modalities(adapter, plan)
         check_language_model(self.language_model.config, plan)
-        self.windows = windows_of(self.language_model.config)
+        check_causal(self.language_model, plan)
+        self.windows = windows_of(self.language_model.config, sees_behind(self.language_model))
         check_positions(adapter, plan)
         self.clip = Clip.of(adapter, plan, self.clip)
         self.around = Around.of(self)

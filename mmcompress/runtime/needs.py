@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -62,6 +63,23 @@ def check_language_model(config: Any, plan: Pipeline) -> None:
         raise NotImplementedError(
             f"{inside[0]!r}: the language model has indexers, which choose the tokens that a query sees: only stages before the "
             f"language model are supported"
+        )
+
+
+def sees_behind(language_model: Any) -> bool:
+    """Whether tokens of a language model see those behind them (it is an encoder): by which masks its forward pass asks for."""
+    names = inspect.unwrap(type(language_model).forward).__code__.co_names
+    return any(name.startswith("create_bidirectional") for name in names)
+
+
+def check_causal(language_model: Any, plan: Pipeline) -> None:
+    """Raise for what reads or rewrites attention as that of a decoder, where tokens see those behind them."""
+    inside = (*plan.layer_stages, *plan.exit_stages, *plan.attention_stages)
+    asking = [stage for stage in plan.parts if any(kind_of(name) in PROMPT_SIGNALS for name in names_of(stage.needs))]
+    if (inside or asking) and sees_behind(language_model):
+        raise NotImplementedError(
+            f"{(*inside, *asking)[0]!r} presumes that tokens see those before them only, but {type(language_model).__name__} is an "
+            f"encoder, whose tokens see each other: choose a method that acts before the language model and reads features"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that look back only so far: sliding windows and chunks.
+"""Layers that look only so far: sliding windows and chunks.
 
 Distances are those of places in the prompt as the caller gave it, dropped tokens counted, whatever numbers the position ids have.
 So a compressed layer sees what the stock layer sees, less the tokens that are gone, and ready-made masks, decoding and later
@@ -30,28 +30,32 @@ class Window:
 
     size     in places: a query sees itself and the `size` - 1 before it.
     chunked  a query sees no key before its own chunk of `size` places, counted from the first real token.
+    both     a query sees `size` places to both sides (encoders).
     """
 
     size: int
     chunked: bool = False
+    both: bool = False
 
     def reaches(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether queries at places [B, M] are near enough to keys at places [B, K], [B, M, K]."""
         queries, keys = queries[:, :, None], keys[:, None]
         if self.chunked:
             return queries // self.size == keys // self.size
+        if self.both:
+            return (queries - keys).abs() <= self.size
         return queries - keys < self.size
 
 
-def windows_of(config: Any) -> tuple[Window | None, ...]:
+def windows_of(config: Any, both: bool = False) -> tuple[Window | None, ...]:
     """The window of each layer of a language model, None where all is seen; by what transformers makes masks and caches from.
-    Without types of layers a model has one window for all."""
+    Without types of layers a model has one window for all. both: its tokens see those behind them."""
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     chunk = getattr(config, "attention_chunk_size", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if sliding else CHUNKED if chunk else ""] * config.num_hidden_layers
-    known = {**dict.fromkeys(SLIDING, sliding and Window(sliding)), CHUNKED: chunk and Window(chunk, True)}
+    known = {**dict.fromkeys(SLIDING, sliding and Window(sliding, both=both)), CHUNKED: chunk and Window(chunk, True)}
     return tuple(known.get(kind) for kind in kinds)
 
 
@@ -137,10 +141,12 @@ def reached(call: Call, group: Group, index: int, columns: Columns) -> Tensor:
 
 
 def window_mask(config: Any, call: Call, group: Group, index: int, hidden: Tensor) -> Tensor:
-    """The mask of a layer with a window where all else is causal, [B, 1, M, K], in the form that its attention takes."""
-    columns = columns_of(call, group, index, hidden.device)
-    row = torch.arange(group.physical, device=hidden.device)[:, None] + columns.past
-    seen = (columns.number <= row) & columns.real[:, None] & reached(call, group, index, columns)
+    """The mask of a layer with a window where nothing else hides a token, [B, 1, M, K], in the form that its attention takes."""
+    columns, window = columns_of(call, group, index, hidden.device), window_of(call, index)
+    seen = columns.real[:, None] & reached(call, group, index, columns)
+    if window is not None and not window.both:
+        row = torch.arange(group.physical, device=hidden.device)[:, None] + columns.past
+        seen = seen & (columns.number <= row)
     return as_given(config, seen.expand(call.batch, -1, -1)[:, None], hidden.dtype)
 
 
