@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from ..runtime.adapter import Adapter, Encoded, body_of, config_of, decoder_of, encoding, placeholder
 from ..runtime.deepstack import NAMES as DEEPSTACK
@@ -103,7 +104,9 @@ def refusal(model: Any) -> str | None:
             "AutoModelForMultimodalLM"
         )
     what, kind = ("pictures", "visual") if {*USUAL}.intersection(encoded or taken) else ("sounds", "audio")
-    if getattr(config, "is_encoder_decoder", False) or (hasattr(base, "encoder") and hasattr(base, "decoder")):
+    behind = getattr(getattr(base, "language_model", None), "config", None)
+    two = any(getattr(one, "is_encoder_decoder", False) for one in (config, behind))
+    if two or (hasattr(base, "encoder") and hasattr(base, "decoder")):
         return (
             f"it is an encoder-decoder: {what} enter its encoder, and no {kind} tokens stand in the prompt of its decoder; "
             f"smaller {what} make the encoder cheaper"
@@ -120,14 +123,39 @@ def refusal(model: Any) -> str | None:
     if not standing and what == "sounds":
         return f"no token of its prompts stands for a part of {what}: config has no audio_token_id"
     decoder = decoder_of(base)
+    if decoder is None and hasattr(base, "layers"):
+        return (
+            "its base model is itself the decoder and puts features among its embeddings inside its forward pass: there is no "
+            "place between them where tokens could be dropped"
+        )
+    if decoder is None and (alone := _runs_alone(model, base)):
+        return (
+            f"its own generate() runs {alone} by itself, with features among the embeddings already: nothing is called in "
+            f"between where tokens could be dropped; its {getattr(config, 'num_query_tokens', 'few')} tokens per picture are few"
+        )
     if decoder is None:
         return (
             "its base model has no decoder apart (language_model or text_model with layers) that is given embeddings, in "
             f"front of which {kind} tokens could be dropped"
         )
+    takes = inspect.signature(decoder.forward).parameters
+    if apart := [name for name in takes if re.match("(?!inputs|deepstack).*embeds", name)]:
+        return (
+            f"its language model is given features apart from the tokens ({', '.join(apart)}) and puts them together itself: "
+            f"there is no place between them where tokens could be dropped"
+        )
     if not standing:
         return "no token of its prompts stands for a visual token: config has no image_token_id"
-    other = [name for name in inspect.signature(decoder.forward).parameters if "deepstack" in name]
+    other = [name for name in takes if "deepstack" in name]
     if set(other) - DEEPSTACK:
         return f"its features enter layers of the language model in a form that is not supported ({', '.join(other)})"
     return None
+
+
+def _runs_alone(model: Any, base: Any) -> str | None:
+    """The part of a base model that the model's own `generate` generates with, so that no call of the base model is made."""
+    own = getattr(type(model), "generate", None)
+    if own is None or own is GenerationMixin.generate:
+        return None
+    called = inspect.unwrap(own).__code__.co_names
+    return next((f"its {name}" for name in called if hasattr(getattr(base, name, None), "generate")), None)

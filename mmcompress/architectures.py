@@ -74,6 +74,18 @@ REASONS = {
     "no audio": ("no audio of which tokens", "it takes no audio"),
     "audio only": ("takes audio: name", 'it takes audio and no pictures: on="audio"'),
     "inside": ("it wraps the model that sees", "it wraps the model that sees: compress that one (model.thinker)"),
+    "own decoder": (
+        "is itself the decoder",
+        "its base model is itself the decoder and puts features among its embeddings inside its forward pass",
+    ),
+    "own generate": (
+        "its own generate() runs",
+        "its own generate() runs the language model by itself, with features among the embeddings already",
+    ),
+    "features apart": (
+        "is given features apart from the tokens",
+        "its language model is given features apart from the tokens and puts them together itself",
+    ),
     "no decoder": ("no decoder apart", "its base model has no decoder apart that is given embeddings"),
     "no placeholder": (
         "no token of its prompts stands for a",

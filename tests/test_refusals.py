@@ -14,6 +14,7 @@ from torch import nn
 import mmcompress as mm
 
 from . import tiny
+from .architectures import CLASSES, OLDEST, config
 
 
 class Denoiser(nn.Module):
@@ -59,6 +60,33 @@ def on_meta(cls: str, config: Any) -> Any:
 def test_a_model_is_told_what_it_is_and_what_to_do_instead(model: Any, said: str) -> None:
     with pytest.raises(NotImplementedError, match=said + ".*`mmcompress models` lists all"):
         mm.compress(model(), "divprune")
+
+
+@pytest.mark.skipif(OLDEST, reason="tiny configs are those of the newest transformers")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("chameleon", "its base model is itself the decoder"),
+        ("blip-2", r"its own generate\(\) runs its language_model by itself.*; its 16 tokens per picture are few"),
+        (
+            "kosmos-2",
+            r"features apart from the tokens \(image_embeds, image_embeds_position_mask\) and puts them together itself",
+        ),
+    ],
+)
+def test_a_model_without_a_place_in_front_of_its_decoder_is_told_why(name: str, said: str) -> None:
+    with torch.device("meta"):
+        model = getattr(transformers, CLASSES[name])._from_config(config(name))
+    with pytest.raises(NotImplementedError, match=said):
+        mm.compress(model, "divprune")
+
+
+def test_a_language_model_of_two_parts_is_an_encoder_decoder() -> None:
+    """BLIP-2 on T5."""
+    text = transformers.T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16)
+    model = on_meta("Blip2ForConditionalGeneration", transformers.Blip2Config(text_config=text.to_dict()))
+    with pytest.raises(NotImplementedError, match="it is an encoder-decoder: pictures enter its encoder"):
+        mm.compress(model, "divprune")
 
 
 def test_what_is_no_module_is_told_what_to_give() -> None:
