@@ -56,11 +56,6 @@ class RasterAdapter(Adapter):
                 f"{stage!r}: {type(self.tower).__name__} is given patches and their places, not pictures that could be made "
                 f"smaller: choose a stage behind the encoder, or give the processor smaller pictures"
             )
-        if stage.kind == "encoder" and self.padded:
-            raise NotImplementedError(
-                f"{stage!r}: the rows of {type(self.tower).__name__} are filled up with padding, which would be merged with "
-                f"patches: choose a stage behind the encoder"
-            )
 
     def segments(self, arguments: dict[str, Any]) -> list[int]:
         return [rows * columns for rows, columns in self.shapes(arguments)]

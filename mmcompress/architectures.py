@@ -29,10 +29,6 @@ GROUPS = {"CLS": OF_CLS, "patches": OF_PATCHES, "features": frozenset({"encoder_
 
 REASONS = {
     "tower": ("is not known to mmcompress", "nothing is known of its vision encoder"),
-    "padding": (
-        "which would be merged with patches",
-        "the rows of its vision encoder are filled up with padding: stages behind it only",
-    ),
     "more features": (
         "puts more than the features of this vision encoder together",
         "its projector takes more than the features of one vision encoder: attention among patches, but none of those features",

@@ -9,7 +9,8 @@ overwritten with the merged tokens at full length of the block.
 
 Where several patches make one LLM token (2x2 in Qwen-VL and InternVL), such a unit is merged as a whole, each corner with
 the same corner. Indices here are those of units, the tokens before the patches (CLS) being units of one token; `_patches`
-turns them into indices of patches. A packed tower is one row with segments that are matched each by itself.
+turns them into indices of patches. A packed tower is one row with segments that are matched each by itself. Rows with padding
+are each matched without it; what is left of it stands behind the tokens of its row and is masked in attention.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .scope import ENCODE, Scope, current, enter, leave
 class _State:
     """Tokens as one block sees them, in units. source [n, T0]: unit of the block for each unit of the tower;
     representative [n, T]: a unit of the tower for each unit of the block; size [n, T]: how many are in it. None before the
-    first merge. lengths: units in each segment."""
+    first merge. lengths: units in each segment, or in each row without its padding."""
 
     lengths: list[int]
     source: Tensor | None = None
@@ -60,10 +61,12 @@ class _Merge:
 class _Run:
     """One call of the encoder.
 
-    arguments  keywords of the call. lengths: units in each segment. units: in all. unit: patches in each.
+    arguments  keywords of the call. lengths: units in each segment, or in each row without its padding; where rows are alike, in
+               a row. units: in a row (packed: in all). unit: patches in each.
     schedules  how many units of a row of a length each block merges away.
     states     what enters each block, and what comes out of the last one. merges: of each block.
-    keys       of the block that runs. to_tower, from_tower: order of patches, unit after unit, and back.
+    keys       of the block that runs. to_tower, from_tower: order of the patches of every row, [n or 1, P], unit after unit, and
+               back.
     """
 
     arguments: dict[str, Any]
@@ -148,6 +151,11 @@ class EncoderFacade(TowerScope):
                 f"{stage!r}: proportional attention adds a bias per key, which {encoder.attention} cannot take: use "
                 f"attn_implementation='sdpa' for the vision tower, or {stage.name}(..., proportional=False)"
             )
+        if encoder.padded and encoder.attention not in ("sdpa", "eager"):
+            raise NotImplementedError(
+                f"{stage!r}: rows of the vision encoder have padding, which is masked anew behind a merge, and {encoder.attention} "
+                f"takes no such mask: use attn_implementation='sdpa' for the vision tower"
+            )
         self.inputs: dict[int, tuple[StorageWeakRef, _Run]] = {}
         """The run that each block input belongs to, by storage."""
         self.replayed = _Replayed()
@@ -186,6 +194,8 @@ class EncoderFacade(TowerScope):
         source = source[:, self.encoder.prefix :]
         rows = torch.arange(len(source), device=source.device)[:, None] * run.units
         numbers = source[0] if self.encoder.packed else source + rows
+        if self.encoder.padded:
+            numbers = numbers[torch.arange(run.units) < torch.tensor(run.lengths)[:, None]]
         assert isinstance(self.encoder, Adapter)
         return [row[:, 0] for row in self.encoder.arrange(encoded, arguments, numbers[..., None], nearest=True)]
 
@@ -207,7 +217,7 @@ class EncoderFacade(TowerScope):
         """How many LLM tokens are left of each visual. Where packing crops or pools what the encoder gives, a visual has fewer
         tokens than its views have units: it keeps the same part of them."""
         run, prefix = self._running(), self.encoder.prefix
-        if not self.encoder.packed:
+        if not (self.encoder.packed or self.encoder.padded):
             units = run.units - prefix
             budget = self.stage.budget(units, self.active_blocks, prefix)
             return [max(1, round(layout.cells * budget / units)) for layout in layouts]
@@ -273,22 +283,23 @@ class EncoderFacade(TowerScope):
         """Find out the shape of the rows, before the first block, whose keywords are given."""
         arguments, prefix = {**run.arguments, **kwargs}, self.encoder.prefix
         run.unit = unit = self.encoder.unit_in(arguments)
-        patches = self._rows(hidden).shape[1] - prefix
-        if self.encoder.packed:
-            run.lengths = [length // unit for length in self.encoder.segments(arguments)]
-            run.units = sum(run.lengths)
-        else:
-            run.units = patches // unit + prefix
-            run.lengths = [run.units]
-        order = self.encoder.order(patches, arguments)
+        rows = self._rows(hidden)
+        width, ragged = rows.shape[1] - prefix, self.encoder.packed or self.encoder.padded
+        segments = self.encoder.segments(arguments) if ragged else [width]
+        run.lengths = [length // unit + prefix for length in segments]
+        run.units = sum(run.lengths) if self.encoder.packed else width // unit + prefix
+        order = self.encoder.order(len(rows) * width if self.encoder.padded else width, arguments)
         if order is not None:
-            if len(order) != patches:
+            lost = (sum(segments) - len(order)) or (width % unit if self.encoder.padded else 0)
+            if lost:
                 raise NotImplementedError(
-                    f"{self.stage!r}: {patches - len(order)} of the {patches} patches make no visual token ({unit} make one), and "
-                    f"could not be merged: give pictures whose sides are multiples of that, as the processor makes them"
+                    f"{self.stage!r}: {lost} patches make no visual token ({unit} make one), and could not be merged: give "
+                    f"pictures whose sides are multiples of that, as the processor makes them"
                 )
-            run.to_tower = torch.cat([torch.arange(prefix), order.cpu() + prefix])
-            run.from_tower = run.to_tower.argsort()
+            parts = order.split(segments) if self.encoder.padded else [order]
+            places = torch.stack([_before_others(part - i * width, width) for i, part in enumerate(parts)])
+            run.to_tower = torch.cat([torch.arange(prefix).expand(len(places), -1), places + prefix], 1)
+            run.from_tower = run.to_tower.argsort(1)
         run.states[0] = _State(run.lengths)
         run.schedules = {
             length: [0] * len(self.blocks) if self.rests else self._schedule(length) for length in set(run.lengths)
@@ -317,7 +328,7 @@ class EncoderFacade(TowerScope):
             return None
         index = self._patches(run, state.representative)
         if run.to_tower is not None:
-            index = run.to_tower.to(index.device)[index]
+            index = _ordered(run.to_tower, index)
         rows = self._rows(args[0])
         if any(x is not None for x in args[1:]):  # by name, which says what they are
             names = list(inspect.signature(module.forward).parameters)
@@ -350,15 +361,16 @@ class EncoderFacade(TowerScope):
     def _attention_pre(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         run = self._running()
         size = run.states[i].size
-        if size is None or not self.proportional:
+        if size is None or not (self.proportional or self.encoder.padded):
             return None
         patches = size if run.unit == 1 else self._sizes(run, size)
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
-        bias, name = (
-            self.encoder.bias(proportional_bias(patches, dtype), self.blocks[i]),
-            str(self.encoder.bias_argument),
-        )
-        mask = kwargs.get(name)
+        bias = proportional_bias(patches if self.proportional else torch.ones_like(patches), dtype)
+        if self.encoder.padded:
+            real = torch.arange(patches.shape[1]) < torch.tensor(run.states[i].lengths)[:, None] * run.unit
+            bias = bias.masked_fill(~real.to(bias.device)[:, None, None], torch.finfo(dtype).min)
+        bias, name = self.encoder.bias(bias, self.blocks[i]), str(self.encoder.bias_argument)
+        mask = None if self.encoder.padded else kwargs.get(name)
         if mask is not None:
             bias = torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
         return args, {**kwargs, name: bias}
@@ -396,41 +408,49 @@ class EncoderFacade(TowerScope):
         """Match the units of block `i` by the mean keys of their patches [n, P, d]."""
         state, unit, prefix = run.states[i], run.unit, self.encoder.prefix
         if run.to_tower is not None and state.source is None:
-            keys = keys[:, run.to_tower.to(keys.device)]
+            keys = gather(keys, run.to_tower.to(keys.device).expand(len(keys), -1))
         if unit > 1:
             keys = torch.cat([keys[:, :prefix], keys[:, prefix:].unflatten(1, (-1, unit)).mean(2)], 1)
-        target, lengths = self._match(run, i, keys, state.lengths)
+        target, lengths, count = self._match(run, i, keys, state.lengths)
         patches = self._patches(run, target)
         if state.source is None:
             patches = _in_tower_order(run, patches)
-        count = sum(lengths)
         source = target if state.source is None else target.gather(1, state.source)
         tokens = source.shape[1]
         place = torch.arange(tokens, device=source.device).expand_as(source)
         first = torch.full((source.shape[0], count), tokens, device=source.device)
-        first = first.scatter_reduce(1, source, place, "amin")
+        first = first.scatter_reduce(1, source, place, "amin").clamp(max=tokens - 1)  # padding may be missing
         size = state.size if state.size is not None else torch.ones(target.shape, device=target.device)
         merged_size = size.new_zeros(size.shape[0], count).scatter_add(1, target, size)
         run.states[i + 1] = _State(lengths, source, first, merged_size)
         return _Merge(patches, count)
 
-    def _match(self, run: _Run, i: int, keys: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
-        """Target of every unit [n, T] and the new lengths of the segments."""
+    def _match(self, run: _Run, i: int, keys: Tensor, lengths: list[int]) -> tuple[Tensor, list[int], int]:
+        """Target of every unit [n, T], the new lengths of the segments, and how many units a row has then."""
         prefix = self.encoder.prefix
-        if not self.encoder.packed:
+        if not (self.encoder.packed or self.encoder.padded):
             target, count = self.stage.match(keys, run.schedules[run.units][i], prefix)
-            return target, [count]
+            return target, [count], count
         after = [now - run.schedules[before][i] for now, before in zip(lengths, run.lengths, strict=True)]
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for segment, sizes in enumerate(zip(lengths, after, strict=True)):
             alike[sizes].append(segment)
-        parts = keys[0].split(lengths)
+        parts = (
+            keys[0].split(lengths)
+            if self.encoder.packed
+            else [row[:now] for row, now in zip(keys, lengths, strict=True)]
+        )
         targets: list[Tensor] = list(parts)
         for (now, then), members in alike.items():
             target, _ = self.stage.match(torch.stack([parts[m] for m in members]), now - then, prefix)
             for row, m in zip(target, members, strict=True):
-                targets[m] = row + sum(after[:m])
-        return torch.cat(targets)[None], after
+                targets[m] = row + sum(after[:m]) if self.encoder.packed else row
+        if self.encoder.packed:
+            return torch.cat(targets)[None], after, sum(after)
+        tokens = keys.shape[1]
+        count = max(then + (now < tokens) for now, then in zip(lengths, after, strict=True))
+        rows = [torch.nn.functional.pad(row, (0, tokens - len(row)), value=count - 1) for row in targets]
+        return torch.stack(rows), after, count
 
     def _mlp_post(self, i: int, module: Any, args: tuple, output: Tensor) -> Tensor | None:
         merge = self._running().merges[i]
@@ -476,6 +496,17 @@ def _taken(name: str, value: Any, index: Tensor, tokens: int) -> Any:
     return value
 
 
+def _before_others(order: Tensor, count: int) -> Tensor:
+    """The numbers in `order`, and behind them all others below `count`."""
+    rest = torch.ones(count, dtype=torch.bool).index_fill(0, order.cpu(), False)
+    return torch.cat([order.cpu(), rest.nonzero()[:, 0]])
+
+
+def _ordered(order: Tensor, index: Tensor) -> Tensor:
+    """What stands in `order` [n or 1, P] at the places `index` [n, T]."""
+    return order.to(index.device).expand(len(index), -1).gather(1, index)
+
+
 def _in_tower_order(run: _Run, index: Tensor) -> Tensor:
     """Columns of [n, P], which stand unit after unit, as the patches of the tower stand."""
-    return index if run.from_tower is None else index[:, run.from_tower.to(index.device)]
+    return index if run.from_tower is None else index.gather(1, run.from_tower.to(index.device).expand(len(index), -1))

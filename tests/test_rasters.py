@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixtral towers: row breaks, pictures of several sizes in one packed row, and Pixtral-12B, which is a LLaVA."""
+"""Pictures of several sizes in one packed row (Pixtral towers) or in padded rows (Gemma 4, LFM2-VL), and row breaks."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from .architectures import CLASSES, IMAGE, config, pictures_of, randomised
 from .test_signals import SEEN
 
 BREAK, END = 152, 153
-KINDS = ("mistral3", "pixtral", "lighton_ocr")
-SIZES = [(8, 12), (4, 8), (12, 4)]
+PIXTRAL = ("mistral3", "pixtral", "lighton_ocr")
+KINDS = (*PIXTRAL, "lfm2_vl", "gemma4")
+SIZES = [(6, 12), (6, 6), (12, 6)]
 """Of the pictures of a prompt, in patches."""
 
 
@@ -39,19 +41,28 @@ def build(kind: str, attention: str = "sdpa") -> Any:
     return randomised(getattr(transformers, CLASSES[name])._from_config(made, attn_implementation=attention).eval())
 
 
-def given(model: Any, numbers: list[int]) -> dict[str, Tensor]:
-    """Pictures of the sizes of SIZES, padded to one square."""
+def given(model: Any, numbers: list[int], padding: int = 0) -> dict[str, Tensor]:
+    """Pictures of the sizes of SIZES; Pixtral: padded to one square, else to the patches of the largest and `padding` more."""
     patch, sizes = model.config.vision_config.patch_size, [SIZES[n] for n in numbers]
-    side = max(map(max, SIZES)) * patch
-    return {
-        "pixel_values": pictures_of(numbers, 3, side, side),
-        "image_sizes": torch.tensor(sizes) * patch,
-    }
+    if hasattr(adapter_for(model).tower, "patch_conv"):
+        side = max(map(max, SIZES)) * patch
+        return {"pixel_values": pictures_of(numbers, 3, side, side), "image_sizes": torch.tensor(sizes) * patch}
+    longest = max(h * w for h, w in sizes) + padding
+    pixels = torch.zeros(len(numbers), longest, 3 * patch**2)
+    places = torch.full((len(numbers), longest, 2), -1)
+    for row, (n, (h, w)) in enumerate(zip(numbers, sizes, strict=True)):
+        pixels[row, : h * w] = pictures_of([n], 200, 3 * patch**2)[0, : h * w]
+        grid = torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy")
+        places[row, : h * w] = torch.stack(grid, -1).flatten(0, 1)
+    if "image_position_ids" in inspect.signature(model.model.get_image_features).parameters:
+        return {"pixel_values": pixels, "image_position_ids": places}
+    mask = (places[..., 0] >= 0).long()
+    return {"pixel_values": pixels, "spatial_shapes": torch.tensor(sizes), "pixel_attention_mask": mask}
 
 
 def prompt(model: Any, parts: list[int | str]) -> dict[str, Tensor]:
     """An int is so many words, a string the picture of that number, with row breaks where the model has them."""
-    side = getattr(model.config, "spatial_merge_size", 1)
+    side = adapter_for(model).side
     ids: list[int] = []
     for part in parts:
         if isinstance(part, int):
@@ -67,10 +78,10 @@ def prompt(model: Any, parts: list[int | str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PIXTRAL)
 def test_a_picture_is_one_visual_and_its_row_breaks_are_no_words(kind: str) -> None:
     model = build(kind)
-    side = getattr(model.config, "spatial_merge_size", 1)
+    side = adapter_for(model).side
     mm.compress(model, "divprune(keep=0.5) >> text_spy(keep=0.5)")
     inputs = prompt(model, [3, "0", 2, "1", 4])
     model(**inputs)
@@ -87,7 +98,7 @@ def test_a_picture_is_one_visual_and_its_row_breaks_are_no_words(kind: str) -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", PIXTRAL[:2])
 def test_a_question_in_front_of_its_picture_is_whole(kind: str) -> None:
     """Nothing opens a picture, so the word in front of it is one; the token that ends it is none."""
     model = mm.compress(build(kind), "text_spy(keep=0.5)")
@@ -96,19 +107,19 @@ def test_a_question_in_front_of_its_picture_is_whole(kind: str) -> None:
     torch.testing.assert_close(SEEN["visuals"]["text_embeddings"][0], words)
 
 
-def tokens(model: Any, numbers: list[int]) -> tuple[Tensor, ...]:
+def tokens(model: Any, numbers: list[int], padding: int = 0) -> tuple[Tensor, ...]:
     """What the encoder makes of pictures."""
-    features = model.model.get_image_features(**given(model, numbers), return_dict=True).pooler_output
-    return tuple(features)
+    return tuple(model.model.get_image_features(**given(model, numbers, padding), return_dict=True).pooler_output)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("proportional", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_of_one_row_merge_each_by_itself(kind: str, attention: str, proportional: bool) -> None:
+def test_pictures_merge_each_by_itself(kind: str, attention: str, proportional: bool) -> None:
+    """Together, with padding and without, as alone; blocks run on what is left of the longest row, or of all in one row."""
     model = build(kind, attention)
-    stock = tokens(model, [0, 1, 2])
+    stock, side = tokens(model, [0, 1, 2]), adapter_for(model).side
     with mm.compressed(model, "tome", r=0, proportional=proportional):
         assert all(map(torch.equal, tokens(model, [0, 1, 2]), stock))
     mm.compress(model, "tome", keep=0.5, proportional=proportional)
@@ -116,13 +127,17 @@ def test_pictures_of_one_row_merge_each_by_itself(kind: str, attention: str, pro
     for block in adapter_for(model).blocks:
         block.mlp.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
     together = tokens(model, [0, 1, 2])
-    side = getattr(model.config, "spatial_merge_size", 1)
-    assert lengths == sorted(lengths, reverse=True) and lengths[-1] == sum(h * w for h, w in SIZES) // 2
+    left = [resolve(0.5, h * w // side**2) for h, w in SIZES]
+    assert lengths == sorted(lengths, reverse=True)
+    last = lengths[-1] // side**2
+    assert last == sum(left) if adapter_for(model).packed else last in (max(left), max(left) + 1)  # a place for padding
+    padded = tokens(model, [0, 1, 2], padding=side**2 * 3)
     for n, found in enumerate(together):
         (alone,) = tokens(model, [n])
-        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(padded[n], alone, rtol=1e-4, atol=1e-4)
         distinct = torch.unique((found / 1e-4).round(), dim=0)  # a cluster shows at all its members
-        assert len(distinct) == SIZES[n][0] * SIZES[n][1] // side**2 // 2
+        assert len(distinct) == left[n]
         assert (found - stock[n]).abs().max() > 1e-2
 
 
@@ -131,15 +146,34 @@ def test_pictures_of_one_row_merge_each_by_itself(kind: str, attention: str, pro
 def test_merging_what_is_the_same_leaves_no_trace_if_sizes_count(kind: str) -> None:
     """Patches of two kinds and no positions: tokens stay as they were with proportional attention only."""
     model = build(kind)
-    adapter_for(model).tower.patch_positional_embedding.inv_freq.zero_()
-    inputs = given(model, [0])
-    inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], 0.3)
-    inputs["pixel_values"][..., : inputs["pixel_values"].shape[-1] // 3] = -1.0
-    stock = model.model.get_image_features(**inputs, return_dict=True).pooler_output[0]
+    for name, part in (*model.named_parameters(), *model.named_buffers()):
+        if "vision" in name and ("position_embedding" in name or "inv_freq" in name):
+            part.zero_()
+    inputs, side = given(model, [0, 1]), adapter_for(model).side
+    pixels = inputs["pixel_values"].fill_(0.3)
+    if pixels.dim() == 4:
+        pixels[..., : pixels.shape[-1] // 2] = -1.0
+    else:
+        pixels[:, : 2 * 12 * side // 2] = -1.0  # rows of tokens
+    stock = torch.cat(list(model.model.get_image_features(**inputs, return_dict=True).pooler_output))
     for proportional in (True, False):
-        with mm.compressed(model, "tome", r=3, proportional=proportional):
-            merged = model.model.get_image_features(**inputs, return_dict=True).pooler_output[0]
-        assert ((merged - stock).abs().max() < 1e-4) == proportional
+        with mm.compressed(model, "tome", r=1, proportional=proportional):
+            merged = torch.cat(list(model.model.get_image_features(**inputs, return_dict=True).pooler_output))
+        assert ((merged - stock).abs().max() < 1e-4 * stock.abs().max()) == proportional
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_signals_behind_merged_patches_are_those_of_their_clusters(kind: str) -> None:
+    model = build(kind)
+    mm.compress(model, "tome(r=(2, 1, 0, 0)) >> visionzip(keep=2)")
+    encoded = model.model.get_image_features(**given(model, [0, 1, 2]), return_dict=True).mmcompress
+    assert encoded.left == [h * w // adapter_for(model).unit - 3 for h, w in SIZES]
+    for cluster, values in zip(encoded.clusters, encoded.signals["received_attention"], strict=True):
+        assert len(cluster.unique()) == len(values) - 3
+        same = cluster[:, None] == cluster[None]
+        torch.testing.assert_close((values[:, None] - values[None])[same], torch.zeros(int(same.sum())))
+    assert len((encoded.signals["received_attention"][0] / 1e-5).round().unique()) > 1
 
 
 @torch.no_grad()
@@ -151,7 +185,7 @@ def test_patches_that_make_no_token_are_refused_where_units_merge() -> None:
     output = model.model.get_image_features(**inputs, return_dict=True)
     assert output.mmcompress.layouts[0].cells == len(output.mmcompress.signals["received_attention"][0]) == 6
     mm.compress(model, "tome(keep=0.5)")
-    with pytest.raises(NotImplementedError, match="6 of the 30 patches make no visual token"):
+    with pytest.raises(NotImplementedError, match="6 patches make no visual token"):
         model.model.get_image_features(**inputs, return_dict=True)
 
 
