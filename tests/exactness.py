@@ -196,9 +196,9 @@ def extended(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
 class Case:
     """One architecture and one kind of stage."""
 
-    def __init__(self, name: str, kind: str) -> None:
+    def __init__(self, name: str, kind: str, attention: str | None = None) -> None:
         self.name, self.kind = name, kind
-        self.model = build(name)
+        self.model = build(name, attention=attention)
 
     def compress(self, keep: float) -> None:
         mm.compress(self.model, PLANS[self.kind].format(keep))

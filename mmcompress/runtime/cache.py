@@ -136,7 +136,12 @@ class PrunedLayer:
                 f"cannot crop a compressed cache to {self.get_seq_length() + max_length} tokens: some of the first "
                 f"{self.ledger.floor} were dropped; start again from the prompt"
             )
-        super().crop(max_length)  # type: ignore[misc]
+        dropped = self.ledger.dropped
+        self.ledger.dropped = 0  # the stock class compares its window with what it was given
+        try:
+            super().crop(max_length)  # type: ignore[misc]
+        finally:
+            self.ledger.dropped = dropped
         self.state = {name: values[:, : self.physical] for name, values in self.state.items()}
         if self.ledger.valid is not None:
             self.ledger.valid = self.ledger.valid[:, : self.physical]
@@ -183,7 +188,7 @@ def ledger_of(cache: Cache | None, index: int) -> Ledger | None:
     if not is_pruned(cache):
         return None
     assert cache is not None
-    layer = cache.layers[index]
+    layer = cache.layers[index] if index < len(cache.layers) else None
     if not isinstance(layer, PrunedLayer):
         layer = next(other for other in cache.layers if isinstance(other, PrunedLayer))
     return layer.ledger
@@ -217,7 +222,7 @@ def held_bytes(cache: Cache | None) -> Held:
             columns, stored, logical = most, min(stored, most), min(logical, most) if layer.is_sliding else logical
         elif layer.is_sliding:
             columns = stored = layer.keys.shape[-2]
-            logical = max(stored, min(logical, layer.sliding_window - 1))
+            logical = max(stored, min(logical, reach(layer, logical)))
         else:
             columns = stored
         now += whole * stored // columns
@@ -226,8 +231,17 @@ def held_bytes(cache: Cache | None) -> Held:
 
 
 def lengths(cache: Cache, layers: int) -> list[tuple[int, int]]:
-    """Of each of the model's `layers`, how many tokens its cache layer holds and how many the caller has fed; 0 for states."""
-    return [_lengths(cache.layers[i] if i < len(cache.layers) else None) for i in range(layers)]
+    """Of each of the model's `layers`, how many tokens its cache layer will give to a new one, and how many it would, had nothing
+    been dropped; 0 for states."""
+    found = [cache.layers[i] if i < len(cache.layers) else None for i in range(layers)]
+    return [tuple(min(n, reach(layer, n)) for n in _lengths(layer)) for layer in found]  # type: ignore[misc]
+
+
+def reach(layer: Any, most: int) -> int:
+    """How many tokens a cache layer keeps for those to come, of `most` or more."""
+    if not getattr(layer, "is_sliding", False):
+        return most
+    return (layer.max_cache_len if isinstance(layer, StaticLayer) else layer.sliding_window) - 1
 
 
 def _lengths(layer: Any) -> tuple[int, int]:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.cache_utils import CacheLayerMixin
 
-from .cache import PrunedLayer, ledger_of
+from .cache import PrunedLayer, ledger_of, reach
 from .call import Call
 from .packing import Group
 
@@ -119,17 +119,15 @@ def _spread(known: Tensor | None, number: Tensor, later: Tensor) -> Tensor:
 def _cached(call: Call, index: int) -> Any:
     """The cache layer that has the keys of layer `index`; of layers that share keys with others, one with the same window."""
     layers = call.cache.layers if call.cache is not None else []
-    alike = [i for i in range(len(call.windows)) if call.windows[i] == window_of(call, index)]
-    there = [layers[i] for i in (index, *alike) if i < len(layers)]
-    return next((layer for layer in there if isinstance(layer, CacheLayerMixin)), None)
+    if index >= len(layers):
+        return None  # made when it runs
+    alike = [i for i in range(len(layers)) if call.windows[i : i + 1] == (window_of(call, index),)]
+    return next((layers[i] for i in (index, *alike) if isinstance(layers[i], CacheLayerMixin)), None)
 
 
 def outside(call: Call, index: int, fed: int) -> int:
     """How many of the `fed` tokens of earlier calls the cache of layer `index` has let go, since no window reaches them."""
-    layer = _cached(call, index)
-    if layer is None or not layer.is_sliding:
-        return 0
-    return max(fed + 1 - (layer.max_cache_len if isinstance(layer, StaticLayer) else layer.sliding_window), 0)
+    return max(fed - reach(_cached(call, index), fed), 0)
 
 
 def reached(call: Call, group: Group, index: int, columns: Columns) -> Tensor:
