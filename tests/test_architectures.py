@@ -7,6 +7,7 @@ After a change that is meant, `python -m tests.architectures --write` writes wha
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ import transformers
 from torch import nn
 
 import mmcompress as mm
+from mmcompress.runtime.adapter import Encoded
+from mmcompress.runtime.call import Call, locate
+from mmcompress.visuals import Layout
 
 from .architectures import (
     IMAGE,
@@ -119,10 +123,38 @@ def test_layers_are_refused_by_their_kind() -> None:
         mm.compress(build("unlimited_ocr"), "divprune")
 
 
-def test_pictures_and_videos_on_one_placeholder_are_refused_by_name() -> None:
-    model = mm.compress(build("glm5_next"), "divprune(keep=0.5)")
-    with pytest.raises(NotImplementedError, match="no video placeholder stands in the prompt"), torch.no_grad():
-        model(**prompts(model, [[4, "1", 3, "v1", 5]]))
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+def test_pictures_and_videos_on_one_placeholder_are_told_apart_by_what_stands_around_a_video(given: str) -> None:
+    model = build("glm5_next")
+    samples: list[list[int | str]] = [[4, "1", 3, "v1", 5], [6, "v2", 2, "3", 4]]
+    chosen = []
+    for sample in ([4, "1", 5], [3, "v1", 5], [4, "v2", 5], [3, "3", 5]):
+        mm.compress(model, "divprune(keep=0.25)")
+        model(**prompts(model, [sample]))
+        chosen += [visual.kept_cells().tolist() for visual in mm.trace(model).visuals]
+    inputs = prompts(model, samples)
+    ids = inputs["input_ids"]
+    if given == "embeddings":
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    model(**inputs)
+    visuals = sorted(mm.trace(model).visuals, key=lambda visual: (visual.row, int(visual.span.patches[0])))
+    assert [visual.modality for visual in visuals] == ["image", "video", "video", "image"]
+    assert [visual.kept_cells().tolist() for visual in visuals] == chosen
+    for visual in visuals:
+        assert (ids[visual.row, visual.span.patches] == IMAGE).all()
+        before = ids[visual.row, : visual.span.patches[0]].tolist()
+        opened = before.count(model.config.video_start_token_id) > before.count(model.config.video_end_token_id)
+        assert opened == (visual.modality == "video")
+    mm.uncompress(model)
+
+
+def test_pictures_and_videos_that_nothing_tells_apart_are_refused_by_name() -> None:
+    adapter: Any = SimpleNamespace(placeholders={"image": IMAGE, "video": VIDEO}, config=SimpleNamespace())
+    ids = torch.tensor([[5, IMAGE, IMAGE, 6, IMAGE, IMAGE, 7]])
+    encoded = [Encoded(modality, [Layout.raster(1, 1, 2)]) for modality in ("image", "video")]
+    with pytest.raises(NotImplementedError, match="no video placeholder stands in the prompt"):
+        locate(Call(ids, None, encoded), adapter, None, torch.zeros(1, 7, 4), False)
 
 
 def test_videos_that_the_method_for_pictures_encodes_are_refused_by_name() -> None:
@@ -131,7 +163,12 @@ def test_videos_that_the_method_for_pictures_encodes_are_refused_by_name() -> No
     inputs["input_ids"][inputs["input_ids"] == IMAGE] = VIDEO
     inputs["pixel_values_videos"] = inputs.pop("pixel_values")
     mm.compress(model, "divprune(keep=0.5)")
-    with pytest.raises(NotImplementedError, match="pixel_values_videos was given"), torch.no_grad():
+    with (
+        pytest.raises(
+            NotImplementedError, match="pixel_values_videos was given, but PerceptionLMModel has no get_video_features"
+        ),
+        torch.no_grad(),
+    ):
         model(**inputs)
 
 

@@ -156,15 +156,30 @@ def pools_of(plan: Pipeline) -> dict[str, int]:
 
 def placeholder_masks(call: Call, adapter: Adapter) -> dict[str, Tensor]:
     """Where the visual tokens of each modality stand, [B, S] bool."""
-    masks = {}
-    for modality, token in adapter.placeholders.items():
-        if call.input_ids is not None:
-            masks[modality] = call.input_ids == token
-        elif call.inputs_embeds is not None:  # embeddings were given: the same rule as transformers'
-            embedding = adapter.model.get_input_embeddings()
-            wanted = embedding(torch.tensor(token, device=call.inputs_embeds.device))
-            masks[modality] = (call.inputs_embeds == wanted).all(-1)
-    return masks
+    masks = {modality: _where(call, adapter, token) for modality, token in adapter.placeholders.items()}
+    return {modality: mask for modality, mask in masks.items() if mask is not None}
+
+
+def _where(call: Call, adapter: Adapter, token: int) -> Tensor | None:
+    """Where a token stands, [B, S] bool; None where the call has neither ids nor embeddings."""
+    if call.input_ids is not None:
+        return call.input_ids == token
+    if call.inputs_embeds is None:
+        return None
+    embedding = adapter.model.get_input_embeddings()  # embeddings were given: the same rule as transformers'
+    wanted = embedding(torch.tensor(token, device=call.inputs_embeds.device))
+    return (call.inputs_embeds == wanted).all(-1)
+
+
+def _inside(call: Call, adapter: Adapter, modality: str) -> Tensor | None:
+    """What stands between the start and the end tokens of a modality, [B, S] bool on the host; None where it has none."""
+    marks = [getattr(adapter.config, f"{modality}_{end}_token_id", None) for end in ("start", "end")]
+    if any(mark is None for mark in marks):
+        return None
+    opened, closed = (_where(call, adapter, int(mark)) for mark in marks if mark is not None)
+    if opened is None or closed is None:
+        return None
+    return (opened.long().cumsum(1) > closed.long().cumsum(1)).cpu()
 
 
 def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, text: bool) -> tuple[Tensor, list[Span]]:
@@ -202,6 +217,14 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
         # frames of a video may stand on the placeholders of pictures
         others = there - given - {"audio"} if modality != "audio" else set()
         standing = [m for m in (modality, *others) if m in there]
+        if (
+            not standing
+            and modality == "video"
+            and "image" in there
+            and (inside := _inside(call, adapter, "video")) is not None
+        ):
+            places["video"], places["image"] = places["image"] & inside, places["image"] & ~inside
+            standing = ["video"] if bool(places["video"].any()) else []
         if not standing:
             raise NotImplementedError(
                 f"{modality} features were encoded, but no {modality} placeholder stands in the prompt, so it cannot be told where "

@@ -200,6 +200,8 @@ class Engine(Following):
         if self.around is not None:
             ids, before, more = self.around.seen(ids, embeds)
             encoded, pixels = encoded + before, {**more, **pixels}
+        for modality in pixels.keys() - set(self.adapter.modalities):
+            raise self._unseen(modality, pixels[modality], "has no")
         enter(Call(ids, embeds, encoded, self, pixels, mask=given.get("attention_mask")))
 
     def _encoded_before(self, modality: str, output: Any) -> Encoded:
@@ -357,10 +359,13 @@ class Engine(Following):
         there = {encoded.modality for encoded in call.encoded}
         for modality, name in call.pixels.items():
             if modality not in there:
-                raise NotImplementedError(
-                    f"{name} was given, but {type(self.base).__name__} did not encode it by get_{modality}_features, so "
-                    f"nothing of it would be compressed: uncompress the model for prompts with {modality}s"
-                )
+                raise self._unseen(modality, name, "did not encode it by")
+
+    def _unseen(self, modality: str, name: str, why: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{name} was given, but {type(self.base).__name__} {why} get_{modality}_features, so nothing of it would be compressed: "
+            f"uncompress the model for prompts with {modality}s"
+        )
 
     def _check_text(self, call: Call) -> None:
         """A prompt with placeholders but without features would run uncompressed, on the embeddings of the placeholders; so
