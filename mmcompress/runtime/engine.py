@@ -363,8 +363,8 @@ class Engine(Following):
 
     def _unseen(self, modality: str, name: str, why: str) -> NotImplementedError:
         return NotImplementedError(
-            f"{name} was given, but {type(self.base).__name__} {why} get_{modality}_features, so nothing of it would be compressed: "
-            f"uncompress the model for prompts with {modality}s"
+            f"{name} was given, but {type(self.base).__name__} {why} get_{modality}_features, so nothing of it would be "
+            f"compressed: uncompress the model for prompts with {modality}s"
         )
 
     def _check_text(self, call: Call) -> None:
