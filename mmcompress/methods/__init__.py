@@ -25,6 +25,7 @@ from .prumerge import PruMerge
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .recoverable_compression import RecoverableCompression
+from .seats import Seats
 from .sink_correction import SinkCorrection
 from .sparsevlm import SparseVLM
 from .token_correlation import TokenCorrelation
@@ -67,6 +68,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "RecoverableCompression",
+    "Seats",
     "SinkCorrection",
     "SparseVLM",
     "ToMe",
