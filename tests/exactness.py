@@ -83,7 +83,8 @@ def shortened(
 ) -> Iterator[None]:
     """The language model of a stock model (one row) sees only the places `kept`; `given` changes the embeddings there, and
     `instead` takes the place of other keywords. start: first of position ids that are numbered anew."""
-    language_model, length, visual = adapter_for(model).language_model, ids.shape[1], visual_in(ids)[0]
+    language_model, length = adapter_for(model).language_model, ids.shape[1]
+    visual = (visual_in(ids) & (ids != AUDIO))[0]  # DeepStack levels are of pictures and videos
 
     def pre(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
         assert not args and kwargs["inputs_embeds"].shape[1] == length

@@ -20,6 +20,7 @@ CONFORMER = {
     "encoder_config.output_dim": 8,
     "projector_config.encoder_hidden_size": 32,
 }
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 CODEC = {"num_filters": 4, "downsampling_ratios": [4, 5, 5], "depths": [1, 1, 1, 1], "hidden_size": 16}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -49,8 +50,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_asr": {
         "audio_config.downsample_hidden_size": 8, "audio_config.output_dim": 64,
     },
-    "qwen3_omni_moe": {"enable_audio_output": False},
-    "qwen2_5_omni": {"enable_audio_output": False},
+    **{
+        name: {
+            "enable_audio_output": False, "thinker_config.vision_start_token_id": 140,
+            "thinker_config.vision_end_token_id": 141, "thinker_config.text_config.rope_parameters": MROPE,
+        }
+        for name in ("qwen2_5_omni", "qwen3_omni_moe")
+    },
     "vibevoice_asr": {
         f"{part}_tokenizer_encoder_config.{name}": value for part in ("acoustic", "semantic") for name, value in CODEC.items()
     } | {"acoustic_tokenizer_chunk_size": 4000},

@@ -117,11 +117,11 @@ def _serving(need: Need, there: Collection[str]) -> str | None:
 
 
 def _of_features(there: Collection[str]) -> str:
-    """The input stages that need no more than the signals `there`."""
-    fitting = (
-        n for n, c in methods().items() if issubclass(c, InputStage) and "" not in (_serving(x, there) for x in c.needs)
+    """The input stages that with their defaults need no more than the signals `there`."""
+    stages = {name: cls() for name, cls in methods().items() if issubclass(cls, InputStage)}
+    return ", ".join(
+        name for name, stage in stages.items() if "" not in (_serving(need, there) for need in stage.needs)
     )
-    return ", ".join(fitting)
 
 
 def resolve_needs(adapter: Adapter, forms: Forms, plan: Pipeline, clip: bool) -> dict[str, str]:
