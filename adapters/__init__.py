@@ -14,6 +14,7 @@ from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
 from .naflex import NaFlexAdapter
 from .ovis import Ovis2Adapter
+from .perception import PerceptionAdapter
 from .pixtral import PixtralAdapter
 from .square import SquareAdapter
 from .vit import ENCODERS
@@ -32,6 +33,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     NaFlexAdapter,
     GemmaAdapter,
     Ovis2Adapter,
+    PerceptionAdapter,
     SquareAdapter,
     CommonAdapter,
 )

@@ -33,6 +33,10 @@ REASONS = {
         "puts more than the features of this vision encoder together",
         "its projector takes more than the features of one vision encoder: attention among patches, but none of those features",
     ),
+    "one table": (
+        "one table of rotations for all pictures",
+        "its vision encoder has one table of rotations for all pictures, so none can be shorter: stages behind it only",
+    ),
     "two encoders": (
         "one of two vision encoders",
         "two vision encoders give each token: none of them can merge tokens",

@@ -145,6 +145,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "ovis2": {"vision_config.hidden_stride": 2},
     "perception_lm": {
+        "projector_pooling_ratio": 2,
         "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
         "vision_config.model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": [32, 32], "patch_size": 4},
     },

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops.attention import capped_rows
@@ -152,16 +154,31 @@ def recorded(
 @torch.compiler.disable
 def heard(attention: Any, args: tuple, kwargs: dict[str, Any]) -> list[Heard]:
     """What an attention module hands to its attention function for the arguments of a call: one part after the other, where it
-    attends within parts. Costs its projections. Raises LookupError if it calls no attention function of transformers."""
+    attends within parts. Costs its projections. Raises LookupError if it calls neither an attention function of transformers nor
+    that of torch."""
     found: list[Heard] = []
-    if not hasattr(attention, "config"):
-        raise LookupError(f"{type(attention).__name__} does not call an attention function of transformers")
-    twin = _copy(attention, config=_As(attention.config, HEAR), heard=found)
-    with torch.no_grad():
+    config = {"config": _As(attention.config, HEAR)} if hasattr(attention, "config") else {"fused_attn": True}  # timm's
+    twin = _copy(attention, **config, heard=found)
+    with torch.no_grad(), _Hearing(twin):
         type(attention).forward(twin, *args, **kwargs)
     if not found:
-        raise LookupError(f"{type(attention).__name__} does not call an attention function of transformers")
+        raise LookupError(f"{type(attention).__name__} calls no attention function of transformers or torch")
     return found
+
+
+class _Hearing(TorchFunctionMode):
+    """Meanwhile torch's own attention function tells what it is given."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v, mask = (*args, None)[:4]
+        given = {"scaling": (kwargs or {}).get("scale")}
+        return _hear(self.module, q, k, v, (kwargs or {}).get("attn_mask", mask), **given)[0].transpose(1, 2)
 
 
 @torch.no_grad()
