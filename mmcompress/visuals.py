@@ -22,7 +22,8 @@ class View:
     grid   rows, columns.
     box    left, top, right, bottom of what the grid shows, in parts of the original picture. It may reach over the edge
            where a processor pads the picture.
-    role   "image" (the only view), "tiles" (a high-resolution picture, laid together), "tile", "thumbnail" or "frame".
+    role   "image" (the only view), "tiles" (a high-resolution picture, laid together), "tile", "thumbnail" or "frame";
+           "audio" is a row of tokens in time.
     seams  the rows and the columns (counted in tokens) at which another tile begins, for role "tiles".
     """
 

@@ -7,6 +7,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -276,6 +277,51 @@ def test_a_sound_in_turns_with_its_video_is_one() -> None:
     row = torch.tensor([[text, video, video, sound, sound, video, sound, text, sound, sound, text, sound]])
     assert [run.length for run in _runs(row == sound)] == [2, 1, 2, 1]
     assert [run.length for run in _runs(row == sound, (row == sound) | (row == video))] == [3, 2, 1]
+
+
+@models
+def test_a_sound_that_is_shown_in_turns_with_its_video() -> None:
+    """Both have one budget each, whatever the order in the prompt."""
+    model = build("qwen2_5_omni_thinker")
+    inputs = prompts(model, [[4, "v1", 2, "a2", 5]])
+    ids = inputs["input_ids"]
+    tokens = [[i] * int((ids == i).sum()) for i in (151, AUDIO)]
+    turns = [*tokens[0][:16], *tokens[1][:5], *tokens[0][16:], *tokens[1][5:]]
+    inputs["input_ids"] = torch.tensor([[9, 8, 140, *turns, 141, 7, 6]])
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
+    inputs["position_ids"] = torch.arange(length).expand(3, 1, -1)
+    mm.compress(model, 'seats(keep=0.25, on="video") >> seats(keep=3, on="audio")')
+    last(model, inputs)
+    assert [(v.modality, v.kept) for v in mm.trace(model).visuals] == [("audio", 3), ("video", len(tokens[0]) // 4)]
+
+
+@models
+def test_beams_repeat_sounds() -> None:
+    model = build("qwen3_asr")
+    inputs = prompts(model, [[4, "a2", 5]])
+    mm.compress(model, 'divprune(keep=0.5, on="audio")')
+    last(model, inputs)
+    kept = mm.trace(model).visuals[0].kept_cells(3).tolist()
+    one = model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+    assert one.shape[0] == 1
+    mm.compress(model, 'divprune(keep=0.5, on="audio")')
+    twice = {name: torch.cat([value] * 2) for name, value in inputs.items()}
+    last(model, twice)
+    assert [v.kept_cells(3).tolist() for v in mm.trace(model).visuals] == [kept] * 2
+
+
+@models
+def test_a_trace_of_sounds_is_shown_without_pictures() -> None:
+    model = build("qwen2_5_omni_thinker")
+    mm.compress(model, 'divprune(keep=0.5, on=("image", "audio"))')
+    last(model, prompts(model, [[4, "a2", 3, "1", 5]]))
+    from mmcompress.visualize.show import of_trace
+
+    picture = np.zeros((32, 32, 3), dtype=np.uint8)
+    assert [len(seen.pictures) for seen in of_trace(mm.trace(model), picture).visuals] == [0, 1]
+    with pytest.raises(ValueError, match="2 pictures for 1 visuals"):
+        of_trace(mm.trace(model), [picture, picture])
 
 
 @models

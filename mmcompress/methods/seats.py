@@ -84,12 +84,15 @@ def kept_of(features: Tensor, weight: Tensor | None, window: Tensor, k: int) -> 
     for (size, share), group in alike.items():
         at = torch.stack(group).to(features.device).repeat(len(features), 1)
         if 0 < share < size:
-            tokens, worth = (
-                None if x is None else x[:, torch.stack(group).to(x.device)].flatten(0, 1) for x in (features, weight)
-            )
-            at = at.gather(1, farthest(tokens, worth, share))
+            tokens = windows_of(features, group)
+            at = at.gather(1, farthest(tokens, None if weight is None else windows_of(weight, group), share))
         kept.append(at[:, :share].unflatten(0, (-1, len(group))).flatten(1))
     return torch.cat(kept, 1)
+
+
+def windows_of(x: Tensor, places: list[Tensor]) -> Tensor:
+    """Values [U, N, ...] in windows of n tokens each, [U * windows, n, ...]."""
+    return x[:, torch.stack(places).to(x.device)].flatten(0, 1)
 
 
 def farthest(features: Tensor, weight: Tensor | None, k: int) -> Tensor:

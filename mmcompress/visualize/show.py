@@ -41,13 +41,14 @@ def of_trace(trace: Trace, pictures: Any = (), row: int = 0) -> Explanation:
             f"row={row}: this batch row has no visuals; rows with visuals: {sorted({v.row for v in trace.visuals})}"
         )
     given = [pictures] if is_picture(pictures) else list(pictures)
-    if given and len(given) != len(visuals):
-        raise ValueError(f"{len(given)} pictures for {len(visuals)} visuals: give one (or a list of frames) for each")
-    last = steps(trace, row)[-1]
+    visible = sum(visual.modality != "audio" for visual in visuals)
+    if given and len(given) != visible:
+        raise ValueError(f"{len(given)} pictures for {visible} visuals: give one (or a list of frames) for each")
+    last, rest = steps(trace, row)[-1], iter(given)
     seen, first = [], 0
-    for i, visual in enumerate(visuals):
+    for visual in visuals:
         mine = slice(first, first + visual.tokens)
-        shown = _frames(given[i]) if given else ()
+        shown = _frames(next(rest)) if given and visual.modality != "audio" else ()
         seen.append(Seen(visual.modality, visual.layout, last.stands[mine] >= 0, last.fate[mine] == KEPT, shown))
         first += visual.tokens
     return Explanation(
