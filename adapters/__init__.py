@@ -12,6 +12,7 @@ from .grid_forms import ClassTokenAdapter, ErnieAdapter, KimiAdapter, SizedAdapt
 from .grids import GridAdapter
 from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
+from .minicpm import MiniCPMAdapter
 from .naflex import NaFlexAdapter
 from .ovis import Ovis2Adapter
 from .perception import PerceptionAdapter
@@ -32,6 +33,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     PixtralAdapter,
     NaFlexAdapter,
     GemmaAdapter,
+    MiniCPMAdapter,
     Ovis2Adapter,
     PerceptionAdapter,
     SquareAdapter,

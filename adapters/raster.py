@@ -24,6 +24,10 @@ class RasterAdapter(Adapter):
     prefix: ClassVar[int] = 0  # type: ignore[assignment]
 
     @property
+    def reindexes(self) -> bool:  # type: ignore[override]
+        return not hasattr(self.base, "get_rope_index")  # which makes positions of several axes
+
+    @property
     def side(self) -> int:
         """Patches per side of a token."""
         raise NotImplementedError

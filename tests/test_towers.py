@@ -80,8 +80,14 @@ def smaller_grids(model: Any, found: dict[str, Any]) -> None:
         found[pixels] = found[pixels][: int(found[name].prod(1).sum())]
 
 
+def smaller_targets(model: Any, found: dict[str, Any]) -> None:
+    found["target_sizes"] = torch.tensor([[8, 8], [4, 8]]).int()
+    found["pixel_values"] = found["pixel_values"][..., : 96 * model.config.vision_config.patch_size]
+
+
 SMALLER: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "image_sizes": smaller_sizes, "spatial_shapes": smaller_shapes, "image_position_ids": smaller_places,
+    "target_sizes": smaller_targets,
     "image_grid_thw": smaller_grids, "video_grid_thw": smaller_grids,
 }  # fmt: skip
 """By an argument that tells sizes: make the second picture smaller."""
