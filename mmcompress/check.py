@@ -13,6 +13,7 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .runtime.adapter import Adapter
 from .runtime.engine import Engine
 from .runtime.probe import Form, Forms, attention_name
 from .runtime.tower import TowerEngine
-from .stage import USUAL, Recipe
+from .stage import USUAL
 
 PICTURES = ((336, 336), (1024, 768), (1920, 1080))
 """Width and height of the pictures whose tokens are counted."""
@@ -44,7 +45,7 @@ class Checked:
     """What was found. `refused`: why no method works at all, in the words of `compress`; None if some may.
 
     stages      by kind ("input", "layer", ...): "ok", or why not.
-    methods     by name: None, or why not.
+    methods     by name (or plan): None, or why not.
     layers      of the language model, by type.
     attention   how each kind of attention module works, and in how many layers.
     tokens      lines on the tokens of a picture.
@@ -73,11 +74,14 @@ class Checked:
         return self.stages.get("input") == "ok"
 
 
-def check(name: str) -> Checked:
+def check(name: str, plans: Sequence[str] = ()) -> Checked:
     """What can be done with a checkpoint: a folder, a config file, a hub name, or an embedded model. Its weights are not read.
 
-    Takes seconds and below 2 GB, whatever its size. Raises ValueError where there is no checkpoint by that name.
+    plans: what is asked, by plan strings; none: each method with its defaults. Takes seconds and below 2 GB, whatever the size.
+    Raises ValueError where there is no checkpoint by that name, and for what is no plan.
     """
+    for plan in plans:
+        as_pipeline(plan)
     found = read_config(name)
     if isinstance(found, Checked):
         return found
@@ -95,13 +99,13 @@ def check(name: str) -> Checked:
             f"{cls.__name__} cannot be built from {CONFIG}: {type(error).__name__}: {str(error).splitlines()[0]}"
         )
         return result
-    examine(model, result)
+    examine(model, plans, result)
     if result.works:
         result.tokens = _tokens(name, config)
     return result
 
 
-def examine(model: Any, result: Checked | None = None) -> Checked:
+def examine(model: Any, plans: Sequence[str] = (), result: Checked | None = None) -> Checked:
     """As `check`, for a model that is there; one without values (meta) gets some where they are needed."""
     result = result or Checked(type(model).__name__, getattr(model.config, "model_type", ""))
     result.model, result.parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
@@ -119,13 +123,13 @@ def examine(model: Any, result: Checked | None = None) -> Checked:
         language_model = adapter.language_model
         result.layers = dict(Counter(_types(language_model)))
         forms = _Sampled(language_model, model)
-    for name, cls in methods().items():
-        result.methods[name] = _refusal(adapter, name, forms)
-        if result.methods[name] is None:
-            result.stages[cls.kind] = "ok"
-        else:
-            result.stages.setdefault(cls.kind, str(result.methods[name]))
-    result.stages.pop(Recipe.kind, None)
+    for plan in plans or methods():
+        reason = result.methods[plan] = _refusal(adapter, plan, forms)
+        kinds = {part.kind for part in as_pipeline(plan).parts}
+        if reason is None:
+            result.stages |= dict.fromkeys(kinds, "ok")
+        elif len(kinds) == 1:
+            result.stages.setdefault(kinds.pop(), reason)
     if forms is not None:
         result.attention = forms.told()
     return result

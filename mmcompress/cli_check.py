@@ -28,6 +28,9 @@ def add(command: Command, load: Load) -> None:
         "1 if not, 2 if there is no such checkpoint",
     )
     check.add_argument("model", help=f"folder, config.json or hub name of a checkpoint, or one of {', '.join(MODELS)}")
+    check.add_argument(
+        "--plan", action="append", default=[], help="ask about this plan instead of every method; several allowed"
+    )
     check.add_argument("--json", action="store_true", help="everything as JSON, for machines")
     check.add_argument("--load", action="store_true", help="load the weights too, and compare attention with them")
     add_load_options(check)
@@ -40,9 +43,9 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> int:
     from .check import check, examine
 
     transformers.logging.set_verbosity_error()
-    found = check(options.model)
+    found = check(options.model, options.plan)
     if options.load and not found.refused:
-        found = examine(load(options)[0], found)
+        found = examine(load(options)[0], options.plan, found)
     if options.json:
         print(json.dumps(dataclasses.asdict(found) | {"works": found.works}, indent=1))
     else:
@@ -78,7 +81,7 @@ def _shown(found: Any) -> Table:
     row("attention", *found.attention)
     row("tokens", *found.tokens)
     works = [name for name, reason in found.methods.items() if reason is None]
-    row("methods", f"{len(works)} of {len(found.methods)} with their defaults: {', '.join(works)}")
+    row("methods", f"{len(works)} of {len(found.methods)} work: {', '.join(works)}")
     reasons = defaultdict(list)
     for name, reason in found.methods.items():
         if reason is not None:

@@ -232,3 +232,13 @@ def test_the_command_says_it_in_lines(capsys: Said) -> None:
     assert main(["check", "llava-shapes", "--load", "--device", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["works"] and told["methods"]["fastv"] is None and told["stages"]["layer"] == "ok"
+
+
+def test_one_plan_is_asked(capsys: Said) -> None:
+    plan = "divprune(keep=0.5) >> fastv(layer=2, keep=0.5)"
+    assert main(["check", "llava-shapes", "--plan", plan, "--plan", "fastv(layer=99, keep=0.5)", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["methods"][plan] is None and told["stages"] == {"input": "ok", "layer": "ok"}
+    assert "has 6 layers, cut before one of 1 to 5" in told["methods"]["fastv(layer=99, keep=0.5)"]
+    assert main(["check", "llava-shapes", "--plan", "visionzap"]) == 2
+    assert "unknown method 'visionzap'" in capsys.readouterr().err
