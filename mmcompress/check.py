@@ -141,7 +141,7 @@ def _refusal(adapter: Any, name: str, forms: Forms | None) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(adapter, Adapter):
-                sees = {*USUAL}.intersection(adapter.modalities)
+                sees = {*USUAL}.intersection(adapter.modalities) or not name.isidentifier()
                 plan = as_pipeline(name) if sees else as_pipeline(name, on=tuple(adapter.modalities))
                 Engine(adapter, plan, forms=forms)
             else:

@@ -33,16 +33,16 @@ Said = pytest.CaptureFixture[str]
 def test_a_model_without_values_is_told_what_the_table_says(name: str) -> None:
     with torch.device("meta"):
         model = getattr(transformers, CLASSES[name])._from_config(config(name))
-    found = examine(model)
-    for kind, plan in PLANS.items():
-        if kind != "video":
-            said = found.methods.get(plan.partition("(")[0], found.refused)
-            assert (said is None) == (TABLE[name][kind] == "ok"), (kind, said)
-    assert found.works == (TABLE[name]["input"] == "ok")
-    assert {"signals": found.signals, "positions": found.positions} == {
-        n: TABLE[name][n] for n in ("signals", "positions")
-    }
-    assert found.refused or set(found.methods) == set(methods())
+    row, heard = TABLE[name], PLANS["audio"].format(0.5)
+    found = examine(model, [*methods(), heard])
+    for kind in ("input", "layer", "signal", "encoder"):
+        if row[kind] != "audio only":
+            said = found.methods.get(PLANS[kind].partition("(")[0], found.refused)
+            assert (said is None) == (row[kind] == "ok"), (kind, said)
+    assert (found.methods.get(heard, found.refused) is None) == (row["audio"] == "ok")
+    assert found.works == ("ok" in (row["input"], row["audio"]))
+    assert {"signals": found.signals, "positions": found.positions} == {n: row[n] for n in ("signals", "positions")}
+    assert found.refused or set(found.methods) == {*methods(), heard}
     assert not any(p.device.type != "meta" for p in model.parameters()), "the model was given values"
 
 
