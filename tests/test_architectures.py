@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from mmcompress.adapters import adapter_for
 from torch import nn
 
 import mmcompress as mm
@@ -22,6 +23,7 @@ from mmcompress.visuals import Layout
 
 from .architectures import (
     IMAGE,
+    LAYERS,
     NAMES,
     OLDEST,
     OVERRIDES,
@@ -180,3 +182,27 @@ def test_pictures_of_a_sample_have_budgets_of_their_own() -> None:
     with torch.no_grad():
         model(**inputs)
     assert [(v.row, v.tokens, v.kept) for v in mm.trace(model).visuals] == [(0, 16, 4), (0, 16, 4), (1, 16, 4)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", ["fastv(layer=1, keep=0.5)", "pyramiddrop(layers=(1,), ratios=(0.5,))"])
+def test_cuts_read_layers_that_are_given_no_rotary_tables(plan: str) -> None:
+    """Of the layer before the cut, and ("@next") of the one behind it: as the model's own attention."""
+    model = build("muse_spark", attention="eager")
+    language_model = adapter_for(model).language_model
+    language_model.config.layer_rope_theta = [0.0] * LAYERS
+    inputs = prompts(model, [[4, "1", 6]])
+    places = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    seen: list[Any] = []
+    handle = language_model.layers[0 if "fastv" in plan else 1].self_attn.register_forward_hook(
+        lambda module, args, output: seen.append(output[1])
+    )
+    model(**inputs)
+    handle.remove()
+    weights = seen[0][0, :, -1].mean(0)[places]
+    mm.compress(model, plan)
+    for use_cache in (False, True):
+        model(**inputs, use_cache=use_cache)
+        (visual,) = mm.trace(model).visuals
+        kept = visual.kept_cells(LAYERS - 1)
+        assert kept.tolist() == weights.topk(len(kept)).indices.sort().values.tolist() and len(kept) == 8

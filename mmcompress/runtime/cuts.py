@@ -256,12 +256,12 @@ class Cutter:
         )  # fmt: skip
         call.groups.append(group)
 
-    def _around(self, call: Call, index: int, hidden: Tensor, given: Tables, pools: list[int]) -> Cut:
+    def _around(self, call: Call, index: int, hidden: Tensor, given: Tables | None, pools: list[int]) -> Cut:
         """What can be asked about a cut of some pools before layer `index`, for no rows yet."""
         group, words = call.groups[-1], of_words(pools)
         kept = {**call.kept, "text_relevance": call.kept[words]} if words in call.kept else call.kept
 
-        def heads(i: int, states: Tensor, tables: Tables, ran: bool) -> Heads:
+        def heads(i: int, states: Tensor, tables: Tables | None, ran: bool) -> Heads:
             assert group.positions is not None
             positions = shifted(group.positions, ledger_of(call.cache, i))
             return Heads(self.forms.of(i, self.plan), states, tables, group.valid, call, i, ran, positions)
@@ -271,7 +271,9 @@ class Cutter:
 
         def behind() -> Heads:
             ledger = ledger_of(call.cache, index)
-            tables = layer_tables(self.language_model, index, call, group, ledger, hidden, given)
+            tables = given  # some layers are given none
+            if given is not None:
+                tables = layer_tables(self.language_model, index, call, group, ledger, hidden, given)
             return heads(index, self.forms.of(index, self.plan).entering(hidden), tables, ran=False)
 
         def norm(states: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class LayerTap:
             scope.state[self] = (states_of(args, kwargs), kwargs["position_embeddings"])
 
     @property
-    def seen(self) -> tuple[Tensor, Tables]:
-        """What came in this call, [B, S, D], and its rotary tables."""
+    def seen(self) -> tuple[Tensor, Tables | None]:
+        """What came in this call, [B, S, D], and its rotary tables, if any."""
         return _noted(self.owner, self, self.attention)
 
 
@@ -101,19 +101,19 @@ class Heads:
     """Queries and keys of one LLM attention module, for the tokens of a call and what its cache held before.
 
     form       how the module makes them.
-    hidden     [B, S, D]: what enters the module; tables: its rotary tables, [B or 1, S, d].
+    hidden     [B, S, D]: what enters the module; tables: its rotary tables, [B or 1, S, d], None where it is given none.
     valid      [B, S] bool or None; the last token of every row is its last prompt token (rows are right-aligned).
     index      number of its cache layer, and `ran`: whether the module has put the keys of this call there already.
     positions  [..., B or 1, S], for modules that read them beside their tables; of several axes the first.
     """
 
     def __init__(
-        self, form: Form, hidden: Tensor, tables: Tables, valid: Tensor | None, call: Call, index: int, ran: bool,
+        self, form: Form, hidden: Tensor, tables: Tables | None, valid: Tensor | None, call: Call, index: int, ran: bool,
         positions: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.form, self.hidden, self.valid = form, hidden, valid
         batch = len(hidden)
-        self.tables = tuple(t.expand(batch, -1, -1) for t in tables)
+        self.tables = () if tables is None else tuple(t.expand(batch, -1, -1) for t in tables)
         if positions is not None:
             positions = (
                 positions.to(hidden.device).flatten(0, -3)[0] if positions.dim() > 2 else positions.to(hidden.device)
@@ -131,7 +131,7 @@ class Heads:
             if self.form.plain:
                 return self.form.project(which, hidden, tables)
             positions = None if self.positions is None else take(self.positions)
-            handed = recorded(self.form.attention, hidden, tuple(tables), positions)
+            handed = recorded(self.form.attention, hidden, tuple(tables) or None, positions)
         self.sinks = handed.sinks
         return getattr(handed, which)
 
@@ -179,7 +179,7 @@ class Heads:
         hidden, *tables = (x[:, last] for x in (self.hidden, *self.tables))
         with whole(self.form.root, self.form.attention):
             stored = _Stored(self._cache_layer, self._stored, self.ran)
-            return recorded(self.form.attention, hidden, tuple(tables), positions, stored).k
+            return recorded(self.form.attention, hidden, tuple(tables) or None, positions, stored).k
 
     @functools.cached_property
     def visible(self) -> Tensor:
@@ -341,9 +341,11 @@ def _text_key_norms(cut: Cut, where: str) -> Tensor:
 def _rotary_gain(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
     tables = tuple(t.float() for t in heads.tables)
-    rotation, width = heads.form.rotation, heads.new_keys.shape[-1]
+    rotation, keys = heads.form.rotation, heads.new_keys
     assert rotation is not None
-    ones = rotation(tables[0].new_ones(*tables[0].shape[:2], width)[:, None], *tables)[:, 0]
+    ones = torch.ones_like(keys[:, 0], dtype=torch.float)
+    if tables:
+        ones = rotation(ones[:, None], *tables)[:, 0]
     text, visual = cut._of(ones, cut.text), cut._of(ones, cut.at)
     return text @ visual.transpose(1, 2) * heads.form.scaling
 

@@ -126,7 +126,8 @@ def _forward(module: Any, like: Any, hidden: Tensor, **given: Any) -> Any:
 
 
 def _attend(
-    attention: Any, implementation: str, hidden: Tensor, tables: Tables, mask: Any, positions: Any, cache: Any, **changes: Any
+    attention: Any, implementation: str, hidden: Tensor, tables: Tables | None, mask: Any, positions: Any, cache: Any,
+    **changes: Any,
 ) -> Any:  # fmt: skip
     twin = _copy(attention, config=_As(attention.config, implementation), **changes)
     given = {"position_embeddings": tables, "attention_mask": mask, "position_ids": positions, CACHE: cache}
@@ -137,7 +138,7 @@ def _attend(
 
 @torch.compiler.disable
 def recorded(
-    attention: Any, hidden: Tensor, tables: Tables, positions: Tensor | None = None, cache: Any = None
+    attention: Any, hidden: Tensor, tables: Tables | None, positions: Tensor | None = None, cache: Any = None
 ) -> Handed:
     """What `attention` hands to its attention function for `hidden` [B, S, D]; nothing behind that runs.
 
@@ -244,12 +245,12 @@ class Form:
         return self.softcap is None and not self.sinks
 
     def project(self, which: str, hidden: Tensor, tables: Sequence[Tensor]) -> Tensor:
-        """The plain way: "q", "k" or "v" of `hidden` [B, S, D], [B, heads, S, d]."""
+        """The plain way: "q", "k" or "v" of `hidden` [B, S, D], [B, heads, S, d]; nothing turns without tables."""
         x = getattr(self.attention, f"{which}_proj")(hidden).unflatten(-1, (-1, self.attention.head_dim))
         norm = getattr(self.attention, f"{which}_norm", None)
         x = (norm(x) if norm is not None else x).transpose(1, 2)
         assert self.rotation is not None
-        return x if which == "v" else self.rotation(x, *tables)
+        return x if which == "v" or not tables else self.rotation(x, *tables)
 
     def entering(self, stream: Tensor) -> Tensor:
         """What enters the attention module where `stream` enters the layer."""

@@ -235,9 +235,9 @@ class _Tap:
         ]
 
     def _keep_given(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden, *tables = (x.detach() for x in (states_of(args, kwargs), *kwargs["position_embeddings"]))
+        hidden, *tables = (x.detach() for x in (states_of(args, kwargs), *(kwargs["position_embeddings"] or ())))
         given = Call(None, None, []), 0, False, kwargs.get("position_ids")
-        self.heads = Heads(self.form, hidden, tuple(tables), None, *given)
+        self.heads = Heads(self.form, hidden, tuple(tables) or None, None, *given)
 
     def _keep_output(self, module: Any, args: tuple) -> None:
         self.output = args[0]
