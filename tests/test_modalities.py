@@ -84,6 +84,7 @@ def test_bad_plans(plan: str, said: str) -> None:
         ("llava", 'divprune(keep=0.5) >> divprune(keep=0.5, on="video")', "takes image, and no video"),
         ("voxtral", "divprune(keep=0.5)", r"acts on image and video, and .* takes audio: name it, as in .*on='audio'\)"),
         ("voxtral", 'visionzip(keep=0.5, on="audio")', "only a vision encoder gives; for audio choose one of: .*divprune, .*seats"),
+        ("qwen2_5_omni_thinker", 'visionzip(keep=0.5, on=("image", "audio"))', "only a vision encoder gives"),
         ("voxtral", 'vflowopt_cuts(on="audio")', "needs input_scores"),
     ],
 )  # fmt: skip
@@ -363,12 +364,18 @@ def test_windows_of_a_layout() -> None:
 
 def test_windows_stay_where_they_are_behind_another_stage() -> None:
     visuals = sound(100)
-    first = mm.Selection(torch.stack([torch.arange(40), torch.arange(40) + 60]))  # of the second only the later window
+    first = mm.Selection(torch.stack([torch.arange(40), torch.arange(40) + 50]))
     left = visuals.take(first)
-    kept = mm.Seats(0.5, tokens=20).select(with_budget(left, 10)).keep
-    assert [int((row < 20).sum()) for row in kept] == [5, 5]
+    kept = mm.Seats(0.5, tokens=20).select(with_budget(left, 8)).keep
+    shares = [
+        [int(((row >= start) & (row < end)).sum()) for start, end in ((0, 10), (10, 20), (20, 30), (30, 40))]
+        for row in kept
+    ]
+    assert (
+        sum(shares[0][:2]) == 4 and shares[1][0] == 2 and sum(shares[1][1:3]) == 4
+    )  # windows of 20, 20 and of 10, 20, 10
     alone = mm.Seats(0.5, tokens=20).select(
-        with_budget(mm.Visuals(left.features[1:], left.layout, 10, {}, left.slots[1:]), 10)
+        with_budget(mm.Visuals(left.features[1:], left.layout, 8, {}, left.slots[1:]), 8)
     )
     assert torch.equal(alone.keep, kept[1:])
 
