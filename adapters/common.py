@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from ..runtime.adapter import Adapter, Encoded, body_of, config_of, decoder_of, encoding, placeholder
+from ..runtime.adapter import Adapter, Encoded, Run, body_of, config_of, decoder_of, encoding, placeholder
 from ..runtime.deepstack import NAMES as DEEPSTACK
 from ..runtime.structural import StructuralTokens, ruled
 from ..stage import MODALITIES, USUAL
@@ -65,6 +65,11 @@ class CommonAdapter(Adapter):
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         return Encoded(modality, [Layout.raster(1, 1, length) for length in lengths])
+
+    def assemble(self, encoded: Encoded, runs: list[Run]) -> None:
+        """Where features come token by token, a run of placeholders is a picture."""
+        if len(encoded.layouts) == sum(run.length for run in runs) > len(runs):
+            encoded.layouts = [Layout.raster(1, 1, run.length) for run in runs]
 
     @functools.cached_property
     def structural_tokens(self) -> StructuralTokens:

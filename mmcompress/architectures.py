@@ -51,7 +51,11 @@ REASONS = {
     ),
     "windows": (
         "how far back they look is of a form that is not known",
-        "its layers look back only so far, in a form that is not known",
+        "some of its layers look back only so far, in a form that layer stages do not know: stages before it only",
+    ),
+    "stock": (
+        "does not run in stock transformers",
+        "it does not run in stock transformers 5.24, so nothing could be tried",
     ),
     "streams": (
         "has several residual streams",

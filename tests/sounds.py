@@ -89,11 +89,20 @@ def sounds(model: Any, base: Any, numbers: list[int]) -> tuple[dict[str, Any], l
         shape = (length, bins * config.num_stacked_frames)
     else:
         shape = (length, bins) if kind.startswith(("gemma", "nemo")) else (bins, length)
-    masks = [mask for mask in ("input_features_mask", "feature_attention_mask", "padding_mask") if mask in accepted]
+    if "audio_input_ids" in accepted:  # numbers of mel bins, a token per frame
+        name, shape = "audio_input_ids", (16, config.n_mel_bins)
+        length = 16
+    masks = [
+        mask
+        for mask in ("input_features_mask", "feature_attention_mask", "padding_mask", "audio_input_ids_mask")
+        if mask in accepted
+    ]
 
     def given(numbers: list[int]) -> dict[str, Any]:
         made = [torch.randn(shape, generator=torch.Generator().manual_seed(500 + number)) for number in numbers]
         valid = torch.tensor([length - length // 4 * (number % 2) for number in numbers])
+        if name == "audio_input_ids":
+            made = [(x.abs() * 1000).long() % config.mel_vocab_size for x in made]
         mask = torch.arange(length) < valid[:, None]
         told = {"chunk_sample_lengths": 160 * valid} if "chunk_sample_lengths" in accepted else {}
         return {

@@ -21,7 +21,7 @@ from mmcompress.runtime.cache import CACHE, held_bytes, lengths
 from mmcompress.runtime.windows import Window
 
 from .architectures import IMAGE, OLDEST, build, prompts
-from .exactness import Case, extended, masked, seeing, shortened
+from .exactness import Case, extended, masked, seeing, shortened, watched
 
 pytestmark = pytest.mark.skipif(OLDEST, reason="configs and inputs are those of the newest transformers")
 
@@ -186,6 +186,30 @@ def test_a_cropped_cache_goes_on_as_if_nothing_had_been(name: str, kind: str, re
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+def test_a_window_behind_the_first_call_lets_go_of_later_tokens_alone(options: dict[str, Any]) -> None:
+    """The language model of Unlimited OCR, stock, on what is kept; generate() tells its cache how long the prompt is."""
+    model = build("unlimited_ocr")
+    row, seen = prompts(model, [ROW]), list[dict[str, Any]]()
+    language_model, steps = model.model.language_model, WINDOW + 8
+    mm.compress(model, "divprune(keep=0.5)", positions="reindex")
+    made = model.generate(
+        **row, **options, do_sample=False, max_new_tokens=steps, min_new_tokens=steps, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    kept = mm.trace(model).call.groups[-1].source[0]
+    mm.uncompress(model)
+    with watched(language_model, seen):
+        model(**row)
+    cache, embeds = DynamicCache(config=language_model.config), seen[0]["inputs_embeds"][:, kept]
+    for logits, token in zip(made.logits, made.sequences[0, -steps:], strict=True):
+        out = language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
+        close(logits, model.lm_head(out.last_hidden_state[:, -1]))
+        embeds = model.get_input_embeddings()(token[None, None])
+    assert len(kept) < row["input_ids"].shape[1]
+
+
+@torch.no_grad()
 def test_a_window_of_kept_tokens_would_be_something_else() -> None:
     """So that the tests here can tell them apart."""
     model = plan_of(build("cohere2_vision"), "input")
@@ -217,9 +241,6 @@ def test_what_is_told_of_a_cache_is_what_its_windows_hold() -> None:
     assert report.kv_bytes == found.now and report.full_kv_bytes == found.full
 
 
-def test_a_window_reaches_so_many_places_and_a_chunk_its_own() -> None:
+def test_a_window_reaches_so_many_places() -> None:
     places = torch.tensor([[0, 1, 5, 6, 7]])
-    seen = Window(3).reaches(places, places)[0]
-    assert seen[4].tolist() == [False, False, True, True, True] and seen[1, 0]
-    chunks = Window(6, chunked=True).reaches(places, places)[0]
-    assert chunks[4].tolist() == [False, False, False, True, True] and chunks[2].tolist()[:3] == [True] * 3
+    assert Window(3).reaches(places, places)[0, 4].tolist() == [False, False, True, True, True]

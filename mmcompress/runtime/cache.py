@@ -155,7 +155,11 @@ class PrunedLayer:
 
 @functools.cache
 def _pruned_class(cls: type) -> type:
-    return type(f"Pruned{cls.__name__}", (PrunedLayer, cls), {})
+    made: Any = type(f"Pruned{cls.__name__}", (PrunedLayer, cls), {})
+    made._layer_type = getattr(
+        cls, "_layer_type", None
+    )  # by which a model finds its own; after the fact: it is not registered
+    return made
 
 
 def _blank(cls: type) -> Any:
@@ -221,8 +225,9 @@ def held_bytes(cache: Cache | None) -> Held:
             most = layer.max_cache_len
             columns, stored, logical = most, min(stored, most), min(logical, most) if layer.is_sliding else logical
         elif layer.is_sliding:
-            columns = stored = layer.keys.shape[-2]
-            logical = max(stored, min(logical, reach(layer, logical)))
+            gone, rows = logical - stored, (layer.keys, getattr(layer, "prefill_keys", None))
+            columns = stored = sum(x.shape[-2] for x in rows if x is not None and x.dim() > 1)
+            logical = max(stored, min(logical, reach(layer, logical) + (gone if rows[1] is not None else 0)))
         else:
             columns = stored
         now += whole * stored // columns
@@ -241,7 +246,8 @@ def reach(layer: Any, most: int) -> int:
     """How many tokens a cache layer keeps for those to come, of `most` or more."""
     if not getattr(layer, "is_sliding", False):
         return most
-    return (layer.max_cache_len if isinstance(layer, StaticLayer) else layer.sliding_window) - 1
+    size = layer.max_cache_len if isinstance(layer, StaticLayer) else layer.sliding_window
+    return size - 1 + (getattr(layer, "prefill_length", None) or 0)  # some keep their first call for ever
 
 
 def _lengths(layer: Any) -> tuple[int, int]:

@@ -484,6 +484,10 @@ class Engine(Following):
             0, length, physical, counts, packed.valid, packed.source, packed.place, tail=tail, positions=positions, gone=gone
         )  # fmt: skip
         call.groups = call.record.groups = [group]
+        told: list[Any] = call.cache.layers if call.cache is not None else []
+        for layer in told:
+            if getattr(layer, "prefill_length", None) is not None:  # generate() has told it how long the prompt is
+                layer.prefill_length -= length - physical
         for name in kwargs.keys() - BY_THEMSELVES - (NAMES if prompt.levels else frozenset()):
             kwargs[name] = follow(kwargs[name], packed.source, length, name)
         assert call.visual is not None
@@ -674,4 +678,5 @@ class Engine(Following):
 
 def _counts(layer: Any) -> bool:
     """Whether a part of a decoder layer reads position ids by name (to scale queries, say)."""
-    return any("position_ids" in inspect.signature(part.forward).parameters for part in layer.children())
+    parts = (part for part in layer.modules() if part is not layer)
+    return any("position_ids" in inspect.signature(part.forward).parameters for part in parts)

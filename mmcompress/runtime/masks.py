@@ -24,6 +24,10 @@ from .call import Call
 from .packing import Group
 from .windows import columns_of, cuts_off, outside, reached, window_mask, window_of
 
+RECURRENT = ("linear_attention", "conv")
+"""Kinds of masks that say which tokens are real, [B, S], to layers that carry a state."""
+ATTENTION_OF = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+"""The kind of mask for the attention of layers that have a state as well."""
 BY_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
 """Keywords that say by lengths which tokens see each other (rows packed for flash attention)."""
 
@@ -96,9 +100,14 @@ def _fed(call: Call, layer: int) -> int:
     return int(call.past) - (ledger.dropped if ledger is not None else 0)
 
 
+def _kinds(config: Any) -> list[str]:
+    """What the masks of each layer's attention are called; nothing where layers have no types."""
+    return [ATTENTION_OF.get(kind, kind) for kind in getattr(config, "layer_types", None) or ()]
+
+
 def _layer_of(call: Call, kind: str) -> int:
     """The first layer of a kind; 0 where the kinds of layers are not known by that name."""
-    kinds = list(getattr(call.config, "layer_types", None) or ())
+    kinds = _kinds(call.config)
     return kinds.index(kind) if kind in kinds else 0
 
 
@@ -167,8 +176,11 @@ def carried(config: Any, call: Call, group: Group, layer: int, mask: Any, embeds
     """A ready-made mask over the tokens that the caller passed, for those that `layer` holds (`embeds` [B, M, H]): its rows and
     columns of what is left."""
     if isinstance(mask, dict):
-        kinds = {kind: _layer_of(call, kind) or layer for kind in mask}
-        return {kind: carried(config, call, group, kinds[kind], m, embeds) for kind, m in mask.items()}
+        rest = {kind: m for kind, m in mask.items() if kind not in RECURRENT}
+        made = {
+            kind: carried(config, call, group, _layer_of(call, kind) or layer, m, embeds) for kind, m in rest.items()
+        }
+        return {**{kind: group.valid for kind in mask if kind in RECURRENT}, **made}
     if getattr(mask, "ndim", 0) != 4:  # beside ready-made ones: plainly causal, as the kernel does it by itself
         windowed = cuts_off(call, layer, group.logical)
         return None if group.valid is None and not windowed else layer_mask(config, call, group, layer, embeds)
@@ -209,7 +221,7 @@ def entry_of(call: Call, layer: int, config: Any) -> Any:
     """The ready-made mask of `layer`."""
     if not isinstance(call.ready, dict):
         return call.ready
-    kinds = getattr(config, "layer_types", None) or [*call.ready] * (layer + 1)
+    kinds = _kinds(config) or [*call.ready] * (layer + 1)
     if kinds[layer] not in call.ready or (len(call.ready) > 1 and not hasattr(config, "layer_types")):
         raise NotImplementedError(
             f"which of the ready-made masks ({', '.join(call.ready)}) is that of layer {layer} is not known: only stages before "

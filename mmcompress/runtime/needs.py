@@ -22,6 +22,9 @@ TEXT_SIGNALS = ("text_embeddings",)
 STATES = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"})
 """Kinds of layers that carry a state from token to token."""
 
+REFERENCE = "reference_sliding_attention"
+"""Kind of layers that see all of the first call and so many of the tokens behind it: what is dropped is not among those."""
+
 
 def names_of(needs: Iterable[Need]) -> list[str]:
     """All signals that may serve `needs`."""
@@ -32,10 +35,16 @@ def check_language_model(config: Any, plan: Pipeline) -> None:
     """Raise for layers in which tokens cannot be dropped."""
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     inside = (*plan.layer_stages, *plan.exit_stages)
-    unknown = sorted(kind for kind in kinds - SLIDING if "sliding" in kind or "chunk" in kind)
+    if "chunked_attention" in kinds or (not kinds and getattr(config, "attention_chunk_size", None)):
+        raise NotImplementedError(
+            "the language model has layers of type chunked_attention, as only Llama 4 has: it does not run in stock transformers "
+            "5.24 (its forward reads image_outputs of an output that has none), so what could be done with it could not be tried"
+        )
+    unknown = sorted(kind for kind in kinds - SLIDING if "sliding" in kind and (inside or kind != REFERENCE))
     if unknown:
         raise NotImplementedError(
             f"the language model has layers of type {', '.join(unknown)}: how far back they look is of a form that is not known"
+            + (": only stages before the language model are supported" if unknown == [REFERENCE] else "")
         )
     if inside and getattr(config, "altup_num_inputs", None):
         raise NotImplementedError(
@@ -44,8 +53,8 @@ def check_language_model(config: Any, plan: Pipeline) -> None:
         )
     if inside and "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise NotImplementedError(
-            f"{inside[0]!r}: layers of the language model share keys and values with earlier ones, which hold "
-            f"other tokens behind a cut: only stages before the language model are supported"
+            f"{inside[0]!r}: layers of the language model share keys and values with earlier ones, which hold other tokens behind "
+            f"a cut: only stages before the language model are supported"
         )
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "sdpa", "eager") and any(windows_of(config)):
