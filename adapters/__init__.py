@@ -13,6 +13,7 @@ from .grids import GridAdapter
 from .internvl import InternVLAdapter
 from .llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
 from .minicpm import MiniCPMAdapter
+from .molmo import Molmo2Adapter
 from .naflex import NaFlexAdapter
 from .ovis import Ovis2Adapter
 from .perception import PerceptionAdapter
@@ -35,6 +36,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     GemmaAdapter,
     MiniCPMAdapter,
     Ovis2Adapter,
+    Molmo2Adapter,
     PerceptionAdapter,
     SquareAdapter,
     CommonAdapter,

@@ -33,6 +33,10 @@ REASONS = {
         "puts more than the features of this vision encoder together",
         "its projector takes more than the features of one vision encoder: attention among patches, but none of those features",
     ),
+    "pooling": (
+        "pooled by attention from patches of overlapping crops",
+        "its tokens are pooled by attention from patches of overlapping crops: stages behind the encoder only",
+    ),
     "one table": (
         "one table of rotations for all pictures",
         "its vision encoder has one table of rotations for all pictures, so none can be shorter: stages behind it only",

@@ -85,10 +85,18 @@ def smaller_targets(model: Any, found: dict[str, Any]) -> None:
     found["pixel_values"] = found["pixel_values"][..., : 96 * model.config.vision_config.patch_size]
 
 
+def smaller_pooling(model: Any, found: dict[str, Any]) -> None:
+    """7 x 7 patches of 8 x 8, pooled 2 x 2: nothing beyond the edges."""
+    places = found["image_token_pooling"].view(2, 4, 4, 4).clone()
+    places[1, -1, :, 2:], places[1, :, -1, 1::2] = -1, -1
+    found["image_token_pooling"] = places.flatten(0, 2)
+
+
 SMALLER: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "image_sizes": smaller_sizes, "spatial_shapes": smaller_shapes, "image_position_ids": smaller_places,
     "target_sizes": smaller_targets,
     "image_grid_thw": smaller_grids, "video_grid_thw": smaller_grids,
+    "image_token_pooling": smaller_pooling,
 }  # fmt: skip
 """By an argument that tells sizes: make the second picture smaller."""
 
@@ -151,6 +159,10 @@ def test_a_patch_ends_up_where_arrange_says(name: str, even: bool) -> None:
     model = build(name)
     adapter, arguments = adapter_for(model), given(model, even)
     base, block = base_of(model), adapter.blocks[max(adapter.feature_blocks)].module
+    for part in base.modules():  # attention that pools patches and has settled on one of them would not show the others
+        if hasattr(part, "image_pooling_2d"):
+            part.image_pooling_2d.q_proj.weight.mul_(0.01)
+            part.image_pooling_2d.q_proj.bias.mul_(0.01)
     features = adapter.features(base.get_image_features(**arguments), arguments)
     before = [f.flatten(0, -2) for f in features]
     encoded = adapter.encoded("image", arguments, [len(f) for f in before])
@@ -161,6 +173,10 @@ def test_a_patch_ends_up_where_arrange_says(name: str, even: bool) -> None:
     shape = seen[0].shape[:-1]
     generator = torch.Generator().manual_seed(0)
     patches = shape[-1] - adapter.prefix
+    same = torch.ones(shape if adapter.packed and len(shape) == 1 else (*shape[:-1], patches))
+    same = VisionTap(None, adapter, set(), None)._per_token(same.flatten() if adapter.packed else same, arguments)
+    for rows in adapter.arrange(encoded, arguments, same[..., None]):
+        torch.testing.assert_close(rows, torch.ones_like(rows))
     for at in torch.randperm(patches, generator=generator)[:6].tolist():
         noise = functools.partial(disturbed, adapter.prefix + at)
         noisy = block.register_forward_hook(noise, prepend=True)  # before transformers' own, which record
