@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,7 @@ class MiniCPMAdapter(RasterAdapter):
     @property
     def window(self) -> int:
         """Patches per side that the merger between the blocks makes one of; 1 where it does not run."""
-        between = self.model.config.downsample_mode != "4x"
+        between = self.config.downsample_mode != "4x"
         return int(self.tower.config.window_kernel_size[0]) if between else 1
 
     @functools.cached_property
@@ -40,7 +41,7 @@ class MiniCPMAdapter(RasterAdapter):
 
     @property
     def side(self) -> int:
-        return int(self.model.config.merge_kernel_size[0]) ** int(self.model.config.merger_times)
+        return int(self.config.merge_kernel_size[0]) ** int(self.config.merger_times)
 
     @property
     def projector(self) -> nn.Module:
@@ -48,7 +49,7 @@ class MiniCPMAdapter(RasterAdapter):
 
     def check_encoder_call(self, arguments: dict[str, Any]) -> None:
         super().check_encoder_call(arguments)
-        mode, configured = arguments.get("downsample_mode"), self.model.config.downsample_mode
+        mode, configured = arguments.get("downsample_mode"), self.config.downsample_mode
         if mode is not None and mode != configured:
             raise NotImplementedError(
                 f"downsample_mode={mode!r} was passed to a compressed model whose config says {configured!r}: change "
@@ -60,6 +61,12 @@ class MiniCPMAdapter(RasterAdapter):
         if sizes is None:
             sizes = arguments["target_sizes_videos"].repeat(len(arguments["pixel_values_videos"]), 1)
         return [(rows // self.window, columns // self.window) for rows, columns in sizes.tolist()]
+
+    def shown(self, arguments: dict[str, Any]) -> Iterable[Tensor]:
+        strip, sizes = arguments["pixel_values"][0], arguments["target_sizes"].tolist()
+        side = strip.shape[1]
+        for part, (h, w) in zip(strip.split([h * w * side for h, w in sizes], -1), sizes, strict=True):
+            yield part.unflatten(-1, (h, w, side)).permute(0, 2, 1, 3, 4).reshape(-1, h * side, w * side)
 
     def project(self, rows: Tensor) -> Tensor:
         patches = rows.unflatten(-1, (self.unit, -1)).flatten(0, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -35,6 +35,11 @@ class NaFlexAdapter(RasterAdapter):
 
     def shapes(self, arguments: dict[str, Any]) -> list[tuple[int, int]]:
         return [(int(rows), int(columns)) for rows, columns in arguments["spatial_shapes"].tolist()]
+
+    def shown(self, arguments: dict[str, Any]) -> Iterable[Tensor]:
+        side = self.tower.config.patch_size
+        for row, (h, w) in zip(arguments["pixel_values"], self.shapes(arguments), strict=True):
+            yield row[: h * w].view(h, w, side, side, -1).permute(4, 0, 2, 1, 3).reshape(-1, h * side, w * side)
 
     def tap_features(self, record: Callable[[Tensor], None]) -> RemovableHandle:
         # some releases of transformers give the projector one picture after the other

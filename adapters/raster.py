@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.adapter import OF_PATCHES, Adapter, Block, Encoded
+from ..runtime.adapter import OF_PATCHES, Adapter, Block, Encoded, Run
 from ..stage import Stage
 from ..visuals import Layout, View
+from .tiles import THUMB, join, pictures
 from .towers import blocks_of
 
 
@@ -78,7 +80,17 @@ class RasterAdapter(Adapter):
             while sum(view.cells for view in frames) < length:
                 frames.append(next(views))
             layouts.append(Layout(tuple(frames if len(frames) == 1 else (replace(v, role="frame") for v in frames))))
-        return Encoded(modality, layouts)
+        seen = self.shown(arguments) if modality == "image" and len(layouts) > 1 else ()
+        small = [F.adaptive_avg_pool2d(picture.detach().float(), THUMB) for picture in seen]
+        return Encoded(modality, layouts, pixels=torch.stack(small) if small else None)
+
+    def shown(self, arguments: dict[str, Any]) -> Iterable[Tensor]:
+        """The picture [3, height, width] that every row shows, where large pictures come as tiles and a view of the whole."""
+        return ()
+
+    def assemble(self, encoded: Encoded, runs: list[Run]) -> None:
+        if encoded.pixels is not None:
+            join(encoded, pictures(encoded.pixels.cpu(), runs, [layout.tokens for layout in encoded.layouts]))
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         return list(rows.split([layout.cells for layout in encoded.layouts]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.adapter import Encoded, Run
+from ..visuals import Layout, View
 from .layouts import tiled
 
 NEAR = 8
@@ -44,8 +46,8 @@ def small(arguments: dict[str, Any], views: int) -> Tensor | None:
     return F.adaptive_avg_pool2d(pixels.float(), THUMB)
 
 
-def pictures(views: Tensor, runs: list[Run], tokens: int) -> list[Picture]:
-    """The pictures that small views [n, 3, p, p] make, which stand in `runs` with `tokens` each."""
+def pictures(views: Tensor, runs: list[Run], tokens: Sequence[int]) -> list[Picture]:
+    """The pictures that small views [n, 3, p, p] make, which stand in `runs` with `tokens` of each."""
     near = _near(runs, tokens)
     found: list[Picture] = []
     start = 0
@@ -58,15 +60,18 @@ def pictures(views: Tensor, runs: list[Run], tokens: int) -> list[Picture]:
     return found
 
 
-def _near(runs: list[Run], tokens: int) -> list[bool]:
+def _near(runs: list[Run], tokens: Sequence[int]) -> list[bool]:
     """Whether each view stands close behind the one before it. None does where a run is no whole number of views."""
     near: list[bool] = []
     before: Run | None = None
     for run in runs:
-        if run.length % tokens:
+        near.append(before is not None and before.row == run.row and run.start - before.start - before.length <= NEAR)
+        left = run.length - tokens[len(near) - 1]
+        while left > 0 and len(near) < len(tokens):
+            left -= tokens[len(near)]
+            near.append(True)
+        if left:
             return []
-        close = before is not None and before.row == run.row and run.start - before.start - before.length <= NEAR
-        near += [close] + [True] * (run.length // tokens - 1)
         before = run
     return near
 
@@ -99,8 +104,8 @@ def arrangement(tiles: Tensor, whole: Tensor) -> tuple[int, int, float]:
 
 def join(encoded: Encoded, found: Sequence[Picture]) -> None:
     """Make the views of an encoder call the visuals `found`."""
-    side, counts = encoded.layouts[0].views[0].grid[0], [picture.views for picture in found]
-    encoded.layouts = [tiled(p.rows, p.columns, side, p.first) for p in found]
+    counts, views = [picture.views for picture in found], iter([layout.views[0] for layout in encoded.layouts])
+    encoded.layouts = [_laid([next(views) for _ in range(picture.views)], picture) for picture in found]
     for name, values in encoded.signals.items():
         encoded.signals[name] = _together(values, counts)
     if encoded.clusters is not None:
@@ -108,6 +113,14 @@ def join(encoded: Encoded, found: Sequence[Picture]) -> None:
         rest = iter(encoded.left)
         encoded.left = [sum(next(rest) for _ in range(count)) for count in counts]
     encoded.pixels = None
+
+
+def _laid(views: list[View], picture: Picture) -> Layout:
+    """The layout of a picture whose views have these grids."""
+    if picture.views == 1:
+        return Layout((views[0],))
+    places = tiled(picture.rows, picture.columns, 1, picture.first).views
+    return Layout(tuple(replace(place, grid=view.grid) for place, view in zip(places, views, strict=True)))
 
 
 def _together(parts: list[Tensor], counts: Sequence[int]) -> list[Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import mmcompress as mm
 from mmcompress.runtime.adapter import Run
+from mmcompress.visuals import Layout
 
 from .architectures import IMAGE, OLDEST, build
 
@@ -130,3 +132,42 @@ def test_the_tiles_of_a_picture_share_a_budget(plan: str) -> None:
     alone = model(**prompt(cut("smolvlm", [picture(2, 2)]), [5]))
     assert mm.trace(model).visuals[0].kept_cells().tolist() == shown[0].kept_cells().tolist()
     assert torch.isfinite(alone.logits).all()
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("name", ["lfm2_vl", "minicpmv4_6"])
+def test_pictures_are_found_among_views_of_several_sizes(name: str, close: bool) -> None:
+    """The view of the whole keeps the shape of its picture: last of LFM2-VL, first of MiniCPM-V."""
+    images = [
+        picture(*size, seed)
+        for seed, size in enumerate([(2, 2), (2, 3), (1, 1), (1, 1), (1, 2), (3, 2), (1, 1), (4, 1)])
+    ]
+    if name == "lfm2_vl":
+        made = transformers.Lfm2VlImageProcessor(
+            tile_size=SIDE, encoder_patch_size=4, downsample_factor=2, max_image_tokens=16, min_image_tokens=4,
+            max_num_patches=64,
+        )(images=images, return_tensors="pt", return_row_col_info=True)  # fmt: skip
+        grids = list(zip(made["image_rows"].tolist(), made["image_cols"].tolist(), strict=True))
+    else:
+        made = transformers.MiniCPMV4_6ImageProcessor(patch_size=4, scale_resolution=SIDE, max_slice_nums=9)(
+            images=images, return_tensors="pt"
+        )
+        grids = [(max(rows, 1), max(columns, 1)) for rows, columns in made["grids"]]
+    assert sum(rows * columns > 1 for rows, columns in grids) >= 4
+    adapter = adapter_for(build(name))
+    shapes = [(h // adapter.side, w // adapter.side) for h, w in adapter.shapes(made)]  # type: ignore[union-attr]
+    encoded = adapter.encoded("image", dict(made), [h * w for h, w in shapes])  # type: ignore[union-attr]
+    runs: list[Run] = []
+    at, views = 3, iter(shapes)
+    for rows, columns in grids:
+        for _ in range(rows * columns + (rows * columns > 1)):
+            height, width = next(views)
+            runs.append(Run(0, at, height * width))
+            at += height * width + 1
+        at += 1 if close else 30
+    adapter.assemble(encoded, runs)  # type: ignore[union-attr]
+    found, wanted = iter(shapes), []
+    for rows, columns in grids:
+        places = tiled(rows, columns, 1, name != "lfm2_vl").views
+        wanted.append(Layout(tuple(replace(place, grid=next(found)) for place in places)))
+    assert encoded.layouts == wanted
