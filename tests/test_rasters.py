@@ -16,7 +16,7 @@ from transformers import PixtralVisionConfig
 import mmcompress as mm
 from mmcompress.budget import resolve
 
-from .architectures import CLASSES, IMAGE, config, pictures_of, randomised
+from .architectures import CLASSES, IMAGE, OLDEST, config, pictures_of, randomised
 from .test_signals import SEEN
 
 BREAK, END = 152, 153
@@ -26,11 +26,13 @@ SIZES = [(6, 12), (6, 6), (12, 6)]
 """Of the pictures of a prompt, in patches (of MiniCPM-V: behind the merger in its encoder)."""
 
 
-def build(kind: str, attention: str = "sdpa") -> Any:
+def build(kind: str, attention: str | None = None) -> Any:
     """Mistral 3 without a window, as it is released; Pixtral-12B; LightOnOCR."""
     name = "llava" if kind == "pixtral" else kind
     if name not in CLASSES:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    if OLDEST and kind == "minicpmv4_6":
+        pytest.skip("transformers 5.17 encodes pictures of one size only")
     made = config(name)
     if kind == "mistral3":
         made.text_config.sliding_window = None
@@ -40,7 +42,8 @@ def build(kind: str, attention: str = "sdpa") -> Any:
         made.vision_config = PixtralVisionConfig(**config("mistral3").vision_config.to_dict())
         made.vision_feature_layer, made.vision_feature_select_strategy = -1, "full"
     torch.manual_seed(0)
-    return randomised(getattr(transformers, CLASSES[name])._from_config(made, attn_implementation=attention).eval())
+    wanted = {} if attention is None else {"attn_implementation": attention}
+    return randomised(getattr(transformers, CLASSES[name])._from_config(made, **wanted).eval())
 
 
 def given(model: Any, numbers: list[int], padding: int = 0) -> dict[str, Tensor]:
@@ -123,9 +126,9 @@ def tokens(model: Any, numbers: list[int], padding: int = 0) -> tuple[Tensor, ..
 
 @torch.no_grad()
 @pytest.mark.parametrize("proportional", [True, False])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [None, "eager"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_merge_each_by_itself(kind: str, attention: str, proportional: bool) -> None:
+def test_pictures_merge_each_by_itself(kind: str, attention: str | None, proportional: bool) -> None:
     """Together, with padding and without, as alone; blocks run on what is left of the longest row, or of all in one row."""
     model = build(kind, attention)
     stock, side = tokens(model, [0, 1, 2]), adapter_for(model).side

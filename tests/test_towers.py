@@ -20,7 +20,7 @@ from mmcompress.runtime.encoder import _taken
 from mmcompress.runtime.probe import _As, _copy
 from mmcompress.runtime.signals import VisionTap
 
-from .architectures import TABLE, base_of, build, pictures
+from .architectures import OLDEST, TABLE, base_of, build, pictures
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def smaller_grids(model: Any, found: dict[str, Any]) -> None:
 
 
 def smaller_targets(model: Any, found: dict[str, Any]) -> None:
+    if OLDEST:
+        pytest.skip("transformers 5.17 encodes pictures of one size only")
     found["target_sizes"] = torch.tensor([[8, 8], [4, 8]]).int()
     found["pixel_values"] = found["pixel_values"][..., : 96 * model.config.vision_config.patch_size]
 
