@@ -61,6 +61,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "diverse", "greedy_map", (many, torch.rand(1, 4100), 2)
     yield "coverage", "soft_coverage", (y, x, 0.1)
     yield "coverage", "max_coverage", (torch.rand(2, 300, 80), 3, mask)
+    yield "coverage", "max_coverage", (torch.rand(2, 300, 80), 3, None, weight)
     yield "merge", "merge", (x, torch.randint(-1, 9, (2, 80)), 9, weight, True)
     yield "merge", "merge", (x, torch.randint(-1, 9, (2, 80)), 9, None, False)
     yield "compact", "compact", ([x, y[:1], mask], torch.randint(70, (2, 9)), torch.rand(2, 9) < 0.5)

@@ -37,13 +37,14 @@ REFUSED: dict[str, set[str]] = {"vflowopt_cuts": set(FAMILIES)}
 """Families that a method refuses, by name; every other refusal is a failure. The cuts of vflowopt need an input stage with scores
 before them."""
 ALL_PAIRS = {
-    "cdpruner": "a table of N^2", "cen_prune": "as the host",
+    "anchorprune": "a table of N^2", "eadp": "a table of N^2", "idpruner": "a table of N^2", "prunesid": "a table of N^2",
+    "scope": "a table of N^2", "cdpruner": "a table of N^2", "cen_prune": "as the host",
     "divprune": "a table of N^2", "mmtok": "N (N + T) float32",
     "vispruner": "N^2 C",
 }  # fmt: skip
 """Methods that may hold a matrix of all pairs of tokens, with the words of their docstrings that say so."""
-ROUNDS = {"vispruner"}
-"""Methods that remove a fixed number of tokens at a time, so that the rounds grow with N."""
+ROUNDS = {"prunesid", "vispruner"}
+"""Methods that look at tokens one by one, or remove a fixed number at a time, so that the rounds grow with N."""
 
 
 def plans() -> Iterator[tuple[str, int, Stage]]:

@@ -46,25 +46,29 @@ def test_picks_on_the_cpu(data: st.DataObject) -> None:
     table = some_table(data.draw(st.sampled_from(KINDS)), u, r, n, data.draw(st.integers(0, 10**6)))
     table = table.to(data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])))
     last = torch.rand(u, n) < data.draw(st.sampled_from([0.3, 1.0])) if data.draw(st.booleans()) else None
-    twin = max_coverage(table, k, last, implementation="naive")
+    weight = torch.rand(u, n).where(torch.rand(u, n) < 0.8, 0) if data.draw(st.booleans()) else None
+    twin = max_coverage(table, k, last, weight, implementation="naive")
     assert [sorted(row) for row in twin.tolist()] == [sorted(set(row)) for row in twin.tolist()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lazy, "POOL", data.draw(st.sampled_from([1, 3, 128])))
         patch.setattr(lazy, "BATCH", data.draw(st.sampled_from([1, 2, 16])))
-        assert torch.equal(max_coverage(table, k, last), twin)
+        assert torch.equal(max_coverage(table, k, last, weight), twin)
     wide = table if table.dtype == torch.float64 else table.float()
     with NoWaiting():
-        there = blocked.max_coverage(wide, k, last)
+        there = blocked.max_coverage(wide, k, last, None if weight is None else weight.to(wide))
     assert torch.equal(there, twin)
 
 
-def test_the_definition() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_definition(weighted: bool) -> None:
     """The naive twin against sums in float64, pick by pick."""
     table = some_table("random", 1, 90, 40, seed=3)
-    picks, best = max_coverage(table, 40, implementation="naive")[0].tolist(), torch.zeros(90, dtype=torch.float64)
+    weight = torch.rand(1, 40) + 0.1 if weighted else torch.ones(1, 40)
+    picks = max_coverage(table, 40, None, weight if weighted else None, implementation="naive")[0].tolist()
+    best = torch.zeros(90, dtype=torch.float64)
     for step, pick in enumerate(picks):
-        gain = (
-            (table[0].double() - best[:, None]).clamp_min(0).sum(0).index_fill(0, torch.tensor(picks[:step]).long(), -1)
+        gain = ((table[0].double() - best[:, None]).clamp_min(0).sum(0) * weight[0]).index_fill(
+            0, torch.tensor(picks[:step]).long(), -1
         )
         assert gain.max() - gain[pick] < 1e-5
         best = torch.maximum(best, table[0, :, pick].double())
@@ -158,9 +162,11 @@ def test_extreme_lengths(implementation: str, scale: float) -> None:
 def test_triton_makes_exactly_the_picks_of_the_twin(kind: str, u: int, r: int, n: int, k: int) -> None:
     table = some_table(kind, u, r, n, seed=n).transpose(1, 2).contiguous().transpose(1, 2)
     last = torch.rand(u, n, generator=torch.Generator().manual_seed(n)) < 0.3 if n % 2 else None
+    weight = torch.rand(u, n, generator=torch.Generator().manual_seed(k)) if n % 3 else None
     with poisoned():
-        picks = max_coverage(table.to(DEVICE), k, None if last is None else last.to(DEVICE), implementation="triton")
-    assert torch.equal(picks.cpu(), max_coverage(table, k, last, implementation="naive"))
+        given = [None if x is None else x.to(DEVICE) for x in (last, weight)]
+        picks = max_coverage(table.to(DEVICE), k, *given, implementation="triton")
+    assert torch.equal(picks.cpu(), max_coverage(table, k, last, weight, implementation="naive"))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -209,7 +215,7 @@ def test_seen_from_outside_nothing_waits_and_graphs_stay_whole() -> None:
     soft, most = torch.ops.mmcompress.soft_coverage.default, torch.ops.mmcompress.max_coverage.default
     torch.library.opcheck(soft, (None, x, 0.2, "blocked"))
     torch.library.opcheck(soft, (y, x, 0.2, "blocked"))
-    torch.library.opcheck(most, (table, table[:, 0] > 0.02, 5, "blocked"))
+    torch.library.opcheck(most, (table, table[:, 0] > 0.02, table[:, 1], 5, "blocked"))
 
     def both(x: Tensor) -> Tensor:
         return max_coverage(soft_coverage(x, x, 0.2), 5)
@@ -224,6 +230,7 @@ def test_seen_from_outside_nothing_waits_and_graphs_stay_whole() -> None:
         (lambda x: max_coverage(x, 5), "k=5: 4 tokens"),
         (lambda x: max_coverage(x[0], 2), r"\(6, 4\): give a floating-point tensor"),
         (lambda x: max_coverage(x, 2, torch.ones(1, 4)), "last is torch.float32"),
+        (lambda x: max_coverage(x, 2, None, x[0]), r"weight is \(6, 4\)"),
         (lambda x: max_coverage(x, 2, implementation="fast"), "implementation='fast'"),
         (lambda x: soft_coverage(x, x[..., :3], 0.2), r"targets \(1, 6, 4\) and tokens \(1, 6, 3\)"),
         (lambda x: soft_coverage(x.long(), x, 0.2), "targets are torch.int64"),

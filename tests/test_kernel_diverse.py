@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmcompress.kernels.diverse import blocked, greedy_map, lazy, max_min, naive, rows
+from mmcompress.kernels.diverse import blocked, expand, greedy_map, lazy, max_min, naive, rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -226,6 +226,32 @@ def test_few_tokens_from_a_table(kind: str) -> None:
             check(picks, twin, [determinants(x[i], quality[i]) for i in range(u)])
 
 
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_expansion(kind: str, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From given tokens, of another number for each visual, against values in float64 pick by pick."""
+    monkeypatch.setattr(blocked, "TABLE", 4096 if held else 0)
+    x, g = tokens(kind, 2, 50, 17, seed=3), torch.Generator().manual_seed(4)
+    weight, offset = torch.rand(2, 50, generator=g), torch.rand(2, 50, generator=g)
+    start, sizes = torch.stack([torch.randperm(50, generator=g)[:6] for _ in range(2)]), torch.tensor([0, 4])
+    for cap, together, given in ((1.0, 1, {"start": start, "sizes": sizes}), (2.0, 1, {}), (2.0, 4, {})):
+        picks = expand(x, 20, weight, offset, cap=cap, together=together, **given)
+        twin = expand(x, 20, weight, offset, cap=cap, together=together, implementation="naive", **given)
+        assert picks.sort().values.diff(dim=1).min() > 0
+        if given:
+            assert picks[1, :4].tolist() == start[1, :4].tolist()
+        unit = F.normalize(x.double(), dim=-1)
+        for u in range(2):
+            for first in range(int(sizes[u]) if given else 0, 20, together):
+                row, seen = picks[u].tolist(), picks[u, :first]
+                near = (unit[u] @ unit[u, seen].T).amax(1) if first else torch.full((50,), -9.0)
+                worth = weight[u] * (1 - near).clamp_max(cap) + offset[u]
+                worth[seen] = -1
+                best = worth.sort(descending=True).values[: len(row[first : first + together])]
+                assert (worth[row[first : first + together]] - best).abs().max() < MARGIN
+        assert kind in ("twins", "equal", "zeros", "line") or torch.equal(picks, twin)
+
+
 # ---------------------------------------------------------------------- Triton: in its interpreter where there is no GPU
 CASES = [  # kind, visuals, tokens, D, picks, type, side of a tile, tokens of a program
     ("random", 1, 1, 1, 1, torch.float32, 16, 16),
@@ -395,6 +421,10 @@ def test_seen_from_outside_nothing_waits_and_graphs_stay_whole() -> None:
         (lambda x: max_min(x, 2, torch.ones(1, 5)), r"weight is \(1, 5\)"),
         (lambda x: greedy_map(x, torch.ones(6), 2), r"log_quality is \(6,\)"),
         (lambda x: max_min(x, 2, implementation="fast"), "implementation='fast'"),
+        (lambda x: expand(x, 2, torch.ones(1, 5)), r"weight is \(1, 5\)"),
+        (lambda x: expand(x, 2, torch.ones(1, 6), sizes=torch.ones(1)), "start and sizes"),
+        (lambda x: expand(x, 2, torch.ones(1, 6), together=0), "together=0"),
+        (lambda x: expand(x, 2, torch.ones(1, 6), implementation="triton"), "implementation='triton'"),
     ],
 )
 def test_errors(call: Any, message: str) -> None:

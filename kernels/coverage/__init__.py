@@ -37,12 +37,20 @@ def soft_coverage(targets: Tensor, tokens: Tensor, temperature: float, *, implem
     return table
 
 
-def max_coverage(table: Tensor, k: int, last: Tensor | None = None, *, implementation: str = "auto") -> Tensor:
+def max_coverage(
+    table: Tensor,
+    k: int,
+    last: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    implementation: str = "auto",
+) -> Tensor:
     """Greedy facility location: `k` tokens per visual in the order they are picked, [U, k] int64.
 
     table [U, R, N], at least 0: how well token n covers target r. A target is covered as well as by its best token, and each
     pick adds most to the sum over targets (monotone submodular, so at least 1 - 1/e of the best possible sum). last [U, N]
-    bool, optional: tokens to take only when all others are taken, by index. No token twice; ties go to the lower index. No
+    bool, optional: tokens to take only when all others are taken, by index. weight [U, N] >= 0, optional: a factor of what
+    each token adds (then the bound holds no more). No token twice; ties go to the lower index. No
     gradient; sums are float32, or float64 for such a table but in Triton.
 
     All gains are sums in one order (`naive.LANES`): equal columns have equal gains wherever they stand, and of one table all
@@ -60,7 +68,13 @@ def max_coverage(table: Tensor, k: int, last: Tensor | None = None, *, implement
         raise ValueError(
             f"last is {last.dtype} {tuple(last.shape)} on {last.device}: give bool {len(table), table.shape[2]} on {table.device}"
         )
-    picks: Tensor = torch.ops.mmcompress.max_coverage(table.detach(), last, k, choose(implementation, table))
+    if weight is not None and (weight.shape != (len(table), table.shape[2]) or weight.device != table.device):
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} on {weight.device}: give one number per token, {len(table), table.shape[2]} on "
+            f"{table.device}"
+        )
+    factor = None if weight is None else weight.detach().to(torch.promote_types(table.dtype, torch.float32))
+    picks: Tensor = torch.ops.mmcompress.max_coverage(table.detach(), last, factor, k, choose(implementation, table))
     return picks
 
 
@@ -88,18 +102,20 @@ def _(targets: Tensor | None, tokens: Tensor, temperature: float, chosen: str) -
 @torch.library.custom_op(
     "mmcompress::max_coverage",
     mutates_args=(),
-    schema="(Tensor table, Tensor? last, SymInt k, str chosen) -> Tensor",
+    schema="(Tensor table, Tensor? last, Tensor? weight, SymInt k, str chosen) -> Tensor",
 )
-def _max_coverage(table: Tensor, last: Tensor | None, k: int, chosen: str) -> Tensor:
+def _max_coverage(table: Tensor, last: Tensor | None, weight: Tensor | None, k: int, chosen: str) -> Tensor:
     if not len(table):
         return torch.empty(0, k, dtype=torch.int64, device=table.device)
     if chosen == "blocked" and table.device.type == "cpu":
         chosen = "lazy"  # the same in an order that reads values, which only waits where there is a device
     with torch.no_grad():
-        picks: Tensor = _module(chosen).max_coverage(table if table.dtype == torch.float64 else table.float(), k, last)
+        picks: Tensor = _module(chosen).max_coverage(
+            table if table.dtype == torch.float64 else table.float(), k, last, weight
+        )
     return picks
 
 
 @_max_coverage.register_fake
-def _(table: Tensor, last: Tensor | None, k: int, chosen: str) -> Tensor:
+def _(table: Tensor, last: Tensor | None, weight: Tensor | None, k: int, chosen: str) -> Tensor:
     return table.new_empty(len(table), k, dtype=torch.int64)

@@ -46,12 +46,14 @@ def gains(table: Tensor, best: Tensor) -> Tensor:
     return add_lanes(lanes)
 
 
-def max_coverage(table: Tensor, k: int, last: Tensor | None) -> Tensor:
+def max_coverage(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None = None) -> Tensor:
     best = table.new_zeros(table.shape[:2])
     taken = torch.zeros(len(table), table.shape[2], dtype=torch.bool, device=table.device)
     picks: list[Tensor] = []
     for _ in range(k):
         gain = gains(table, best)
+        if weight is not None:
+            gain *= weight
         if last is not None:
             gain.masked_fill_(last, -1.0)
         picks.append(first_largest(gain.masked_fill_(taken, float("-inf"))))

@@ -24,13 +24,18 @@ BATCH = 16
 """Gains that are computed together."""
 
 
-def max_coverage(table: Tensor, k: int, last: Tensor | None) -> Tensor:
-    return torch.stack([_pick(x, k, None if last is None else last[u]) for u, x in enumerate(table)])
+def max_coverage(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    return torch.stack(
+        [_pick(x, k, *(None if y is None else y[u] for y in (last, weight))) for u, x in enumerate(table)]
+    )
 
 
-def _pick(table: Tensor, k: int, last: Tensor | None) -> Tensor:
+def _pick(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None) -> Tensor:
     rows, count = table.shape
     bound = gains(table[None], table.new_zeros(1, rows))[0]
+    factor = None if weight is None else weight.numpy()
+    if weight is not None:
+        bound *= weight
     if last is not None:
         bound.masked_fill_(last, -1.0)
     bound = bound.numpy()
@@ -56,7 +61,9 @@ def _pick(table: Tensor, k: int, last: Tensor | None) -> Tensor:
                 continue
             some = np.argsort(np.where(fresh, np.inf, -gain), kind="stable")[:BATCH]
             more = (columns[torch.from_numpy(some)] - best).relu_()
-            gain[some] = np.minimum(gain[some], _add_up(more.numpy()))  # what comes last stays there, and what is taken
+            found = _add_up(more.numpy())
+            found = found if factor is None else found * factor[pool[some]]
+            gain[some] = np.minimum(gain[some], found)  # what comes last stays there, and what is taken
             fresh[some] = True
         bound[pool] = gain
     return torch.from_numpy(picks)

@@ -33,7 +33,7 @@ def soft_coverage(targets: Tensor | None, tokens: Tensor, temperature: float) ->
     return (targets @ tokens.transpose(1, 2) / temperature).softmax(-1) / targets.shape[1]
 
 
-def max_coverage(table: Tensor, k: int, last: Tensor | None) -> Tensor:
+def max_coverage(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None = None) -> Tensor:
     visuals, rows, tokens = table.shape
     best = table.new_zeros(visuals, rows)
     taken = torch.zeros(visuals, tokens, dtype=torch.bool, device=table.device)
@@ -42,7 +42,7 @@ def max_coverage(table: Tensor, k: int, last: Tensor | None) -> Tensor:
         lanes = table.new_zeros(visuals, LANES, tokens)
         for part in (table - best[..., None]).relu().split(LANES, 1):
             lanes[:, : part.shape[1]] += part
-        gain = add_lanes(lanes)
+        gain = add_lanes(lanes) if weight is None else add_lanes(lanes) * weight
         if last is not None:
             gain = gain.masked_fill(last, -1.0)
         picks.append(first_largest(gain.masked_fill(taken, float("-inf"))))

@@ -97,8 +97,8 @@ def _add_lanes(lanes, LANES: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["step"])
 def _gain_kernel(
-    TABLE, LAST, TAKEN, COVERED, COVER, BEFORE, BEFORE_AT, BEST, AT, PICKS, t_u, t_r, t_n, rows, count, blocks, k, step,
-    LATER: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+    TABLE, LAST, WEIGHT, TAKEN, COVERED, COVER, BEFORE, BEFORE_AT, BEST, AT, PICKS, t_u, t_r, t_n, rows, count, blocks, k, step,
+    LATER: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Pick number `step` - 1, and what the tokens of a block add after it. COVERED [U, R]: how well the picks before cover each
     target; the first program writes what it is with the last pick to COVER."""
@@ -129,6 +129,8 @@ def _gain_kernel(
             tile = tl.load(at, mask=(row < rows)[:, None] & there[None, :], other=0).to(tl.float32)
             lanes += tl.maximum(tile - covered[:, None], 0)
         gain = _add_lanes(lanes, _LANES, BLOCK)
+        if WEIGHTED:
+            gain *= tl.load(WEIGHT + u * count + token, mask=there, other=0)
         taken = tl.load(TAKEN + u * count + token, mask=there, other=1) != 0
         if step > 0:
             taken = taken | (token == pick)
@@ -167,7 +169,7 @@ def soft_coverage(targets: Tensor | None, tokens: Tensor, temperature: float) ->
     return table
 
 
-def max_coverage(table: Tensor, k: int, last: Tensor | None) -> Tensor:
+def max_coverage(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None = None) -> Tensor:
     size = config("coverage", table.device)
     visuals, rows, count = table.shape
     block = size["tokens"]
@@ -178,10 +180,12 @@ def max_coverage(table: Tensor, k: int, last: Tensor | None) -> Tensor:
     taken = torch.zeros(visuals, count, dtype=torch.int8, device=table.device)
     picks = torch.empty(visuals, k, dtype=torch.int64, device=table.device)
     later = taken if last is None else last.to(torch.int8).contiguous()
+    factor = cover[0] if weight is None else weight.float().contiguous()
     for step in range(k + 1):
         a, b = step % 2, 1 - step % 2
         _gain_kernel[blocks if step < k else 1, visuals](
-            table, later, taken, cover[a], cover[b], best[a], at[a], best[b], at[b], picks, *table.stride(), rows, count, blocks,
-            k, step, LATER=last is not None, BLOCK=block, SPAN=triton.next_power_of_2(blocks), num_warps=size["pick_warps"],
+            table, later, factor, taken, cover[a], cover[b], best[a], at[a], best[b], at[b], picks, *table.stride(), rows, count,
+            blocks, k, step, LATER=last is not None, WEIGHTED=weight is not None, BLOCK=block, SPAN=triton.next_power_of_2(blocks),
+            num_warps=size["pick_warps"],
         )  # fmt: skip
     return picks

@@ -61,6 +61,52 @@ def greedy_map(features: Tensor, log_quality: Tensor, k: int, *, implementation:
     return picks
 
 
+def expand(
+    features: Tensor,
+    k: int,
+    weight: Tensor,
+    offset: Tensor | None = None,
+    *,
+    cap: float = 2.0,
+    start: Tensor | None = None,
+    sizes: Tensor | None = None,
+    together: int = 1,
+    implementation: str = "auto",
+) -> Tensor:
+    """Add tokens that are worth something and far from those that are there: `k` in the order they are picked, [U, k] int64.
+
+    features [U, N, D], any floating type; weight [U, N] >= 0, offset [U, N]. Each pick has the largest weight times distance plus
+    offset, where the distance is the cosine distance to the nearest pick so far, at most `cap`, and `cap` before the first.
+    start [U, M] int64, M at most k: the first picks of each visual are the first `sizes` [U] of these. together: tokens that are
+    picked by one look. A zero vector has cosine 0. No token twice; ties go to the lower index. No gradient.
+
+    Cost N^2 D and k N with a table of N^2 up to 4,096 tokens, above that k N D and O(N); a few launches per pick. Nothing waits for
+    the device. Implementations: "naive", and "blocked" for all devices.
+    """
+    _check(features, k)
+    for name, x in (("weight", weight), ("offset", offset)):
+        if x is not None and (x.shape != features.shape[:2] or x.device != features.device):
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} on {x.device}: give one number per token, {tuple(features.shape[:2])} on "
+                f"{features.device}"
+            )
+    if (start is None) != (sizes is None) or (start is not None and not start.shape[1] <= k):
+        raise ValueError("start and sizes: give both, and no more tokens to start with than k")
+    if together < 1:
+        raise ValueError(f"together={together}: give how many tokens are picked at a time, at least 1")
+    if implementation not in ("auto", "naive", "blocked"):
+        raise ValueError(f"implementation={implementation!r}: choose 'auto', 'naive' or 'blocked'")
+    weight = weight.detach().float()
+    offset = torch.zeros_like(weight) if offset is None else offset.detach().float()
+    start = torch.empty(len(weight), 0, dtype=torch.int64, device=weight.device) if start is None else start
+    sizes = torch.zeros(len(weight), dtype=torch.int64, device=weight.device) if sizes is None else sizes
+    chosen = "naive" if implementation == "naive" else "blocked"
+    picks: Tensor = torch.ops.mmcompress.expand(
+        features.detach(), weight, offset, start, sizes, float(cap), k, together, chosen
+    )
+    return picks
+
+
 def _check(features: Tensor, k: int) -> None:
     if features.dim() != 3 or not features.is_floating_point():
         raise ValueError(
@@ -106,3 +152,35 @@ def _greedy_map(features: Tensor, log_quality: Tensor, k: int, chosen: str) -> T
 
 _max_min.register_fake(_picks)
 _greedy_map.register_fake(_picks)
+
+
+@torch.library.custom_op(
+    "mmcompress::expand",
+    mutates_args=(),
+    schema=(
+        "(Tensor features, Tensor weight, Tensor offset, Tensor start, Tensor sizes, float cap, SymInt k, SymInt together, "
+        "str chosen) -> Tensor"
+    ),
+)
+def _expand(
+    features: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    start: Tensor,
+    sizes: Tensor,
+    cap: float,
+    k: int,
+    together: int,
+    chosen: str,
+) -> Tensor:
+    module = importlib.import_module(f".{chosen}", __name__)
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        picks: Tensor = module.expand(features, k, weight, offset, cap, start, sizes, together)
+    return picks
+
+
+@_expand.register_fake
+def _(
+    features: Tensor, weight: Tensor, offset: Tensor, start: Tensor, sizes: Tensor, cap: float, k: int, *_: object
+) -> Tensor:
+    return features.new_empty(len(features), k, dtype=torch.int64)

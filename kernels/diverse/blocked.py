@@ -12,6 +12,9 @@ from .naive import SPENT, first_largest, own_part
 _BLOCK = 2**24
 """Numbers in a block of similarities."""
 
+TABLE = 4096
+"""Up to so many tokens `expand` makes all cosines at once."""
+
 
 def nearest_distance(unit: Tensor) -> Tensor:
     """Cosine distance of every token to its nearest other token, [U, N], from unit rows [U, N, D]; blocks of rows."""
@@ -44,6 +47,36 @@ def max_min(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
         value = least if weight is None else weight * least
         pick = first_largest(value.masked_fill(~free, float("-inf")))[:, None]
         picks.append(pick)
+    return torch.cat(picks, 1)
+
+
+def expand(
+    features: Tensor, k: int, weight: Tensor, offset: Tensor, cap: float, start: Tensor, sizes: Tensor, together: int
+) -> Tensor:
+    unit = F.normalize(features.float(), dim=-1)
+    table = unit @ unit.transpose(1, 2) if unit.shape[1] <= TABLE else None
+    least = torch.full_like(unit[..., 0], cap)
+    free = torch.ones_like(least, dtype=torch.bool)
+    picks: list[Tensor] = []
+    done = 0
+    while done < k:
+        worth = torch.addcmul(offset, weight, least).masked_fill_(~free, float("-inf"))
+        count = 1 if done < start.shape[1] else min(together, k - done)
+        if count == 1:
+            pick = first_largest(worth)[:, None]
+        else:
+            pick = worth.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        if done < start.shape[1]:
+            pick = torch.where(done < sizes[:, None], start[:, done : done + 1], pick)
+        picks.append(pick)
+        done += count
+        free = free.scatter(1, pick, False)
+        if table is not None:
+            rows = table.gather(1, pick[..., None].expand(-1, -1, table.shape[2]))
+        else:
+            own = unit.gather(1, pick[..., None].expand(-1, -1, unit.shape[2]))
+            rows = own @ unit.transpose(1, 2)
+        least = torch.minimum(least, 1 - rows.amax(1))
     return torch.cat(picks, 1)
 
 

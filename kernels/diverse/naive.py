@@ -56,6 +56,27 @@ def max_min(features: Tensor, k: int, weight: Tensor | None, first: Tensor | Non
     return torch.stack(picks, 1)
 
 
+def expand(
+    features: Tensor, k: int, weight: Tensor, offset: Tensor, cap: float, start: Tensor, sizes: Tensor, together: int
+) -> Tensor:
+    unit = F.normalize(features.float(), dim=-1)
+    distance = 1 - unit @ unit.transpose(1, 2)
+    least, free = torch.full_like(distance[:, 0], cap), torch.ones_like(distance[:, 0], dtype=torch.bool)
+    picks: list[Tensor] = []
+    while sum(pick.shape[1] for pick in picks) < k:
+        done = sum(pick.shape[1] for pick in picks)
+        worth = (weight * least + offset).masked_fill(~free, float("-inf"))
+        pick = worth.sort(dim=1, descending=True, stable=True).indices[:, : min(together, k - done)]
+        if done < start.shape[1]:
+            pick = torch.where(done < sizes[:, None], start[:, done : done + 1], pick[:, :1])
+        picks.append(pick)
+        free = free.scatter(1, pick, False)
+        for column in pick.T:
+            row = distance.gather(1, column[:, None, None].expand_as(distance[:, :1]))[:, 0]
+            least = torch.minimum(least, row)
+    return torch.cat(picks, 1)
+
+
 def greedy_map(features: Tensor, log_quality: Tensor, k: int) -> Tensor:
     unit, worth = F.normalize(features.float(), dim=-1), 2 * log_quality.float().clamp_min(-1e30)
     cosine = unit @ unit.transpose(1, 2)

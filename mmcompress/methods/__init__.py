@@ -3,6 +3,7 @@
 
 from .aim import AIM, AIMPrune
 from .aim_merge import AIMMerge
+from .anchorprune import AnchorPrune
 from .cdpruner import CDPruner
 from .cen_prune import CenPrune
 from .cmai import CMAI
@@ -10,6 +11,7 @@ from .dart import DART
 from .divprune import DivPrune
 from .downsample import Downsample
 from .dyvte import DyVTE
+from .eadp import EADP
 from .explain_compress import ExplainCompress
 from .fastervlm import FasterVLM
 from .fastv import FastV
@@ -18,14 +20,17 @@ from .fopru import FoPru
 from .globalcom2 import GlobalCom2
 from .hiprune import HiPrune
 from .holov import HoloV
+from .idpruner import IDPruner
 from .language_overrules import LanguageOverrules
 from .mmtok import MMTok
 from .pool import Pool
 from .prumerge import PruMerge
+from .prunesid import PruneSID
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .recoverable_compression import RecoverableCompression
 from .seats import Seats
+from .scope import SCOPE
 from .sink_correction import SinkCorrection
 from .sparsevlm import SparseVLM
 from .token_correlation import TokenCorrelation
@@ -45,9 +50,12 @@ __all__ = [
     "AIM",
     "CMAI",
     "DART",
+    "EADP",
+    "SCOPE",
     "VMTC",
     "AIMMerge",
     "AIMPrune",
+    "AnchorPrune",
     "CDPruner",
     "CenPrune",
     "DivPrune",
@@ -61,10 +69,12 @@ __all__ = [
     "GlobalCom2",
     "HiPrune",
     "HoloV",
+    "IDPruner",
     "LanguageOverrules",
     "MMTok",
     "Pool",
     "PruMerge",
+    "PruneSID",
     "PyramidDrop",
     "Random",
     "RecoverableCompression",

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.coverage import max_coverage
+from ..ops.precision import wide
+from ..plan import register
+from ..selection import Selection
+from ..stage import InputStage, Need
+from ..visuals import View, Visuals
+
+
+@register("eadp")
+@dataclass(frozen=True, repr=False)
+class EADP(InputStage):
+    """Keep the k tokens that best cover what the question's telling words point at; words that point everywhere do not count.
+
+    "Entropy-Aware Dense Visual Token Pruning", ECCV 2026, arXiv 2607.02484. Every word of the instruction has a map of cosines
+    over each crop; the part `words` of them with the lowest entropy counts, weighted by it. `alpha` is the share of the whole
+    text against these words. The map is brought to (0, 1] and smoothed by a 3 x 3 Gaussian; its power `beta` is what each place
+    has to be covered by (greedy facility location of cosines). The text is read from the LLM's input embeddings, as in the
+    reference for Qwen (beta=2 there). `negate`: cosines count with a minus, as they do in the reference everywhere, after what
+    CLIP's patches do; False takes them as they are.
+
+    Cost N^2 D / 2, k N^2 at most and N T D for T words, with a table of N^2. Departs from the reference:
+    one pool for all crops of a picture (there quotas whose remainder is lost), the real grid of each crop is smoothed, an
+    instruction of no words leaves coverage alone to decide.
+    """
+
+    keep: float | int = 0.111
+    alpha: float = 0.5
+    beta: float = 1.0
+    words: float = 0.2
+    negate: bool = True
+    paper: ClassVar[str] = "arXiv 2607.02484"
+    needs: ClassVar[tuple[Need, ...]] = ("text_embeddings",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "words"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a share, in [0, 1]")
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"beta={self.beta}: give an exponent, at least 0 (the paper: 1 or 2)")
+
+    @torch.no_grad()
+    def select(self, visuals: Visuals) -> Selection:
+        text = wide(visuals["text_embeddings"], visuals.features)
+        views = visuals.layout.views if visuals.slots is None else ()
+        raw = visuals.features.new_zeros(visuals.features.shape[:2], dtype=torch.float32)
+        if text.shape[1]:
+            parts = visuals.features.split([view.cells for view in views] or [visuals.n], 1)
+            raw = torch.cat([self.relevance(part, text.mean(1, keepdim=True), text[:, None]) for part in parts], 1)
+        importance = self.importance(raw, views)
+        return Selection.of(self.picks(visuals.features, importance, visuals.k), importance)
+
+    def entropy(self, maps: Tensor) -> Tensor:
+        """How far each map of cosines [U, N, M, L] is spread over the N tokens, [U, M, L]."""
+        spread = (100 * maps).softmax(1)
+        return -(spread * (spread + 1e-12).log()).sum(1)
+
+    def relevance(self, tokens: Tensor, text: Tensor, words: Tensor) -> Tensor:
+        """What the text points at, [U, N] float32: tokens [U, N, C], text [U, M, C] and its words [U, M, L, C] in one space."""
+        tokens, text, words = (F.normalize(wide(x, tokens, text), dim=-1) for x in (tokens, text, words))
+        sign = -1 if self.negate else 1
+        whole = sign * tokens @ text.transpose(1, 2)
+        local = self.local(sign * torch.einsum("unc,umlc->unml", tokens, words))
+        return (self.alpha * whole + (1 - self.alpha) * local).mean(2)
+
+    def local(self, maps: Tensor) -> Tensor:
+        """What the telling words point at, [U, N, M], from the maps of all words [U, N, M, L]."""
+        entropy = self.entropy(maps)
+        count = max(1, int(self.words * maps.shape[3]))
+        low, chosen = entropy.sort(dim=2, stable=True)
+        weight = (-low[..., :count] / (0.01 + 1e-6)).softmax(2)
+        kept = maps.gather(3, chosen[:, None, :, :count].expand(-1, maps.shape[1], -1, -1))
+        return (kept * weight[:, None]).sum(3)
+
+    def importance(self, raw: Tensor, views: tuple[View, ...]) -> Tensor:
+        """Relevance [U, N] as weights in (0, 1], smoothed in each of the grids `views` and raised to `beta`."""
+        low, high = raw.amin(1, keepdim=True), raw.amax(1, keepdim=True)
+        scaled = (raw - low + 1e-6) / (high - low + 1e-6)
+        if views:
+            parts = scaled.split([view.cells for view in views], 1)
+            scaled = torch.cat([smoothed(part, view.grid) for part, view in zip(parts, views, strict=True)], 1)
+        return scaled**self.beta
+
+    @staticmethod
+    def picks(features: Tensor, importance: Tensor, k: int) -> Tensor:
+        """The tokens of `features` [U, N, D] in the order they are picked, [U, k]; importance [U, N]: of covering each."""
+        unit = F.normalize(wide(features), dim=-1)
+        table = ((unit @ unit.transpose(1, 2)).clamp(-1, 1) + 1) / 2
+        return max_coverage(table * importance[..., None], k)
+
+
+def smoothed(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map [U, rows * columns] under a 3 x 3 Gaussian of width 1, mirrored at its edges."""
+    row = torch.exp(-(torch.arange(-1.0, 2.0, device=x.device, dtype=x.dtype) ** 2) / 2)
+    kernel = row[:, None] * row[None]
+    edges = ("reflect" if min(grid) > 1 else "replicate",)
+    padded = F.pad(x.view(len(x), 1, *grid), (1, 1, 1, 1), *edges)
+    return F.conv2d(padded, (kernel / kernel.sum())[None, None]).flatten(1)
