@@ -51,12 +51,14 @@ def tokens(kind: str, u: int, n: int, d: int, seed: int = 0) -> Tensor:
 Values = Callable[[list[int]], tuple[Tensor, Tensor]]
 
 
-def distances(x: Tensor, weight: Tensor | None) -> Values:
+def distances(x: Tensor, weight: Tensor | None, first: Tensor | None = None) -> Values:
     """After some picks: what each token is worth, and how far rounding may move that."""
     unit = F.normalize(x.double(), dim=-1)
     distance = 1 - unit @ unit.T
 
     def values(picks: list[int]) -> tuple[Tensor, Tensor]:
+        if not picks and first is not None:
+            return torch.zeros(len(x)).index_fill(0, first, 1), torch.zeros(len(x))
         if not picks:
             return distance.clone().fill_diagonal_(float("inf")).amin(1), torch.full((len(x),), MARGIN)
         least = distance[:, picks].amin(1) * (1 if weight is None else weight.double())
@@ -118,12 +120,13 @@ def test_max_min_on_the_cpu(data: st.DataObject) -> None:
     kind, seed = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 10**6))
     x = tokens(kind, u, n, d, seed).to(data.draw(st.sampled_from(TYPES)))
     weight = torch.rand(u, n, generator=torch.Generator().manual_seed(seed)) if data.draw(st.booleans()) else None
-    twin = max_min(x, k, weight, implementation="naive")
-    values = [distances(x[i], None if weight is None else weight[i]) for i in range(u)]
+    first = torch.randint(n, (u,), generator=torch.Generator().manual_seed(seed)) if data.draw(st.booleans()) else None
+    twin = max_min(x, k, weight, first=first, implementation="naive")
+    values = [distances(x[i], *(None if y is None else y[i] for y in (weight, first))) for i in range(u)]
     with sizes(data.draw(st.sampled_from([1, 3, 512])), data.draw(st.sampled_from([1, 5, 128])), 64 * d):
-        check(max_min(x, k, weight), twin, values)
+        check(max_min(x, k, weight, first=first), twin, values)
         with NoWaiting():
-            there = blocked.max_min(x, k, weight)
+            there = blocked.max_min(x, k, weight, first)
         check(there, twin, values)
 
 
@@ -219,9 +222,10 @@ def test_few_tokens_from_a_table(kind: str) -> None:
         x, g = tokens(kind, u, n, d, seed).to(TYPES[seed % 3]), torch.Generator().manual_seed(seed)
         weight, quality = torch.rand(u, n, generator=g), torch.randn(u, n, generator=g)
         for k in {1, -(-n // 3), n}:
-            for w in (None, weight):
-                twin = naive.max_min(x, k, w)
-                check(max_min(x, k, w), twin, [distances(x[i], None if w is None else w[i]) for i in range(u)])
+            for w, f in ((None, None), (weight, None), (None, torch.full((u,), n - 1))):
+                twin = naive.max_min(x, k, w, f)
+                values = [distances(x[i], *(None if y is None else y[i] for y in (w, f))) for i in range(u)]
+                check(max_min(x, k, w, first=f), twin, values)
             picks, twin = greedy_map(x, quality, k), naive.greedy_map(x, quality, k)
             check(picks, twin, [determinants(x[i], quality[i]) for i in range(u)])
 
@@ -234,15 +238,15 @@ def test_expansion(kind: str, held: bool, monkeypatch: pytest.MonkeyPatch) -> No
     x, g = tokens(kind, 2, 50, 17, seed=3), torch.Generator().manual_seed(4)
     weight, offset = torch.rand(2, 50, generator=g), torch.rand(2, 50, generator=g)
     start, sizes = torch.stack([torch.randperm(50, generator=g)[:6] for _ in range(2)]), torch.tensor([0, 4])
-    for cap, together, given in ((1.0, 1, {"start": start, "sizes": sizes}), (2.0, 1, {}), (2.0, 4, {})):
-        picks = expand(x, 20, weight, offset, cap=cap, together=together, **given)
-        twin = expand(x, 20, weight, offset, cap=cap, together=together, implementation="naive", **given)
+    for cap, together, begun in ((1.0, 1, {"start": start, "sizes": sizes}), (2.0, 1, {}), (2.0, 4, {})):
+        picks = expand(x, 20, weight, offset, cap=cap, together=together, **begun)
+        twin = expand(x, 20, weight, offset, cap=cap, together=together, implementation="naive", **begun)
         assert picks.sort().values.diff(dim=1).min() > 0
-        if given:
+        if begun:
             assert picks[1, :4].tolist() == start[1, :4].tolist()
         unit = F.normalize(x.double(), dim=-1)
         for u in range(2):
-            for first in range(int(sizes[u]) if given else 0, 20, together):
+            for first in range(int(sizes[u]) if begun else 0, 20, together):
                 row, seen = picks[u].tolist(), picks[u, :first]
                 near = (unit[u] @ unit[u, seen].T).amax(1) if first else torch.full((50,), -9.0)
                 worth = weight[u] * (1 - near).clamp_max(cap) + offset[u]
@@ -283,11 +287,13 @@ def test_triton(
     g = torch.Generator().manual_seed(n)
     weight = torch.rand(u, n, generator=g) if n % 2 else None
     log_quality = torch.rand(u, n, generator=g).log()
+    first = torch.randint(n, (u,), generator=g) if n % 3 else None
     with poisoned():
-        picks = max_min(x.to(DEVICE), k, None if weight is None else weight.to(DEVICE), implementation="triton").cpu()
+        mine, begun = (None if y is None else y.to(DEVICE) for y in (weight, first))
+        picks = max_min(x.to(DEVICE), k, mine, first=begun, implementation="triton").cpu()
         order = greedy_map(x.to(DEVICE), log_quality.to(DEVICE), k, implementation="triton").cpu()
-    values = [distances(x[i], None if weight is None else weight[i]) for i in range(u)]
-    check(picks, max_min(x, k, weight, implementation="naive"), values)
+    values = [distances(x[i], *(None if y is None else y[i] for y in (weight, first))) for i in range(u)]
+    check(picks, max_min(x, k, weight, first=first, implementation="naive"), values)
     twin = greedy_map(x, log_quality, k, implementation="naive")
     check(order, twin, [determinants(x[i], log_quality[i]) for i in range(u)])
 
@@ -400,7 +406,9 @@ def test_seen_from_outside_nothing_waits_and_graphs_stay_whole() -> None:
     x, quality = tokens("random", 1, 30, 8), torch.rand(1, 30).log()
     with NoWaiting():
         max_min(x, 5), greedy_map(x, quality, 5)
-    torch.library.opcheck(torch.ops.mmcompress.max_min.default, (x, None, 5, "blocked"))
+    torch.library.opcheck(torch.ops.mmcompress.max_min.default, (x, None, None, 5, "blocked"))
+    none, zero = torch.empty(1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    torch.library.opcheck(torch.ops.mmcompress.expand.default, (x, quality, quality, none, zero, 2.0, 5, 1, "blocked"))
     torch.library.opcheck(torch.ops.mmcompress.greedy_map.default, (x, quality, 5, "blocked"))
 
     def both(x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
@@ -420,6 +428,7 @@ def test_seen_from_outside_nothing_waits_and_graphs_stay_whole() -> None:
         (lambda x: max_min(x.long(), 2), "torch.int64"),
         (lambda x: max_min(x, 2, torch.ones(1, 5)), r"weight is \(1, 5\)"),
         (lambda x: greedy_map(x, torch.ones(6), 2), r"log_quality is \(6,\)"),
+        (lambda x: max_min(x, 2, first=torch.zeros(2).long()), r"first is torch.int64 \(2,\)"),
         (lambda x: max_min(x, 2, implementation="fast"), "implementation='fast'"),
         (lambda x: expand(x, 2, torch.ones(1, 5)), r"weight is \(1, 5\)"),
         (lambda x: expand(x, 2, torch.ones(1, 6), sizes=torch.ones(1)), "start and sizes"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +12,20 @@ from torch import Tensor
 from ..dispatch import choose
 
 
-def max_min(features: Tensor, k: int, weight: Tensor | None = None, *, implementation: str = "auto") -> Tensor:
+def max_min(
+    features: Tensor,
+    k: int,
+    weight: Tensor | None = None,
+    *,
+    first: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
     """Greedy max-min diversity: `k` tokens per visual in the order they are picked, [U, k] int64.
 
     features [U, N, D], any floating type; weight [U, N] >= 0, optional. The first pick is the token farthest from its nearest
-    other one, whatever it weighs; each next one has the largest weight times cosine distance to the nearest token picked so
-    far. Cosines are float32, a zero vector has cosine 0. No token twice; ties go to the lower index. No gradient.
+    other one, whatever it weighs, or `first` [U] int64; each next one has the largest weight times cosine distance to the
+    nearest token picked so far. Cosines are float32, a zero vector has cosine 0. No token twice; ties go to the lower index.
+    No gradient.
 
     Picks are those of the full table of distances ("naive", N^2 D), where two tokens do not come as close to each other as
     the rounding of a dot product. CPU: only similarities that can decide are computed, N^2 D / 2 and N k D at worst; memory
@@ -29,9 +38,16 @@ def max_min(features: Tensor, k: int, weight: Tensor | None = None, *, implement
             f"weight is {tuple(weight.shape)} on {weight.device}: give one number per token, {tuple(features.shape[:2])} on "
             f"{features.device}"
         )
+    if first is not None and (
+        first.dtype != torch.int64 or first.shape != features.shape[:1] or first.device != features.device
+    ):
+        raise ValueError(
+            f"first is {first.dtype} {tuple(first.shape)} on {first.device}: give the int64 index of one token per visual, "
+            f"({len(features)},) on {features.device}"
+        )
     chosen = choose(implementation, features)
     picks: Tensor = torch.ops.mmcompress.max_min(
-        features.detach(), None if weight is None else weight.detach(), k, chosen
+        features.detach(), None if weight is None else weight.detach(), first, k, chosen
     )
     return picks
 
@@ -116,7 +132,7 @@ def _check(features: Tensor, k: int) -> None:
         raise ValueError(f"k={k}: {features.shape[1]} tokens, give a number from 1 to that")
 
 
-def _run(name: str, chosen: str, features: Tensor, extra: Tensor | None, k: int) -> Tensor:
+def _run(name: str, chosen: str, features: Tensor, k: int, *extra: Tensor | None) -> Tensor:
     if chosen == "blocked" and features.device.type == "cpu":
         chosen = "lazy"  # the same in an order that reads values, which only waits where there is a device
     if not len(features):
@@ -124,21 +140,23 @@ def _run(name: str, chosen: str, features: Tensor, extra: Tensor | None, k: int)
     module = importlib.import_module(f".{chosen}", __name__)
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         if name == "max_min":
-            picks: Tensor = module.max_min(features, k, extra)
+            picks: Tensor = module.max_min(features, k, *extra)
         else:
-            picks = module.greedy_map(features, extra, k)
+            picks = module.greedy_map(features, *extra, k)
     return picks
 
 
-def _picks(features: Tensor, extra: Tensor | None, k: int, chosen: str) -> Tensor:
-    return features.new_empty(len(features), k, dtype=torch.int64)
+def _picks(features: Tensor, *given: Any) -> Tensor:
+    return features.new_empty(len(features), given[-2], dtype=torch.int64)
 
 
 @torch.library.custom_op(
-    "mmcompress::max_min", mutates_args=(), schema="(Tensor features, Tensor? weight, SymInt k, str chosen) -> Tensor"
+    "mmcompress::max_min",
+    mutates_args=(),
+    schema="(Tensor features, Tensor? weight, Tensor? first, SymInt k, str chosen) -> Tensor",
 )
-def _max_min(features: Tensor, weight: Tensor | None, k: int, chosen: str) -> Tensor:
-    return _run("max_min", chosen, features, weight, k)
+def _max_min(features: Tensor, weight: Tensor | None, first: Tensor | None, k: int, chosen: str) -> Tensor:
+    return _run("max_min", chosen, features, k, weight, first)
 
 
 @torch.library.custom_op(
@@ -147,7 +165,7 @@ def _max_min(features: Tensor, weight: Tensor | None, k: int, chosen: str) -> Te
     schema="(Tensor features, Tensor log_quality, SymInt k, str chosen) -> Tensor",
 )
 def _greedy_map(features: Tensor, log_quality: Tensor, k: int, chosen: str) -> Tensor:
-    return _run("greedy_map", chosen, features, log_quality, k)
+    return _run("greedy_map", chosen, features, k, log_quality)
 
 
 _max_min.register_fake(_picks)

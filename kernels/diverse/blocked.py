@@ -35,10 +35,10 @@ def _row(unit: Tensor, pick: Tensor) -> Tensor:
     return (unit @ own.transpose(1, 2))[..., 0]
 
 
-def max_min(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
+def max_min(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None) -> Tensor:
     unit = F.normalize(features.float(), dim=-1)
     weight = None if weight is None else weight.float()
-    pick = first_largest(nearest_distance(unit))[:, None]
+    pick = (first_largest(nearest_distance(unit)) if first is None else first)[:, None]
     picks, least = [pick], torch.full_like(unit[..., 0], float("inf"))
     free = torch.ones_like(least, dtype=torch.bool)
     for _ in range(k - 1):

@@ -33,17 +33,17 @@ LOW, HIGH = 16, 64
 """With fewer picks than that from one pool more tokens are brought up to date before the next, with more of them fewer."""
 
 
-def max_min(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
+def max_min(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None) -> Tensor:
     """As `kernels.diverse.max_min`. Memory beside the result: POOL + k rows of D and O(N)."""
     out = torch.empty(len(features), k, dtype=torch.int64)
     for u, x in enumerate(features):
-        own = None if weight is None else weight[u]
+        own, begun = None if weight is None else weight[u], None if first is None else int(first[u])
         if len(x) <= FEW:
-            picks = table.max_min(x, k, own)
+            picks = table.max_min(x, k, own, begun)
         else:
             rows = UnitRows(x)
-            first = loneliest(rows)
-            picks = _greedy(rows, k, _Distance(rows, k, first, own), [first])
+            begun = loneliest(rows) if begun is None else begun
+            picks = _greedy(rows, k, _Distance(rows, k, begun, own), [begun])
         out[u] = torch.from_numpy(picks)
     return out
 

@@ -22,13 +22,13 @@ def cosines(x: Tensor) -> Floats:
     return table
 
 
-def max_min(x: Tensor, k: int, weight: Tensor | None) -> Indices:
+def max_min(x: Tensor, k: int, weight: Tensor | None, first: int | None) -> Indices:
     """`k` of the tokens [N, D], [k]."""
     distance = 1 - cosines(x)
     np.fill_diagonal(distance, np.inf)
     least, picks = np.full(len(x), 4, np.float32), np.empty(k, np.int64)  # more than any distance
     factor = None if weight is None else weight.float().numpy()
-    picks[0] = distance.min(1).argmax()  # the first of equals
+    picks[0] = distance.min(1).argmax() if first is None else first  # the first of equals
     for done in range(1, k):
         np.minimum(least, distance[picks[done - 1]], out=least)
         worth = least.copy() if factor is None else factor * least

@@ -185,14 +185,15 @@ def _determinant_kernel(
         _gains(left, worth, there, BEST, BEST_LEFT, REST, u * blocks + block, token, BEST_AT, REST_AT, BLOCK)
 
 
-def max_min(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
+def max_min(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None) -> Tensor:
     if features.shape[1] <= TABLE:
         together = max(1, _TOGETHER // features.shape[1] ** 2)
-        weights = [None] * len(features) if weight is None else weight.split(together)
-        parts = [_max_min_held(x, k, w) for x, w in zip(features.split(together), weights, strict=False)]
+        none = [None] * len(features)
+        others = (none if x is None else x.split(together) for x in (weight, first))
+        parts = [_max_min_held(x, k, *y) for x, *y in zip(features.split(together), *others, strict=False)]
         return torch.cat(parts)
     tokens = Tokens(features)
-    near = tokens.nearest()
+    near = tokens.nearest() if first is None else _as_if_loneliest(first, tokens.count)
     grid, constants = tokens.blocks(tokens.size["tokens"])
     least = torch.empty_like(near)
     best = [near.new_empty(grid[::-1]) for _ in range(2)]
@@ -209,9 +210,17 @@ def max_min(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
     return picks
 
 
-def _max_min_held(features: Tensor, k: int, weight: Tensor | None) -> Tensor:
+def _as_if_loneliest(first: Tensor, count: int) -> Tensor:
+    """Cosines to the nearest other token, [U, N], by which the picks begin with `first` [U]."""
+    near = torch.ones(len(first), count, device=first.device)
+    return near.scatter_(1, first[:, None], -1)
+
+
+def _max_min_held(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None) -> Tensor:
     tokens = Tokens(features)
-    table, near = tokens.table(nearest=True)
+    table, near = tokens.table(nearest=first is None)
+    if first is not None:
+        near = _as_if_loneliest(first, tokens.count)[:, None]
     picks = near.new_empty(len(features), k, dtype=torch.int64)
     weights = tokens.length if weight is None else weight
     block = triton.next_power_of_2(tokens.count)
