@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One file per method; importing this package registers all of them."""
 
+from .absorb import Absorb
 from .aim import AIM, AIMPrune
 from .aim_merge import AIMMerge
 from .anchorprune import AnchorPrune
@@ -29,8 +30,9 @@ from .prunesid import PruneSID
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .recoverable_compression import RecoverableCompression
-from .seats import Seats
+from .restore import Restore
 from .scope import SCOPE
+from .seats import Seats
 from .sink_correction import SinkCorrection
 from .sparsevlm import SparseVLM
 from .token_correlation import TokenCorrelation
@@ -45,6 +47,7 @@ from .vflowopt_prune import VFlowOptPrune
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vmtc import VMTC
+from .voronoi import Voronoi
 
 __all__ = [
     "AIM",
@@ -55,6 +58,7 @@ __all__ = [
     "VMTC",
     "AIMMerge",
     "AIMPrune",
+    "Absorb",
     "AnchorPrune",
     "CDPruner",
     "CenPrune",
@@ -78,6 +82,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "RecoverableCompression",
+    "Restore",
     "Seats",
     "SinkCorrection",
     "SparseVLM",
@@ -92,4 +97,5 @@ __all__ = [
     "VFlowOptPrune",
     "VisPruner",
     "VisionZip",
+    "Voronoi",
 ]

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scope, idpruner, anchorprune, eadp, prunesid."""
+"""scope, idpruner, anchorprune, eadp, prunesid, restore."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from mmcompress.kernels.diverse import max_min
 
 import mmcompress as mm
 from mmcompress.ops.relevance import direction
 from mmcompress.visuals import View
 
-from ..form import Arrays, Results, runner, visuals
+from ..form import Arrays, Results, mask_of, runner, visuals
 
 
 @runner("scope")
@@ -122,3 +123,27 @@ def prunesid(arrays: Arrays, params: dict[str, Any]) -> Results:
     group, bound = loadings.argmax(2), stage.threshold(tokens, k, False)
     ranking, taken = stage.shares(tokens, group, loadings.amax(2), bound, k, params["qwen_groups"])
     yield "qwen_selected", stage.picks(group, ranking, taken, k)[0]
+
+
+@runner("restore")
+def restore(arrays: Arrays, params: dict[str, Any]) -> Results:
+    features, k = arrays["features"], params["n_vis"]
+    stage = mm.Restore(keep=k, share=params["n_kept"] / k)
+    alone = stage.alone(visuals(features, k))
+    yield "kept_order", max_min(features, params["n_kept"])[0]
+    free = mask_of(alone, params["N"]).logical_not()[0]
+    rest = free.nonzero()[:, 0]
+    yield "rest", rest
+    yield "density", stage.density(features[:, rest])[0]
+    yield "anchors", rest[stage.anchors(features[:, rest], k - params["n_kept"])[0]]
+    found = stage.select(visuals(features, k))
+    yield "group", found.assignment(params["N"])[0]
+    yield "size", torch.bincount(found.assignment(params["N"])[0], minlength=k).float()
+    yield "tokens", found.apply(features)[0]
+    prefix, end = params["prefix"], params["prefix"] + params["N"]
+    suffix = torch.arange(end, end + params["suffix"])
+    yield "positions", torch.cat([torch.arange(prefix), prefix + found.keep[0], suffix])
+    holov = mm.Restore("holov(strips=16)", k, params["n_kept"] / k)
+    found = holov.select(visuals(features, k, cls_attention=arrays["holov_attention"]))
+    yield "holov_tokens", found.apply(features)[0]
+    yield "holov_positions", prefix + found.keep[0]

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..ops.cells import nearest_cells
+from ..plan import as_pipeline, register
+from ..selection import Selection
+from ..stage import InputStage, Need
+from ..visuals import Visuals
+
+
+@register("absorb")
+@dataclass(frozen=True, repr=False)
+class Absorb(InputStage):
+    """Complete a method that selects: what it would drop is merged into the nearest token that it keeps.
+
+    This library's own. `host` is the method as a plan string without `keep`, "cdpruner" or "holov(strips=8)"; its signals are
+    asked for. A token that is kept becomes the mean of all that are nearest to it (cosine), stays at its place, and weighs in the
+    language model what it stands for (its mass). Cost: the host's, and N k D.
+    """
+
+    host: str = "divprune"
+    keep: float | int = 0.25
+    positions: ClassVar[str] = "keep"
+    mass: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        host = self.stage()
+        if host.keep != type(host).keep:
+            raise ValueError(f"host={self.host!r}: give keep to {self.name}, not to its host")
+
+    def stage(self) -> InputStage:
+        """The host."""
+        stages = as_pipeline(self.host).parts
+        one = stages[0] if len(stages) == 1 else None
+        if not isinstance(one, InputStage) or isinstance(one, Absorb) or hasattr(one, "weights"):
+            raise ValueError(
+                f"host={self.host!r}: give one method that selects tokens before the language model and is not trained, with its "
+                f"options but keep if need be ('divprune', 'cdpruner')"
+            )
+        return one
+
+    @property
+    def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
+        return self.stage().needs
+
+    @property
+    def clip(self) -> str | None:
+        return getattr(self.stage(), "clip", None)
+
+    @property
+    def tokenizer(self) -> str | None:
+        return getattr(self.stage(), "tokenizer", None)
+
+    def select(self, visuals: Visuals) -> Selection:
+        chosen = self.stage().select(visuals)
+        if chosen.assign is not None or chosen.merges:
+            raise ValueError(
+                f"{self!r}: its host {self.host!r} merges tokens itself: use it alone, or a host that only selects"
+            )
+        assign, weight = nearest_cells(visuals.features.detach(), chosen.keep)
+        return replace(chosen, assign=assign, weight=weight)

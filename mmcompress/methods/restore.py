@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.groups import group_sizes
+from ..ops.precision import wide
+from ..plan import register
+from ..selection import Selection, gather
+from ..visuals import Visuals
+from .absorb import Absorb
+
+
+@register("restore")
+@dataclass(frozen=True, repr=False)
+class Restore(Absorb):
+    """Complete a method that selects: it fills the part `share` of k, and all other tokens are merged into the rest of k.
+
+    "RESTORE: Rectifying Distortions of Visual Token Reduction", ICML 2026, arXiv 2606.01711; its merging, and kept positions.
+    The anchors that others go to (largest cosine) are the tokens of largest density (sum of cosines) times distance to the
+    nearest less dense one. A merged token is the mean of its members, stands at the lower median of their places, and weighs in
+    the language model what it stands for. `host`: see absorb. Departs from the reference in the calibration, which here is the
+    mass alone: in all layers alike, while decoding too, and without its term of distance.
+
+    Cost: the host's, and N^2 D with a table of N^2.
+    """
+
+    share: float = 0.5
+    paper: ClassVar[str] = "arXiv 2606.01711"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share < 1:
+            raise ValueError(
+                f"share={self.share}: give the part of the budget that the host fills, in [0, 1) (the paper: 0.5)"
+            )
+
+    @torch.no_grad()
+    def select(self, visuals: Visuals) -> Selection:
+        alone = self.alone(visuals)
+        taken = torch.zeros(visuals.features.shape[:2], dtype=torch.int64, device=alone.device).scatter(1, alone, 1)
+        pool = taken.sort(dim=1, stable=True).indices[:, : visuals.n - alone.shape[1]]
+        rows = gather(visuals.features, pool)
+        anchors = self.anchors(rows, visuals.k - alone.shape[1])
+        unit = F.normalize(wide(rows), dim=-1)
+        near = (
+            (unit @ gather(unit, anchors).transpose(1, 2))
+            .argmax(2)
+            .scatter(1, anchors, torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors))
+        )
+        clusters = torch.arange(visuals.n, device=pool.device).expand(len(pool), -1)
+        clusters = clusters.scatter(1, pool, pool.gather(1, anchors.gather(1, near)))
+        found = Selection.of_clusters(clusters, visuals.k)
+        assign = found.assignment(visuals.n)
+        return replace(found, weight=1 / group_sizes(assign, visuals.k).gather(1, assign).float())
+
+    def alone(self, visuals: Visuals) -> Tensor:
+        """The tokens that the host keeps as they are, [U, int(share k)]."""
+        count = int(visuals.k * self.share)
+        if not count:
+            return torch.empty(len(visuals.features), 0, dtype=torch.int64, device=visuals.features.device)
+        return self.stage().select(replace(visuals, k=count)).keep
+
+    @staticmethod
+    def density(features: Tensor) -> Tensor:
+        """Sum of the cosines of each token of [U, P, D] to all, itself included: [U, P]."""
+        unit = F.normalize(wide(features), dim=-1)
+        return (unit @ unit.sum(1)[..., None])[..., 0]
+
+    @classmethod
+    def anchors(cls, features: Tensor, count: int) -> Tensor:
+        """The tokens of [U, P, D] that others are merged into, ascending, [U, count]."""
+        unit, dense = F.normalize(wide(features), dim=-1), cls.density(features)
+        near = (unit @ unit.transpose(1, 2)).masked_fill(dense[:, None] >= dense[:, :, None], float("-inf")).amax(2)
+        score = dense * (1 - near.where(near.isfinite(), 0))
+        return score.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
