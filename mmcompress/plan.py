@@ -66,6 +66,7 @@ def as_pipeline(
     plan: str | os.PathLike[str] | Stage | Pipeline | dict[str, Any],
     positions: str | None = None,
     structural: str | None = None,
+    mass: bool | None = None,
     **options: Any,
 ) -> Pipeline:
     """A pipeline from what users write: a method name with its options, a plan string, the path of a plan file (it ends in
@@ -91,6 +92,8 @@ def as_pipeline(
         warn_of_one(getattr(stage, "keep", None))
     if positions is not None:
         pipeline = dataclasses.replace(pipeline, positions=positions)
+    if mass is not None:
+        pipeline = dataclasses.replace(pipeline, mass=mass)
     return pipeline if structural is None else dataclasses.replace(pipeline, structural=structural)
 
 
@@ -115,7 +118,7 @@ def _from_dict(values: Any) -> Pipeline:
     for entry in entries:
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "method"}
         stages.append(make(entry["method"], options))
-    return Pipeline(tuple(stages), values.get("positions"), values.get("structural", "keep"))
+    return Pipeline(tuple(stages), values.get("positions"), values.get("structural", "keep"), values.get("mass"))
 
 
 _PERCENT = re.compile(r"""('[^']*'|"[^"]*")|((?:\d+\.?\d*|\.\d+)\s*%)""")
@@ -141,9 +144,10 @@ def _read(node: ast.expr, text: str) -> Pipeline:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.func.id == "plan" and len(node.args) == 1:
             options = _literals(node, text)
-            if unknown := set(options) - {"positions", "structural"}:
+            if unknown := set(options) - {"positions", "structural", "mass"}:
                 raise ValueError(
-                    f"plan(...) has the options positions and structural, not {', '.join(sorted(unknown))}, in the plan {text!r}"
+                    f"plan(...) has the options positions, structural and mass, not {', '.join(sorted(unknown))}, in the plan "
+                    f"{text!r}"
                 )
             return dataclasses.replace(_read(node.args[0], text), **options)
         if node.args:

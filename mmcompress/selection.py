@@ -91,6 +91,14 @@ class Selection:
             return gather(x, self.keep)
         return merge(x, self.assign.to(x.device), self.k, self.weight.to(x.device))
 
+    def sizes(self, sizes: Tensor) -> Tensor:
+        """How many tokens each output token stands for, [U, k] float32, where those of the slots are `sizes` [U, N]."""
+        if self.assign is None:
+            return gather(sizes.float(), self.keep)
+        gone = self.assign < 0
+        total = sizes.new_zeros(len(sizes), self.k, dtype=torch.float32)
+        return total.scatter_add(1, self.assign.clamp_min(0), sizes.float().masked_fill(gone, 0))
+
     def then(self, later: Selection, tokens: int) -> Selection:
         """This selection of `tokens` slots followed by `later`, which chose among the output tokens of this one.
 

@@ -46,13 +46,17 @@ class _On:
 class Stage:
     """One thing done at one place. Subclasses are frozen dataclasses; their fields are the options of the method.
 
-    `needs` names the signals that `select` reads. `on` is what every stage has: the modalities that it acts on.
+    `needs` names the signals that `select` reads. `on` is what every stage has: the modalities that it acts on. `merging`:
+    whether its selections say which tokens went into which (`assign`). `mass`: whether what it merges weighs in the language
+    model as much as the tokens that it stands for, where the plan does not say.
     """
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[Need, ...]] = ()
+    merging: ClassVar[bool] = False
+    mass: ClassVar[bool] = False
     _: KW_ONLY
     on: str | tuple[str, ...] = _On()  # type: ignore[assignment]
 
@@ -229,6 +233,7 @@ class EncoderStage(Stage):
     """Acts inside the vision encoder: merges tokens between attention and MLP of its blocks."""
 
     kind: ClassVar[str] = "encoder"
+    merging: ClassVar[bool] = True
     positions: ClassVar[str] = "reindex"
     proportional: bool | None
 
@@ -275,6 +280,8 @@ class Pipeline:
     positions: "keep" leaves the kept tokens their position ids in the full prompt, "reindex" numbers what is left
     without gaps; None takes the default of the family and of each method: of the first stage before the LLM, and of each stage
     in it.
+    mass: True lets a merged token weigh in the attention of the language model as much as the tokens that it stands for, by the
+    logarithm of their number on its key's logit, in all layers, prefill and decode; None takes the default of the methods.
     structural: "keep" leaves newlines and other structural tokens of a visual that loses tokens, "drop" removes them, as the
     official LLaVA-NeXT codes of most methods do.
     """
@@ -282,14 +289,22 @@ class Pipeline:
     stages: tuple[Stage, ...]
     positions: str | None = None
     structural: str = "keep"
+    mass: bool | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in (None, *POSITIONS):
             raise ValueError(f"positions={self.positions!r}: choose 'keep', 'reindex' or None (the method's default)")
         if self.structural not in ("keep", "drop"):
             raise ValueError(f"structural={self.structural!r}: choose 'keep' or 'drop'")
+        if self.mass not in (None, True, False):
+            raise ValueError(f"mass={self.mass!r}: choose True, False or None (the methods' default)")
         if not self.stages:
             raise ValueError("a plan needs at least one stage")
+        if self.mass and not any(part.merging for part in self.parts):
+            raise ValueError(
+                f"{self!r}: no stage of this plan merges tokens, so none can weigh more than itself: leave mass out, or complete "
+                f"the method, absorb(host='divprune', keep=0.25)"
+            )
         ranks = [next(rank for kind, rank in _ORDER.items() if isinstance(part, kind)) for part in self.parts]
         if ranks != sorted(ranks):
             raise ValueError(f"{self!r}: stages must follow the way of a token: pixel or encoder >> input >> layer")
@@ -351,6 +366,11 @@ class Pipeline:
         """This plan for `model`, with the weights that its stages were trained with."""
         return dataclasses.replace(self, stages=tuple(stage.load(model) for stage in self.stages))
 
+    @property
+    def weighs(self) -> bool:
+        """Whether merged tokens weigh what they stand for."""
+        return any(stage.mass for stage in self.parts) if self.mass is None else self.mass
+
     def position_policy(self) -> str:
         """The policy in force before the LLM: the plan's own, else that of its first stage there."""
         early: tuple[PixelStage | EncoderStage | InputStage, ...]
@@ -381,16 +401,21 @@ class Pipeline:
         after = other if isinstance(other, Pipeline) else Pipeline((other,))
         if self.positions and after.positions and self.positions != after.positions:
             raise ValueError(f"positions={self.positions!r} and positions={after.positions!r} in one plan")
+        if None not in (self.mass, after.mass) and self.mass != after.mass:
+            raise ValueError(f"mass={self.mass} and mass={after.mass} in one plan")
         structural = "drop" if "drop" in (self.structural, after.structural) else "keep"
-        return Pipeline(self.stages + after.stages, self.positions or after.positions, structural)
+        mass = after.mass if self.mass is None else self.mass
+        return Pipeline(self.stages + after.stages, self.positions or after.positions, structural, mass)
 
     def __repr__(self) -> str:
         row = " >> ".join(map(repr, self.stages))
         options = [f"positions={self.positions!r}"] if self.positions else []
         options += [f"structural={self.structural!r}"] if self.structural != "keep" else []
+        options += [f"mass={self.mass}"] if self.mass is not None else []
         return f"plan({', '.join([row, *options])})" if options else row
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `as_pipeline` reads them back."""
         stages = [{"method": stage.name, **stage.options()} for stage in self.stages]
-        return {"stages": stages, "positions": self.positions, "structural": self.structural}
+        found = {"stages": stages, "positions": self.positions, "structural": self.structural}
+        return found if self.mass is None else {**found, "mass": self.mass}

@@ -104,6 +104,11 @@ class VisualTrace:
         chosen = self.span.selection
         return Selection(chosen.keep[row], None if chosen.assign is None else chosen.assign[row]).cpu()
 
+    @property
+    def sizes(self) -> Tensor:
+        """How many cells each token that enters the LLM stands for, [k] float32."""
+        return self.selection.sizes(torch.ones(1, self.tokens))[0]
+
     def kept_cells(self, layer: int = 0) -> Tensor:
         """Numbers of the cells of `layout` whose tokens enter LLM layer `layer`, ascending, [k] int64."""
         group = [g for g in self.call.groups if g.start <= layer][-1]

@@ -161,11 +161,13 @@ def masked_keys(
     cuts: dict[int, float],
     live: Tensor | None = None,
     patches: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference of layer cuts in which nothing is removed: keys of dropped tokens are masked from the cut on.
 
     Returns (alive [B, S], logits [B, S, V]); logits of dropped rows mean nothing. `cuts` gives the ratio per layer of
-    `by_hidden`; the visual tokens of a sample (`patches` [B, S], the image placeholders by default) share one budget.
+    `by_hidden`; the visual tokens of a sample (`patches` [B, S], the image placeholders by default) share one budget. mass [B, S]:
+    how many tokens each one stands for.
     """
     ids = inputs["input_ids"]
     length = ids.shape[1]
@@ -183,8 +185,9 @@ def masked_keys(
                         alive[row] &= stay | ~visual
             seen = torch.ones(length, length, dtype=torch.bool).tril()[None] & alive[:, None, :]
             seen = (seen | torch.eye(length, dtype=torch.bool))[:, None]  # no row without keys; those are not compared
-            if implementation == "eager":
-                mask = torch.where(seen, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
+            if implementation == "eager" or mass is not None:
+                bias = torch.zeros(1) if mass is None else mass.log()[:, None, None]
+                mask = torch.where(seen, bias, torch.finfo(hidden.dtype).min).to(hidden.dtype)
             else:
                 mask = seen
             return args, {**kwargs, "attention_mask": mask}

@@ -37,7 +37,8 @@ REFUSED: dict[str, set[str]] = {"vflowopt_cuts": set(FAMILIES)}
 """Families that a method refuses, by name; every other refusal is a failure. The cuts of vflowopt need an input stage with scores
 before them."""
 ALL_PAIRS = {
-    "anchorprune": "a table of N^2", "eadp": "a table of N^2", "idpruner": "a table of N^2", "prunesid": "a table of N^2", "restore": "a table of N^2",
+    "anchorprune": "a table of N^2", "eadp": "a table of N^2", "idpruner": "a table of N^2", "prunesid": "a table of N^2",
+    "restore": "a table of N^2",
     "scope": "a table of N^2", "cdpruner": "a table of N^2", "cen_prune": "as the host",
     "divprune": "a table of N^2", "mmtok": "N (N + T) float32",
     "vispruner": "N^2 C",

@@ -18,7 +18,8 @@ from .reference import best, captured, language_model_on, masked_keys, score
 from .test_engine import BOTH_PLAN, CUT_PLAN, CUTS, METHODS, close, follow_up
 from .tiny import GREEDY, OLDEST, VOCABULARY
 
-PLANS = ["by_feature(keep=0.4)", BOTH_PLAN, "tome(keep=0.5) >> visionzip(keep=0.5)"]
+WEIGHED = "voronoi(keep=0.4) >> by_hidden(layer=2, keep=0.5)"
+PLANS = ["by_feature(keep=0.4)", BOTH_PLAN, "tome(keep=0.5) >> visionzip(keep=0.5)", WEIGHED]
 IMAGES, VIDEOS, MIXED = "images", "videos", "mixed"
 
 

@@ -24,6 +24,7 @@ class Absorb(InputStage):
     host: str = "divprune"
     keep: float | int = 0.25
     positions: ClassVar[str] = "keep"
+    merging: ClassVar[bool] = True
     mass: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -36,7 +37,9 @@ class Absorb(InputStage):
         """The host."""
         stages = as_pipeline(self.host).parts
         one = stages[0] if len(stages) == 1 else None
-        if not isinstance(one, InputStage) or isinstance(one, Absorb) or hasattr(one, "weights"):
+        if isinstance(one, InputStage) and one.merging:
+            raise ValueError(f"host={self.host!r} merges tokens itself: use it alone, or a host that only selects")
+        if not isinstance(one, InputStage) or hasattr(one, "weights"):
             raise ValueError(
                 f"host={self.host!r}: give one method that selects tokens before the language model and is not trained, with its "
                 f"options but keep if need be ('divprune', 'cdpruner')"
@@ -57,9 +60,5 @@ class Absorb(InputStage):
 
     def select(self, visuals: Visuals) -> Selection:
         chosen = self.stage().select(visuals)
-        if chosen.assign is not None or chosen.merges:
-            raise ValueError(
-                f"{self!r}: its host {self.host!r} merges tokens itself: use it alone, or a host that only selects"
-            )
         assign, weight = nearest_cells(visuals.features.detach(), chosen.keep)
         return replace(chosen, assign=assign, weight=weight)

@@ -40,6 +40,7 @@ class AIMMerge(InputStage):
     keep: float | int = 0.25
     metric: str | None = None
     paper: ClassVar[str] = "arXiv 2412.03248"
+    merging: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

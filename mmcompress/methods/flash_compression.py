@@ -36,6 +36,7 @@ class FlashCompression(InputStage):
     queries: str | None = None
     scale: float | None = None
     paper: ClassVar[str] = "arXiv 2505.12728"
+    merging: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

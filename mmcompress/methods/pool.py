@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import isqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Pool(InputStage):
     """
 
     keep: float | int = 0.25
+    merging: ClassVar[bool] = True
 
     def select(self, visuals: Visuals) -> Selection:
         features, k = visuals.features, visuals.k

@@ -46,6 +46,7 @@ class PruMerge(InputStage):
     neighbours: int = 32
     order: str = "attention"
     paper: ClassVar[str] = "arXiv 2403.15388"
+    merging: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = (
         ("cls_joint_attention@-1", "received_attention"),
         "joint_keys@-1",

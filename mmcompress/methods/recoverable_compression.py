@@ -53,6 +53,7 @@ class RecoverableCompression(InputStage):
     clip: str | None = None
     tokenizer: str | None = None
     paper: ClassVar[str] = "arXiv 2409.01179"
+    merging: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,6 +53,7 @@ class SparseVLM(Pyramid):
     setting: int | None = None
     heads: int | None = None
     paper: ClassVar[str] = "arXiv 2410.04417"
+    merging: ClassVar[bool] = True
     published_layers: ClassVar[tuple[float, ...]] = (3 / 32, 7 / 32, 16 / 32)
 
     def __post_init__(self) -> None:

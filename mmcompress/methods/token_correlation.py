@@ -51,6 +51,7 @@ class TokenCorrelation(InputStage):
     window: int | None = 16
     whole_thumbnail: bool = False
     paper: ClassVar[str] = "arXiv 2407.14439"
+    merging: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,6 +51,7 @@ class TokenFlex(Learned, InputStage):
     keep: float | int = 0.25
     weights: str | None = None
     paper: ClassVar[str] = "arXiv 2504.03154"
+    merging: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("encoder_features",)
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ class VFlowOptPrune(InputStage):
     t: float = 34.76
     cell: float = 15.58
     paper: ClassVar[str] = "arXiv 2508.05211"
+    merging: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,6 +31,7 @@ class VisionZip(InputStage):
     contextual: float | int = 5 / 32
     merge: str = "sum"
     paper: ClassVar[str] = "arXiv 2412.04467"
+    merging: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = (
         ("cls_attention", "received_attention"),
         "keys",

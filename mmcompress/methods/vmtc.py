@@ -37,6 +37,7 @@ class VMTC(InputStage):
     keep: float | int = 0.25
     clusters: float | int = 1 / 9
     paper: ClassVar[str] = "arXiv 2411.15453"
+    merging: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = (("cls_attention", "received_attention"), "encoder_features")
 
     def __post_init__(self) -> None:

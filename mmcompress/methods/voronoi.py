@@ -31,6 +31,7 @@ class Voronoi(InputStage):
 
     keep: float | int = 0.25
     positions: ClassVar[str] = "keep"
+    merging: ClassVar[bool] = True
     mass: ClassVar[bool] = True
 
     def select(self, visuals: Visuals) -> Selection:

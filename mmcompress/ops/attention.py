@@ -16,13 +16,22 @@ def proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     return size.float().log().to(dtype)[:, None, None, :]
 
 
-def masked_softmax(logits: Tensor, seen: Tensor, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+def masked_softmax(
+    logits: Tensor,
+    seen: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Softmax of logits [B, heads, q, K] over the keys that are `seen`; it has a gradient.
 
-    softcap: logits l become softcap * tanh(l / softcap). sinks [heads]: logits of a key that is nothing, and takes a share.
+    softcap: logits l become softcap * tanh(l / softcap). sinks [heads]: logits of a key that is nothing, and takes a share. bias,
+    broadcastable to the logits: added behind the cap.
     """
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias
     logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)  # -inf: NaN in rows of padding
     if sinks is None:
         return logits.softmax(-1)
@@ -31,11 +40,17 @@ def masked_softmax(logits: Tensor, seen: Tensor, softcap: float | None = None, s
 
 
 def capped_rows(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor, softcap: float | None = None, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`attention_rows` with soft-capped logits or sinks: [n, heads, Q, S] float32, the map as a whole."""
+    """`attention_rows` with soft-capped logits or sinks: [n, heads, Q, S] float32, the map as a whole. `bias`: of keys."""
     if softcap is None and sinks is None:
-        return attention_rows(q, k, scale, mask)
+        return attention_rows(q, k, scale, mask if bias is None else torch.where(mask, bias, float("-inf")))
     grouped = q.float().unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     logits = (grouped @ k.float().transpose(2, 3) * scale).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
-    return masked_softmax(logits, mask, softcap, sinks).masked_fill(~mask, 0)
+    return masked_softmax(logits, mask, softcap, sinks, bias).masked_fill(~mask, 0)

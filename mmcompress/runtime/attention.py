@@ -4,6 +4,7 @@ projections and the cached keys and values, rewritten, and put in the place of w
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -19,6 +20,7 @@ from .cache import PrunedLayer, cache_of, is_plain
 from .call import Call
 from .layers import Heads
 from .masks import who_sees
+from .mass import mass_of
 from .packing import Group
 from .probe import Form, Forms
 from .shards import check_unit
@@ -227,6 +229,12 @@ class Columns:
         known = known.to(self.device)[:, : self.total]
         return torch.cat([known, place[:, known.shape[1] :].expand(len(known), -1)], 1)
 
+    @functools.cached_property
+    def bias(self) -> Tensor | None:
+        """What the masses of the columns add to their logits, [B, 1, 1, K]; None: nothing."""
+        known = mass_of(self.call, self.group, self.heads.index, int(self.past), self.device)
+        return None if known is None else widened(known, self.total)[:, None, None]
+
     def _queries(self, part: slice) -> Tensor:
         """Queries of some of the rows, [B, heads, q, d]."""
         heads, rows = self.heads, slice(self.first + part.start, self.first + part.stop)
@@ -248,13 +256,13 @@ class Columns:
         grouped = q.unflatten(1, (kv, -1)).flatten(2, 3)  # the queries that share a key head, in one product
         logits = (grouped @ self.keys.transpose(2, 3)).float() * self.heads.form.scaling
         logits = logits.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
-        return masked_softmax(logits, self._seen(part), self.heads.form.softcap, self.heads.sinks)
+        return masked_softmax(logits, self._seen(part), self.heads.form.softcap, self.heads.sinks, self.bias)
 
     def mean(self) -> Tensor:
         """Attention of all rows, mean over heads, [B, Q, K]; it has no gradient."""
         parts = [slice(i, min(i + BLOCK, self.count)) for i in range(0, self.count, BLOCK)]
         none = self.keys.new_zeros(len(self.keys), 0, self.total, dtype=torch.float32)
-        made = (self.heads.rows(self._queries(part), self.keys, self._seen(part)).mean(1) for part in parts)
+        made = (self.heads.rows(self._queries(part), self.keys, self._seen(part), self.bias).mean(1) for part in parts)
         return torch.cat([none, *made], 1)
 
     def mixed(self, weights: Tensor) -> Tensor:

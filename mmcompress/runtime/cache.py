@@ -41,6 +41,7 @@ class Ledger:
     valid    [B, P] bool for the first P physical rows, later ones are valid; None: all are.
     floor    logical position behind the last dropped token; the cache cannot be cropped below it.
     shift    [B] int64: what position ids are ahead of those in use (stages that reindex); None: nothing.
+    mass     [B, P] float32: how many tokens each of the first P physical rows stands for, later ones one each; None: all one.
     place    [B, P] logical place of the first P physical rows, ascending, -1 in padding; later ones follow on; None: nothing was
              dropped.
     bound    why a model that is not compressed would read the layers wrong; "": it reads them right.
@@ -52,6 +53,7 @@ class Ledger:
     shift: Tensor | None = None
     place: Tensor | None = None
     bound: str = ""
+    mass: Tensor | None = None
 
     def places(self, stored: int, batch: int, device: Any) -> Tensor:
         """Logical place of all `stored` physical rows, [batch, stored]."""
@@ -64,10 +66,11 @@ class Ledger:
         self.valid = change(self.valid) if self.valid is not None else None
         self.shift = change(self.shift) if self.shift is not None else None
         self.place = change(self.place) if self.place is not None else None
+        self.mass = change(self.mass) if self.mass is not None else None
 
     def clear(self) -> None:
         self.dropped, self.floor, self.bound = 0, 0, ""
-        self.valid = self.shift = self.place = None
+        self.valid = self.shift = self.place = self.mass = None
 
 
 class PrunedLayer:
@@ -145,6 +148,8 @@ class PrunedLayer:
         self.state = {name: values[:, : self.physical] for name, values in self.state.items()}
         if self.ledger.valid is not None:
             self.ledger.valid = self.ledger.valid[:, : self.physical]
+        if self.ledger.mass is not None:
+            self.ledger.mass = self.ledger.mass[:, : self.physical]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -313,7 +318,7 @@ def book(
 
 def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor | None, hidden: int) -> Ledger:
     """The ledger after `group`; `stored` rows are in the layer, this call's included."""
-    new = Ledger(old.dropped, old.valid, old.floor, shift, old.place, old.bound)
+    new = Ledger(old.dropped, old.valid, old.floor, shift, old.place, old.bound, old.mass)
     if old.valid is not None or group.valid is not None:
         device = (group.valid if group.valid is not None else old.valid).device  # type: ignore[union-attr]
 
@@ -331,7 +336,14 @@ def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor |
         new.place = torch.cat([before, (group.place + fed).masked_fill(group.place < 0, -1)], 1)
         new.floor = fed + group.logical - group.tail
         new.dropped = old.dropped + gone
-    if new.shift is not None:
+    if group.mass is not None:
+        past = torch.ones(batch, stored - group.physical, device=group.mass.device)
+        if old.mass is not None:
+            past[:, : old.mass.shape[1]] = old.mass.to(past)
+        new.mass = torch.cat([past, group.mass], 1)
+    if new.mass is not None:
+        new.bound = "its tokens weigh what they stand for"
+    elif new.shift is not None:
         new.bound = "its position ids are numbered anew"
     elif new.dropped and (new.valid is not None or (hidden and fed + hidden > new.dropped)):
         new.bound = "there is padding among its tokens"

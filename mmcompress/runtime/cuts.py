@@ -151,7 +151,9 @@ class Cutter:
         if before.valid is not None:
             places = places.masked_fill(~before.valid, -1)
         around = self._around(call, index, hidden, given, pools)
-        merges, scores = [], []
+        merges, scores, mass = [], [], before.mass
+        if mass is None and self.plan.weighs:
+            mass = torch.ones(places.shape, device=device)
         for (tokens, k, _), (rows, at, text) in rows_alike(call, pools, lambda row: budgets.get(row, 0)).items():
             if k >= tokens:
                 continue
@@ -166,13 +168,15 @@ class Cutter:
                 places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
                 if chosen.merges:
                     merges.append((rows, at, chosen))
+                if mass is not None:
+                    mass = mass.index_put((rows.expand_as(slots), slots), chosen.sizes(mass[rows, at]))
                 if chosen.scores is not None:
                     scores.append((rows, at, chosen.scores.detach()))
         for row, k in budgets.items():
             if k < left[row]:
                 counts[row] += k - left[row]
                 left[row] = k
-        self._append(call, index, places, counts, self.plan.positions or stage.positions, merges)
+        self._append(call, index, places, counts, self.plan.positions or stage.positions, merges, mass)
         self._count(call, pools, left)
         call.groups[-1].stage, call.groups[-1].scores = repr(stage), scores
 
@@ -217,7 +221,7 @@ class Cutter:
         for row in gone:
             counts[row] -= left[row]
             left[row] = 0
-        self._append(call, index, places, counts, self.plan.positions or "keep", [])
+        self._append(call, index, places, counts, self.plan.positions or "keep", [], before.mass)
         self._count(call, pools, left)
         call.groups[-1].stage = repr(stage)
 
@@ -229,6 +233,7 @@ class Cutter:
         counts: list[int],
         policy: str,
         merges: list[tuple[Tensor, Tensor, Selection]],
+        mass: Tensor | None,
     ) -> None:
         """The group of tokens that layers from `index` on see: `places` [B, S] in that of the group before, -1 where they are
         gone."""
@@ -253,6 +258,7 @@ class Cutter:
         group = Group(
             index, before.logical, packed.source.shape[1], counts, packed.valid, follow(before.source), place,
             follow(before.from_base), packed.source, min(before.tail, packed.source.shape[1]), positions, gone, merges,
+            mass=None if mass is None else follow(mass),
         )  # fmt: skip
         call.groups.append(group)
 

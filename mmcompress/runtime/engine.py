@@ -50,10 +50,13 @@ from .masks import (
     ready_made,
     validity,
 )
+from .mass import weighed_mask, weighs
 from .needs import (
+    STATES,
     VISION_SIGNALS,
     check_causal,
     check_language_model,
+    check_mass,
     check_modalities,
     check_positions,
     names_of,
@@ -110,6 +113,8 @@ class Engine(Following):
         check_causal(self.language_model, plan)
         self.windows = windows_of(self.language_model.config, sees_behind(self.language_model))
         check_positions(adapter, plan)
+        if plan.weighs:
+            check_mass(self.language_model, plan)
         self.clip = Clip.of(adapter, plan, self.clip)
         self.around = Around.of(self)
         self.forms = Forms(self.language_model, adapter.model) if forms is None else forms
@@ -131,6 +136,9 @@ class Engine(Following):
             next(iter(inspect.signature(getattr(self.base, name)).parameters)): "audio" for name in by_method
         }
         """The keyword that brings sound to its encoder."""
+        kinds = dict(enumerate(getattr(self.language_model.config, "layer_types", None) or ()))
+        self.stateful = {index for index, kind in kinds.items() if kind in STATES}
+        """Layers that do not attend."""
         self.counting = [_counts(layer) for layer in self.language_model.layers]
 
     # ------------------------------------------------------------------ checks at compress time
@@ -350,7 +358,8 @@ class Engine(Following):
         else:
             return None
         windowed = any(cuts_off(call, i, length) for i in range(len(self.windows)))
-        if self.rewriters or windowed or layers_differ(call, length, call.config._attn_implementation):
+        weighed = any(weighs(call, call.groups[0], i) for i in range(len(self.counting)))
+        if self.rewriters or windowed or weighed or layers_differ(call, length, call.config._attn_implementation):
             kwargs[CALL] = call
         return args, kwargs
 
@@ -454,6 +463,8 @@ class Engine(Following):
             call.text_counts[span.row] = len(span.text)
         scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
         prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds), scores, leading(kwargs))
+        if self.plan.weighs:
+            prompt.mass = torch.ones(places.shape, device=device)
         tap = None
         if self.inputs.of_prompt:
             tap = PromptTap(self.adapter, self.forms, call, kwargs, self._given_positions(call, kwargs, embeds), valid)
@@ -481,7 +492,8 @@ class Engine(Following):
             call.samples,
         )
         group = Group(
-            0, length, physical, counts, packed.valid, packed.source, packed.place, tail=tail, positions=positions, gone=gone
+            0, length, physical, counts, packed.valid, packed.source, packed.place, tail=tail, positions=positions, gone=gone,
+            mass=None if prompt.mass is None else prompt.mass.gather(1, packed.source),
         )  # fmt: skip
         call.groups = call.record.groups = [group]
         told: list[Any] = call.cache.layers if call.cache is not None else []
@@ -635,7 +647,10 @@ class Engine(Following):
             tables = layer_tables(self.language_model, index, call, group, mine, hidden, given)
             kwargs["position_embeddings"] = tables
         # other tokens than layer 0 has, or a window that the language model would have count them: an own mask
-        if group.from_base is not None or mine is not first or cuts_off(call, index, group.logical):
+        if weighs(call, group, index):
+            if index not in self.stateful:
+                kwargs["attention_mask"] = weighed_mask(call.config, call, group, index, hidden)
+        elif group.from_base is not None or mine is not first or cuts_off(call, index, group.logical):
             kwargs["attention_mask"] = mask_of(call.config, call, group, index, hidden)
         if group.from_base is not None:
             length = call.groups[0].physical

@@ -31,6 +31,7 @@ class Prompt:
     levels  DeepStack levels [B, S, H] by layer, merged like the embeddings; where a method makes its tokens anew, those of the
             slots that they stand for.
     scores  [B, S] of the last stage, where a later one reads them.
+    mass    [B, S] float32: how many tokens a slot's token stands for; None where the plan does not weigh them.
     lead    the level that methods are shown on top of the embeddings, and which takes what they make of both; None: none.
     """
 
@@ -39,6 +40,7 @@ class Prompt:
     levels: dict[int, Tensor]
     scores: Tensor | None
     lead: int | None = None
+    mass: Tensor | None = None
 
     def shown(self, rows: Tensor, at: Tensor) -> Tensor:
         """What methods see of the tokens `at` [U, N] of the batch rows `rows` [U, 1]: [U, N, H]."""
@@ -88,12 +90,13 @@ class InputStages:
         total = Selection(torch.arange(tokens, device=device).expand(len(spans), -1))
         decisions: list[Decision] = []
         remade, given = False, None
+        sizes = torch.ones(len(spans), tokens, device=device)
         if first.clusters is not None:
             clusters = torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]).to(device)
             chosen = Selection.of_clusters(clusters, first.left[number])
             early = (*self.plan.pixel_stages, *self.plan.encoder_stages)
             decisions.append(Decision(" >> ".join(map(repr, early)), total, chosen))
-            visuals, total = visuals.take(chosen), chosen
+            visuals, total, sizes = visuals.take(chosen), chosen, chosen.sizes(sizes)
             levels = {i: chosen.apply(level) for i, level in levels.items()}
         stages = self.stages(spans[0].modality)
         for stage in stages:
@@ -106,7 +109,7 @@ class InputStages:
                 if chosen.scores is None:
                     raise NotImplementedError(f"{stage!r} gives no scores, which a later stage of the plan reads")
                 given = gather(chosen.scores.float(), chosen.keep)
-            before, total = total, total.then(chosen, tokens)
+            before, total, sizes = total, total.then(chosen, tokens), chosen.sizes(sizes)
             by = None if chosen.scores is None else chosen.scores.detach()
             decisions.append(Decision(repr(stage), before, total, by))
             visuals = visuals.take(chosen)
@@ -117,6 +120,8 @@ class InputStages:
         slots = gather(at, total.keep)
         at_slots = (rows.expand_as(slots), slots)
         prompt.places = prompt.places.index_put(at_slots, slots.sort(dim=1).values)
+        if prompt.mass is not None:
+            prompt.mass = prompt.mass.index_put(at_slots, sizes)
         if prompt.scores is not None and given is not None:
             prompt.scores = prompt.scores.index_put(at_slots, given)
         if remade:

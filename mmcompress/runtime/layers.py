@@ -22,6 +22,7 @@ from ..ops.transitions import transition, transition_value
 from .cache import PrunedLayer, is_plain
 from .call import Call
 from .masks import who_sees
+from .mass import mass_of
 from .probe import Form, recorded, states_of
 from .rotary import Tables
 from .scope import current
@@ -226,12 +227,20 @@ class Heads:
         else:
             sees = sees[rows[:, 0], ..., : mask.shape[3]]
             mask = mask & sees.take_along_dim(at[:, None, :, None], 2)
-        weights = self.rows(self.queries(rows, at), self.keys[rows[:, 0]], mask)
+        bias = None if self.bias is None else self.bias[rows[:, 0]][:, None, None]
+        weights = self.rows(self.queries(rows, at), self.keys[rows[:, 0]], mask, bias)
         return weights[..., self.past :]
 
-    def rows(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    @property
+    def bias(self) -> Tensor | None:
+        """What the masses of the keys add to their logits, [B, P + S]; None: nothing."""
+        if not self.call.groups:  # a prompt that is asked before anything is merged
+            return None
+        return mass_of(self.call, self.call.group_of(self.index), self.index, self.past, self.hidden.device)
+
+    def rows(self, q: Tensor, k: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention of queries that were just made on keys, [n, heads, Q, K] float32."""
-        return capped_rows(q, k, self.form.scaling, mask, self.form.softcap, self.sinks)
+        return capped_rows(q, k, self.form.scaling, mask, self.form.softcap, self.sinks, bias)
 
     def square(self, signal: str) -> tuple[Tensor, Tensor]:
         """Queries and keys of all tokens, for signals that need every row."""
@@ -239,6 +248,11 @@ class Heads:
             raise NotImplementedError(
                 f"{signal} (fastv query='all', aim) under a ready-made mask, by which some tokens see later ones: choose a "
                 f"method that reads the last or the text tokens"
+            )
+        if self.bias is not None:
+            raise NotImplementedError(
+                f"{signal} (fastv query='all', aim) behind merged tokens that weigh what they stand for: choose a method that "
+                f"reads the last or the text tokens, or plan(..., mass=False)"
             )
         if self.past:
             raise NotImplementedError(

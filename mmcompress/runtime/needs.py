@@ -12,6 +12,7 @@ from ..stage import MODALITIES, USUAL, ExitStage, InputStage, LayerStage, Need, 
 from .adapter import PER_TOKEN, Adapter
 from .clip import CLIP_PATCHES, CLIP_SIGNALS
 from .layers import SIGNALS
+from .mass import TAKE
 from .probe import Forms
 from .prompt import PROMPT_SIGNALS, check_prompt_signals
 from .signals import kind_of
@@ -33,7 +34,7 @@ def names_of(needs: Iterable[Need]) -> list[str]:
 
 def check_language_model(config: Any, plan: Pipeline) -> None:
     """Raise for layers in which tokens cannot be dropped."""
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    kinds = kinds_of(config)
     inside = (*plan.layer_stages, *plan.exit_stages)
     if "chunked_attention" in kinds or (not kinds and getattr(config, "attention_chunk_size", None)):
         raise NotImplementedError(
@@ -90,6 +91,32 @@ def check_causal(language_model: Any, plan: Pipeline) -> None:
             f"{(*inside, *asking)[0]!r} presumes that tokens see those before them only, but {type(language_model).__name__} is an "
             f"encoder, whose tokens see each other: choose a method that acts before the language model and reads features"
         )
+
+
+def check_mass(language_model: Any, plan: Pipeline) -> None:
+    """Raise where masses cannot come to attention."""
+    config = language_model.config
+    if sees_behind(language_model):
+        raise NotImplementedError(
+            f"{plan!r}: {type(language_model).__name__} is an encoder, whose masks are not those of a decoder, so merged tokens "
+            f"cannot weigh what they stand for: use plan(..., mass=False)"
+        )
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, *TAKE):
+        raise NotImplementedError(
+            f"{plan!r}: merged tokens that weigh what they stand for need a mask of numbers, which attn_implementation="
+            f"{attention!r} does not take: use one of {', '.join(map(repr, TAKE))}, or plan(..., mass=False)"
+        )
+    if "indexed_attention" in kinds_of(config) or any(name.startswith("index_") for name in vars(config)):
+        raise NotImplementedError(
+            f"{plan!r}: the language model has indexers, which choose the tokens that a query sees by scores of their own, so "
+            f"merged tokens cannot weigh what they stand for: use plan(..., mass=False)"
+        )
+
+
+def kinds_of(config: Any) -> set[str]:
+    """The kinds of layers of a language model."""
+    return set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
 
 
 def check_positions(adapter: Adapter, plan: Pipeline) -> None:

@@ -87,8 +87,8 @@ def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Co
         first = first - (dropped if isinstance(layer, PrunedLayer) else 0)
     number = torch.arange(width, device=device) + first
     valid = ledger.valid if ledger is not None else call.past_valid
-    place = _spread(ledger.place if ledger is not None else None, number, number + dropped)
-    real = _spread(valid, number, torch.ones_like(number, dtype=torch.bool))
+    place = spread(ledger.place if ledger is not None else None, number, number + dropped)
+    real = spread(valid, number, torch.ones_like(number, dtype=torch.bool))
     new = (number - past).clamp(0, group.physical - 1)
     if group.place is not None:
         place = torch.where(number >= past, call.past + group.place.to(device)[:, new], place)
@@ -97,7 +97,7 @@ def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Co
     return Columns(number, past, place, real)
 
 
-def _spread(known: Tensor | None, number: Tensor, later: Tensor) -> Tensor:
+def spread(known: Tensor | None, number: Tensor, later: Tensor) -> Tensor:
     """Values [B, P] of the first P keys at those of `number` [K], and `later` [K] for the others: [B or 1, K]."""
     if known is None or not known.shape[1]:
         return later[None]
