@@ -77,12 +77,13 @@ def compress(
     timing: bool = False,
     **options: Any,
 ) -> M:
-    """Compress the visual tokens of a stock Hugging Face model, in place; returns the same model.
+    """Compress the visual tokens of a stock Hugging Face model, or its audio tokens, in place; returns the same model.
 
     Also takes a timm or open_clip vision transformer, with a method that acts inside the encoder (tome).
 
     plan       a method name with its options (`compress(model, "visionzip", keep=64)`), a stage, a pipeline
-               (`VisionZip(keep=0.25) >> FastV(layer=2)`), a plan string, or the path of a plan file (.json).
+               (`VisionZip(keep=0.25) >> FastV(layer=2)`), a plan string, or the path of a plan file (.json). Every stage has the
+               option `on`: "image", "video", "audio" or several of them; default: ("image", "video").
     positions  "keep" or "reindex" position ids of what is left; default: as the method's reference does.
     structural "keep" or "drop" newlines and other structural tokens of a visual that loses tokens; default: keep.
     timing     also measure the parts of a call on an accelerator, which makes every prefill wait for the device.
