@@ -7,7 +7,7 @@ from typing import Any
 
 from ..runtime.adapter import Adapter, Encoder
 from .common import CommonAdapter, refusal
-from .gemma import GemmaAdapter
+from .gemma import GemmaAdapter, GemmaPatchesAdapter
 from .grid_forms import ClassTokenAdapter, ErnieAdapter, KimiAdapter, SizedAdapter
 from .grids import GridAdapter
 from .internvl import InternVLAdapter
@@ -34,6 +34,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     PixtralAdapter,
     NaFlexAdapter,
     GemmaAdapter,
+    GemmaPatchesAdapter,
     MiniCPMAdapter,
     Ovis2Adapter,
     Molmo2Adapter,

@@ -73,13 +73,7 @@ class RasterAdapter(Adapter):
         return torch.cat([start + units(*shape, self.side) for start, shape in zip(starts, shapes, strict=False)])
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
-        views = iter(View((rows // self.side, columns // self.side)) for rows, columns in self.shapes(arguments))
-        layouts = []
-        for length in lengths:
-            frames: list[View] = []
-            while sum(view.cells for view in frames) < length:
-                frames.append(next(views))
-            layouts.append(Layout(tuple(frames if len(frames) == 1 else (replace(v, role="frame") for v in frames))))
+        layouts = laid([(rows // self.side, columns // self.side) for rows, columns in self.shapes(arguments)], lengths)
         seen = self.shown(arguments) if modality == "image" and len(layouts) > 1 else ()
         small = [F.adaptive_avg_pool2d(picture.detach().float(), THUMB) for picture in seen]
         return Encoded(modality, layouts, pixels=torch.stack(small) if small else None)
@@ -94,6 +88,17 @@ class RasterAdapter(Adapter):
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         return list(rows.split([layout.cells for layout in encoded.layouts]))
+
+
+def laid(grids: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[Layout]:
+    """Layouts of visuals of so many tokens, whose pictures or frames have these rows and columns of tokens."""
+    views, layouts = iter(View(grid) for grid in grids), []
+    for length in lengths:
+        frames: list[View] = []
+        while sum(view.cells for view in frames) < length:
+            frames.append(next(views))
+        layouts.append(Layout(tuple(frames if len(frames) == 1 else (replace(view, role="frame") for view in frames))))
+    return layouts
 
 
 @functools.lru_cache(maxsize=256)

@@ -29,6 +29,7 @@ GROUPS = {"CLS": OF_CLS, "patches": OF_PATCHES, "features": frozenset({"encoder_
 
 REASONS = {
     "tower": ("is not known to mmcompress", "nothing is known of its vision encoder"),
+    "no encoder": ("has no vision encoder", "it has no vision encoder: every patch is a token"),
     "more features": (
         "puts more than the features of this vision encoder together",
         "its projector takes more than the features of one vision encoder: attention among patches, but none of those features",

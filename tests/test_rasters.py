@@ -210,3 +210,22 @@ def test_pictures_without_sizes_are_refused() -> None:
     model = mm.compress(build("pixtral"), "divprune(keep=0.5)")
     with pytest.raises(ValueError, match="pass image_sizes"):
         model.model.get_image_features(pixel_values=torch.randn(1, 3, 32, 32))
+
+
+@torch.no_grad()
+def test_without_an_encoder_every_patch_is_a_token_in_its_place() -> None:
+    """Gemma 4 unified: rows and columns are those of the places, without padding; a film is its frames."""
+    model = mm.compress(build("gemma4_unified"), "divprune(keep=0.5)")
+    side = model.config.vision_config.model_patch_size
+    places = torch.full((2, 20, 2), -1)
+    for row, (h, w) in enumerate([(4, 5), (2, 3)]):
+        grid = torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy")
+        places[row, : h * w] = torch.stack(grid, -1).flatten(0, 1)
+    pixels = pictures_of([1, 2], 20, 3 * side**2)
+    output = model.model.get_image_features(pixels, places, return_dict=True)
+    assert [layout.views[0].grid for layout in output.mmcompress.layouts] == [(4, 5), (2, 3)]
+    at = int((places[1] == torch.tensor([2, 1])).all(-1).nonzero())
+    pixels[1, at] += 1
+    again = model.model.get_image_features(pixels, places, return_dict=True).pooler_output
+    changed = [(new - old).abs().amax(-1) > 0 for new, old in zip(again, output.pooler_output, strict=True)]
+    assert not changed[0].any() and changed[1].view(2, 3).nonzero().tolist() == [[1, 2]]
