@@ -46,6 +46,10 @@ REASONS = {
         "one of two vision encoders",
         "two vision encoders give each token: none of them can merge tokens",
     ),
+    "class tokens": (
+        "with a class token in front of each",
+        "its pictures are packed into one row with a class token in front of each, among which nothing is merged",
+    ),
     "states": (
         "whose state cannot forget tokens",
         "its language model has layers whose state cannot forget tokens: stages before it only",
