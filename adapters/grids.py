@@ -89,6 +89,10 @@ class GridAdapter(Adapter):
         """Whether patches stand unit after unit."""
         return getattr(self.tower, "spatial_merge_size", 1) == self.side
 
+    @property
+    def windowed(self) -> bool:
+        return hasattr(self.tower, "window_size")
+
     @functools.cached_property
     def blocks(self) -> list[Block]:
         blocks = blocks_of(self.tower)
@@ -105,7 +109,7 @@ class GridAdapter(Adapter):
         return 0
 
     def segments(self, arguments: dict[str, Any]) -> list[int]:
-        if hasattr(self.tower, "window_size"):  # windows lie in frames
+        if self.windowed:  # windows lie in frames
             return [h * w for t, h, w in arguments["grid_thw"].tolist() for _ in range(t)]
         return arguments["cu_seqlens"].diff().tolist()
 
@@ -153,7 +157,7 @@ class GridAdapter(Adapter):
 
     def _windows(self, arguments: dict[str, Any]) -> Tensor | None:
         """The units (patches, where they are not grouped) of the tower in the order of its windows; None: it has no windows."""
-        if not hasattr(self.tower, "window_size"):
+        if not self.windowed:
             return None
         index, _ = get_vision_window_index(
             self._grids(arguments),

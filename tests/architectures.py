@@ -138,6 +138,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "muse_spark": {
         "out_hidden_size": 128, "audio_config.hidden_sizes": [8] * 4, "audio_config.depths": [1] * 4,
+        "vision_config.pos_emb_height": 4, "vision_config.pos_emb_width": 4,
     },
     "nemotron_h_omni": {
         "vision_config.video_temporal_patch_size": 2, "image_token_id": IMAGE, "video_token_id": VIDEO,
@@ -170,10 +171,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     }),
     "qwen2_5_omni_thinker": {**omni, "vision_config.window_size": 16},
     **{name: {"vision_config.image_size": 64} for name in ("got_ocr2", "pp_chart2table")},
+    "qwen2_5_vl": {"text_config.rope_parameters": MROPE, "vision_config.window_size": 16},
     "hyperclovax_vision_v2": {"vision_config.window_size": 16},
     "exaone4_5": {"vision_config.window_size": 16, "vision_config.num_key_value_heads": 1},
     **{name: {"text_config.rope_parameters": MROPE} for name in
-       ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni",
+       ("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni",
         "paddleocr_vl", "glm_ocr", "qwen3_5", "qwen3_5_moe")},
     **HEARD,
     **{name: {"text_config.rope_parameters": PARTIAL} for name in ("glm4v", "glm46v", "glmga", "glm4v_moe")},

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from mmcompress.adapters import adapter_for
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,7 +21,7 @@ from mmcompress.runtime.encoder import _taken
 from mmcompress.runtime.probe import _As, _copy
 from mmcompress.runtime.signals import VisionTap
 
-from .architectures import OLDEST, TABLE, base_of, build, pictures
+from .architectures import CLASSES, OLDEST, TABLE, base_of, build, clips, pictures
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,22 @@ class Looks(mm.stage.InputStage):
 SIGNALS = sorted(name for name, row in TABLE.items() if "patches" in row["signals"] and row["input"] == "ok")
 
 
-def given(model: Any, even: bool = True) -> dict[str, Any]:
-    """Arguments of get_image_features for two pictures, the second one smaller if not `even` (skipped where it cannot be)."""
-    accepted = inspect.signature(base_of(model).get_image_features).parameters
-    found = {name: value for name, value in pictures(model, [[1, 2]]).items() if name in accepted}
-    if not even:
+def given(model: Any, what: str = "pictures") -> tuple[Any, str, dict[str, Any]]:
+    """The method that encodes two "pictures", "uneven" ones (the second one smaller, skipped where it cannot be) or "videos" (of
+    packed grids, uneven); their modality, and the arguments."""
+    base, modality = base_of(model), "video" if what == "videos" else "image"
+    encode = getattr(base, f"get_{modality}_features", None)
+    accepted = inspect.signature(encode).parameters if encode is not None else {}
+    if what == "videos" and "video_grid_thw" not in accepted:
+        pytest.skip("no videos of packed grids")
+    shown = clips(model, [1, 2]) if what == "videos" else pictures(model, [[1, 2]])
+    found = {name: value for name, value in shown.items() if name in accepted}
+    if what != "pictures":
         if not SMALLER.keys() & found.keys():
             pytest.skip("pictures of one size only")
         for name in SMALLER.keys() & found.keys():
             SMALLER[name](model, found)
-    return found
+    return encode, modality, found
 
 
 def smaller_sizes(model: Any, found: dict[str, Any]) -> None:
@@ -103,10 +110,28 @@ SMALLER: dict[str, Callable[[Any, dict[str, Any]], None]] = {
 """By an argument that tells sizes: make the second picture smaller."""
 
 
-@pytest.mark.parametrize("even", [True, False])
-@pytest.mark.parametrize("name", SIGNALS)
+def arguments_of(name: str) -> set[str]:
+    """Of the class of an architecture; none where this transformers has no such class."""
+    return set(inspect.signature(getattr(transformers, CLASSES[name]).forward).parameters) if name in CLASSES else set()
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    """What each architecture is given, as far as the arguments of its class tell."""
+    for name in SIGNALS:
+        taken = arguments_of(name)
+        yield name, "pictures"
+        if taken & SMALLER.keys():
+            yield name, "uneven"
+        if "video_grid_thw" in taken:
+            yield name, "videos"
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize("name, what", CASES)
 @torch.no_grad()
-def test_attention_is_that_of_the_eager_module(name: str, even: bool) -> None:
+def test_attention_is_that_of_the_eager_module(name: str, what: str) -> None:
     """`received_attention` of the block whose output is used, against the weights that the module itself gives."""
     model = build(name)
     adapter = adapter_for(model)
@@ -116,8 +141,8 @@ def test_attention_is_that_of_the_eager_module(name: str, even: bool) -> None:
         lambda module, args, kwargs: weights.append(eager(module, args, kwargs)), with_kwargs=True
     )
     mm.compress(model, Looks(keep=0.5))
-    arguments = given(model, even)
-    encoded = base_of(model).get_image_features(**arguments).mmcompress
+    encode, _, arguments = given(model, what)
+    encoded = encode(**arguments).mmcompress
     received, rows = encoded.signals["received_attention"], weights[0]
     own = VisionTap(None, adapter, set(), None)._per_token(
         rows.flatten() if adapter.packed else rows[:, adapter.prefix :], arguments
@@ -153,24 +178,25 @@ def eager(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return torch.cat(parts, 1)[0] if len(parts) > 1 or kwargs.get("cu_seqlens") is not None else parts[0]
 
 
-@pytest.mark.parametrize("even", [True, False])
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name, what", CASES)
 @torch.no_grad()
-def test_a_patch_ends_up_where_arrange_says(name: str, even: bool) -> None:
+def test_a_patch_ends_up_where_arrange_says(name: str, what: str) -> None:
     """Noise on one patch behind the block whose output is used: the tokens that change are those that `arrange` gives it to."""
     model = build(name)
-    adapter, arguments = adapter_for(model), given(model, even)
-    base, block = base_of(model), adapter.blocks[max(adapter.feature_blocks)].module
-    for part in base.modules():  # attention that pools patches and has settled on one of them would not show the others
+    adapter, (encode, modality, arguments) = adapter_for(model), given(model, what)
+    block = adapter.blocks[max(adapter.feature_blocks)].module
+    for part in base_of(
+        model
+    ).modules():  # attention that pools patches and has settled on one of them would not show the others
         if hasattr(part, "image_pooling_2d"):
             part.image_pooling_2d.q_proj.weight.mul_(0.01)
             part.image_pooling_2d.q_proj.bias.mul_(0.01)
-    features = adapter.features(base.get_image_features(**arguments), arguments)
+    features = adapter.features(encode(**arguments), arguments)
     before = [f.flatten(0, -2) for f in features]
-    encoded = adapter.encoded("image", arguments, [len(f) for f in before])
+    encoded = adapter.encoded(modality, arguments, [len(f) for f in before])
     seen: list[Tensor] = []
     listening = block.register_forward_hook(lambda module, args, output: seen.append(states(output)))
-    base.get_image_features(**arguments)
+    encode(**arguments)
     listening.remove()
     shape = seen[0].shape[:-1]
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +208,7 @@ def test_a_patch_ends_up_where_arrange_says(name: str, even: bool) -> None:
     for at in torch.randperm(patches, generator=generator)[:6].tolist():
         noise = functools.partial(disturbed, adapter.prefix + at)
         noisy = block.register_forward_hook(noise, prepend=True)  # before transformers' own, which record
-        after = [f.flatten(0, -2) for f in adapter.features(base.get_image_features(**arguments), arguments)]
+        after = [f.flatten(0, -2) for f in adapter.features(encode(**arguments), arguments)]
         noisy.remove()
         mark = torch.zeros(shape if adapter.packed and len(shape) == 1 else (*shape[:-1], patches))
         mark[..., at] = 1
@@ -195,15 +221,15 @@ def test_a_patch_ends_up_where_arrange_says(name: str, even: bool) -> None:
             assert torch.equal(changed, says[:, 0] != 0), f"patch {at}"
 
 
-@pytest.mark.parametrize("even", [True, False])
-@pytest.mark.parametrize("name", [name for name in SIGNALS if "features" in TABLE[name]["signals"]])
+@pytest.mark.parametrize("name, what", [case for case in CASES if "features" in TABLE[case[0]]["signals"]])
 @torch.no_grad()
-def test_encoder_features_become_tokens_on_the_road(name: str, even: bool) -> None:
+def test_encoder_features_become_tokens_on_the_road(name: str, what: str) -> None:
     """What a method is given as encoder features, sent down the road, is what the model makes of them."""
     model = build(name)
-    adapter, arguments = adapter_for(model), given(model, even)
+    adapter = adapter_for(model)
     mm.compress(model, Looks(keep=0.5, needs=("encoder_features",)))
-    output = base_of(model).get_image_features(**arguments)
+    encode, _, arguments = given(model, what)
+    output = encode(**arguments)
     encoded, features = output.mmcompress, adapter.features(output, arguments)
     for rows, tokens, layout in zip(encoded.signals["encoder_features"], features, encoded.layouts, strict=True):
         wanted = tokens.flatten(0, -2)[layout.patch_tokens()]

@@ -198,6 +198,11 @@ class Encoder:
     def check_stage(self, stage: Stage) -> None:
         """Raise NotImplementedError where a stage in front of the encoder or inside of it cannot act."""
 
+    @property
+    def windowed(self) -> bool:
+        """Whether some blocks of a packed tower attend within parts of a row, which stand one after the other."""
+        return False
+
     def unit_in(self, arguments: dict[str, Any]) -> int:
         """How many patches make one LLM token in one call."""
         return self.unit

@@ -412,14 +412,21 @@ class EncoderFacade(TowerScope):
         if unit > 1:
             keys = torch.cat([keys[:, :prefix], keys[:, prefix:].unflatten(1, (-1, unit)).mean(2)], 1)
         target, lengths, count = self._match(run, i, keys, state.lengths)
-        patches = self._patches(run, target)
-        if state.source is None:
-            patches = _in_tower_order(run, patches)
         source = target if state.source is None else target.gather(1, state.source)
         tokens = source.shape[1]
         place = torch.arange(tokens, device=source.device).expand_as(source)
         first = torch.full((source.shape[0], count), tokens, device=source.device)
         first = first.scatter_reduce(1, source, place, "amin").clamp(max=tokens - 1)  # padding may be missing
+        if self.encoder.windowed:  # what a window holds stays together
+            corner = self._patches(run, first)[:, ::unit]
+            if run.to_tower is not None:
+                corner = run.to_tower.to(corner.device).expand(len(corner), -1).gather(1, corner)
+            order = corner.argsort(1)
+            first, number = first.gather(1, order), order.argsort(1)
+            target, source = number.gather(1, target), number.gather(1, source)
+        patches = self._patches(run, target)
+        if state.source is None:
+            patches = _in_tower_order(run, patches)
         size = state.size if state.size is not None else torch.ones(target.shape, device=target.device)
         merged_size = size.new_zeros(size.shape[0], count).scatter_add(1, target, size)
         run.states[i + 1] = _State(lengths, source, first, merged_size)
