@@ -206,3 +206,33 @@ def test_cuts_read_layers_that_are_given_no_rotary_tables(plan: str) -> None:
         (visual,) = mm.trace(model).visuals
         kept = visual.kept_cells(LAYERS - 1)
         assert kept.tolist() == weights.topk(len(kept)).indices.sort().values.tolist() and len(kept) == 8
+
+
+CUTS = ("dart(layer=1, keep=0.5)", "sparsevlm", "transprune", "aim_prune")
+"""Cuts by other signals than FastV: norms and states, attention of the text, what layers change, PageRank."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in NAMES if TABLE[name]["layer"] == "ok"])
+def test_cuts_by_other_signals_decide_alike_with_and_without_a_cache_or_are_refused(name: str) -> None:
+    model = build(name)
+    inputs = prompts(model, [[4, "1", 2, "2", 6]])
+    done = 0
+    for plan in CUTS:
+        try:
+            mm.compress(model, plan)
+        except NotImplementedError as refusal:
+            assert any(
+                word in str(refusal) for word in ("looks back only so far", "final norm", "beside its attention")
+            )
+            continue
+        done += 1
+        kept, last = [], []
+        for use_cache in (False, True):
+            last.append(model(**inputs, use_cache=use_cache).logits[:, -1])
+            kept.append([visual.kept_cells(LAYERS - 1).tolist() for visual in mm.trace(model).visuals])
+        assert kept[0] == kept[1] and any(
+            len(cells) < v.tokens for v, cells in zip(mm.trace(model).visuals, kept[0], strict=True)
+        )
+        assert float((last[0] - last[1]).abs().max()) <= 1e-3
+    assert done
