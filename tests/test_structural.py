@@ -46,7 +46,8 @@ def test_structural_tokens_are_the_rows_that_no_picture_changes(name: str) -> No
     unmoved = torch.isclose(one, other, atol=1e-5).all(1).nonzero()[:, 0].tolist()
     assert set(CASES[name]) <= set(unmoved) and (name == "emu3" or len(unmoved) == len(CASES[name]))
     for features in (one, other):
-        found = adapter_for(model).structural_tokens.among(features)
+        adapter = adapter_for(model)
+        found = StructuralTokens(adapter.base, adapter.language_model).among(features)
         assert tuple(found.nonzero()[:, 0].tolist()) == CASES[name]
 
 
