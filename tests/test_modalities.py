@@ -357,9 +357,9 @@ def test_windows_share_the_budget(tokens: int, k: int, shares: list[int]) -> Non
 
 def test_windows_of_a_layout() -> None:
     video, picture = mm.Layout.raster(5, 2, 3), mm.Layout.raster(1, 4, 4)
-    assert mm.Seats(0.5).windows(video).tolist() == [0] * 12 + [1] * 12 + [2] * 6
-    assert mm.Seats(0.5, frames=5).windows(video).max() == mm.Seats(0.5).windows(picture).max() == 0
-    assert mm.Seats(0.5, tokens=4).windows(sound(10).layout).tolist() == [0] * 4 + [1] * 4 + [2] * 2
+    assert mm.Seats(0.5).windows(video) == [0] * 12 + [1] * 12 + [2] * 6
+    assert set(mm.Seats(0.5, frames=5).windows(video)) == set(mm.Seats(0.5).windows(picture)) == {0}
+    assert mm.Seats(0.5, tokens=4).windows(sound(10).layout) == [0] * 4 + [1] * 4 + [2] * 2
 
 
 def test_windows_stay_where_they_are_behind_another_stage() -> None:

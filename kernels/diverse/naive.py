@@ -29,22 +29,12 @@ def own_part(features: Tensor) -> Tensor:
     return (length / length.clamp_min(1e-12)).square().nan_to_num(0)
 
 
-def distances(features: Tensor) -> Tensor:
-    """Cosine distance of every two tokens, [U, N, N]."""
-    unit = F.normalize(features.float(), dim=-1)
-    return 1 - unit @ unit.transpose(1, 2)
-
-
-def nearest(distance: Tensor) -> Tensor:
-    """Distance of every token to the nearest other one, [U, N]; inf of one that is alone."""
-    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    return distance.masked_fill(itself, float("inf")).amin(-1)
-
-
 def max_min(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None) -> Tensor:
     """first [U]: the first pick, where it is another one."""
-    distance = distances(features)
-    pick = first_largest(nearest(distance)) if first is None else first
+    unit = F.normalize(features.float(), dim=-1)
+    distance = 1 - unit @ unit.transpose(1, 2)
+    itself = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
+    pick = first_largest(distance.masked_fill(itself, float("inf")).amin(-1)) if first is None else first
     picks, least = [pick], torch.full_like(distance[:, 0], float("inf"))
     free = torch.ones_like(least, dtype=torch.bool)
     for _ in range(k - 1):

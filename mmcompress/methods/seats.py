@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.diverse import max_min
-from ..kernels.diverse.naive import distances, nearest
-from ..kernels.diverse.naive import max_min as from_first
 from ..ops.shares import split_budget
 from ..ops.ties import argmax_first
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage, Need
 from ..visuals import Layout, Visuals
+
+BLOCK = 1 << 17
+"""Similarities of a window that are held at a time."""
 
 
 @register("seats")
@@ -55,12 +57,13 @@ class Seats(InputStage):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r}: give how many make a window, an int of at least 1")
 
-    def windows(self, layout: Layout) -> Tensor:
-        """Number of the window of each cell, [N], ascending."""
+    def windows(self, layout: Layout) -> list[int]:
+        """Number of the window of each of the N cells, ascending."""
         roles = {view.role for view in layout.views}
         if roles == {"audio"}:
-            return torch.arange(layout.cells) // self.tokens
-        return layout.view_of() // self.frames if roles == {"frame"} else torch.zeros(layout.cells, dtype=torch.int64)
+            return [cell // self.tokens for cell in range(layout.cells)]
+        frames = self.frames if roles == {"frame"} else len(layout.views)
+        return [number // frames for number, view in enumerate(layout.views) for _ in range(view.cells)]
 
     @torch.no_grad()
     def select(self, visuals: Visuals) -> Selection:
@@ -70,36 +73,40 @@ class Seats(InputStage):
             return Selection.of(kept_of(features, weight, window, k))
         # an earlier stage has left each visual other windows
         rows = [(features[i : i + 1], None if weight is None else weight[i : i + 1]) for i in range(len(slots))]
-        kept = [kept_of(*row, window[places.cpu()], k) for row, places in zip(rows, slots, strict=True)]
+        kept = [kept_of(*row, [window[i] for i in at], k) for row, at in zip(rows, slots.tolist(), strict=True)]
         return Selection.of(torch.cat(kept))
 
 
-def kept_of(features: Tensor, weight: Tensor | None, window: Tensor, k: int) -> Tensor:
-    """`k` of the tokens [U, N, D], shared out over the windows [N] of tokens by their size, [U, k]."""
-    members = [(window == number).nonzero()[:, 0] for number in window.unique().tolist()]
-    alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-    for places, share in zip(members, split_budget(k, [len(places) for places in members]), strict=True):
+def kept_of(features: Tensor, weight: Tensor | None, window: Sequence[int], k: int) -> Tensor:
+    """`k` of the tokens [U, N, D], shared out over the windows of the N tokens by their size, [U, k]."""
+    members: dict[int, list[int]] = defaultdict(list)
+    for place, number in enumerate(window):
+        members[number].append(place)
+    alike: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
+    shares = split_budget(k, [len(places) for places in members.values()])
+    for places, share in zip(members.values(), shares, strict=True):
         alike[len(places), share].append(places)
     kept = []
     for (size, share), group in alike.items():
-        at = torch.stack(group).to(features.device).repeat(len(features), 1)
+        index = torch.tensor(group, device=features.device)
+        at = index.repeat(len(features), 1)
         if 0 < share < size:
-            tokens = windows_of(features, group)
-            at = at.gather(1, farthest(tokens, None if weight is None else windows_of(weight, group), share))
+            worth = None if weight is None else weight[:, index].flatten(0, 1)
+            at = at.gather(1, farthest(features[:, index].flatten(0, 1), worth, share))
         kept.append(at[:, :share].unflatten(0, (-1, len(group))).flatten(1))
     return torch.cat(kept, 1)
-
-
-def windows_of(x: Tensor, places: list[Tensor]) -> Tensor:
-    """Values [U, N, ...] in windows of n tokens each, [U * windows, n, ...]."""
-    return x[:, torch.stack(places).to(x.device)].flatten(0, 1)
 
 
 def farthest(features: Tensor, weight: Tensor | None, k: int) -> Tensor:
     """Greedy max-min as in `max_min`, [W, k], with the weight [W, n] in the first pick too."""
     if weight is None:
         return max_min(features, k)
-    return from_first(features, k, weight, argmax_first(nearest(distances(features)) * weight.float()))
+    unit, place = F.normalize(features.float(), dim=-1), torch.arange(features.shape[1], device=features.device)
+    near = []
+    for part in place.split(max(1, BLOCK // len(place))):
+        similar = unit[:, part] @ unit.transpose(1, 2)
+        near.append(similar.masked_fill(part[:, None] == place, float("-inf")).amax(-1))
+    return max_min(features, k, weight, first=argmax_first((1 - torch.cat(near, 1)) * weight.float()))
 
 
 def keep_ratios(layers: int, drops: Sequence[int], gone: int, scale: float = 1.4) -> list[float]:

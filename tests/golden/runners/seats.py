@@ -24,7 +24,7 @@ def seats(arrays: Arrays, params: dict[str, Any]) -> Results:
     for name, layout in layouts.items():
         stage = Seats(params[f"{name}_ratio"], params["grid_in_window"], tokens)
         features, attention = arrays[name][None], arrays[f"{name}_attention"][None]
-        window, k = stage.windows(layout), resolve(stage.keep, layout.cells)
+        window, k = torch.tensor(stage.windows(layout)), resolve(stage.keep, layout.cells)
         edges = [0, *(window.diff().nonzero()[:, 0] + 1).tolist(), layout.cells]
         yield f"{name}_windows", torch.tensor([edges[:-1], edges[1:]]).T
         for suffix, signals in (("", {"received_attention": attention}), ("_no_attention", {})):
