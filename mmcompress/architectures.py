@@ -66,6 +66,10 @@ REASONS = {
         "does not run in stock transformers",
         "it does not run in stock transformers 5.24, so nothing could be tried",
     ),
+    "shared": (
+        "share keys and values with earlier ones",
+        "its layers share keys and values with earlier ones: stages before the language model only",
+    ),
     "streams": (
         "has several residual streams",
         "its language model has several residual streams, which are not cut: stages before it only",

@@ -61,6 +61,10 @@ def test_every_architecture_has_a_verdict() -> None:
 
 
 PIXTRAL = {"vision_config": "pixtral", "vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+SHARING = {
+    "text_config.num_kv_shared_layers": 2,
+    "text_config.layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 TEXTS = ("phi", "phi3", "glm4", "olmo2", "cohere", "stablelm", "smollm3", "helium", "nemotron", "ernie4_5")
 
 
@@ -73,6 +77,8 @@ TEXTS = ("phi", "phi3", "glm4", "olmo2", "cohere", "stablelm", "smollm3", "heliu
         ("internvl", {**SQUARE, "text_config": "qwen3_moe"}, "ok"),
         *[("llava", {"text_config": text}, "ok") for text in TEXTS],
         *[("llava", {"text_config": text}, "ok") for text in ("gemma2", "gpt_oss")],
+        ("gemma4", {**OVERRIDES["gemma4"], **SHARING}, "shared"),
+        ("gemma3n", {**OVERRIDES["gemma3n"], **SHARING}, "streams"),
     ],
 )
 def test_other_parts_in_the_same_classes(
