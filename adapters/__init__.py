@@ -19,6 +19,7 @@ from .ovis import Ovis2Adapter
 from .perception import PerceptionAdapter
 from .pixtral import PixtralAdapter
 from .square import SquareAdapter
+from .video_llava import VideoLlavaAdapter
 from .vit import ENCODERS
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -37,6 +38,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     GemmaPatchesAdapter,
     MiniCPMAdapter,
     Ovis2Adapter,
+    VideoLlavaAdapter,
     Molmo2Adapter,
     PerceptionAdapter,
     SquareAdapter,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded, Run, body_of
+from ..runtime.hooks import running
 from ..stage import PixelStage, Stage
 from ..visuals import Layout
 from .common import refusal
@@ -77,8 +78,8 @@ class SquareAdapter(Adapter):
     @property
     def alone(self) -> bool:
         """Whether the projector is given encoder features and nothing else, so that rows of them can be sent through it."""
-        taken = inspect.signature(self.projector.forward).parameters.values()
-        return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in taken) == 1
+        taken = inspect.signature(running(self.projector).forward).parameters.values()
+        return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in taken) <= 1
 
     @functools.cached_property
     def blocks(self) -> list[Block]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.adapter import Block
+from ..runtime.hooks import running
 
 FIRST = (
     "layer_norm1",
@@ -79,7 +80,7 @@ def blocks_of(tower: nn.Module) -> list[Block]:
     """The blocks of a vision transformer: the longest list of layers of which each is one. Raises NotImplementedError if there is
     none."""
     found: list[Block] = []
-    for part in tower.modules():
+    for part in running(tower).modules():
         if isinstance(part, nn.ModuleList) and len(part) > len(found):
             blocks = [block_of(layer) for layer in part]
             if all(block is not None for block in blocks):

@@ -247,6 +247,34 @@ def disturbed(at: int, module: Any, args: tuple, output: Any) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+@torch.no_grad()
+def test_videos_have_an_encoder_of_their_own() -> None:
+    """Video-LLaVA: attention, features and clusters of a video are those of its own tower, and its CLS tokens are structural."""
+    model = build("video_llava")
+    weights: list[Tensor] = []
+    base = base_of(model)
+    attention = base.video_tower.encoder.layers[max(adapter_for(model).feature_blocks)].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: weights.append(eager(module, args, kwargs)), with_kwargs=True
+    )
+    mm.compress(model, Looks(keep=0.5, needs=("received_attention", "encoder_features")))
+    output = base.get_video_features(**clips(model, [1, 2]))
+    encoded, features = output.mmcompress, output.pooler_output.unflatten(0, (2, 2))
+    wanted = weights[0].unflatten(0, (2, 2))[:, :, 1:].flatten(1)
+    for video, layout in enumerate(encoded.layouts):
+        assert layout.structural == (0, 65) and layout.tokens == 130
+        torch.testing.assert_close(encoded.signals["received_attention"][video], wanted[video], rtol=1e-4, atol=1e-7)
+        rows = base.multi_modal_projector(encoded.signals["encoder_features"][video])
+        torch.testing.assert_close(rows, features[video].flatten(0, 1)[layout.patch_tokens()], rtol=1e-4, atol=1e-5)
+    mm.compress(model, "tome(keep=0.5)")
+    output = base.get_video_features(**clips(model, [1, 2]))
+    features, encoded = output.pooler_output.unflatten(0, (2, 2)), output.mmcompress
+    for video, layout in enumerate(encoded.layouts):
+        tokens, clusters = features[video].flatten(0, 1)[layout.patch_tokens()], encoded.clusters[video]
+        assert len(clusters.unique()) == encoded.left[video] == 64
+        assert all(len(tokens[clusters == number].unique(dim=0)) == 1 for number in clusters.unique())
+
+
 def test_keywords_of_a_block_are_taken_by_what_they_are() -> None:
     index = torch.stack([torch.randperm(7)[:4] for _ in range(2)])
     one, tables = index[:1], torch.randn(7, 7)

@@ -90,6 +90,10 @@ BY_THEMSELVES = frozenset(
 """Keywords of the language model and its layers that the engine packs in a way of their own; all others follow the tokens."""
 
 
+Eye = tuple[Adapter, PixelFacade | EncoderFacade | None, VisionTap | None]
+"""Who knows a vision encoder, what stands behind it, and what listens to it."""
+
+
 class Engine(Following):
     """Compresses one model by one plan, from `install` to `remove`."""
 
@@ -120,7 +124,6 @@ class Engine(Following):
         self.forms = Forms(self.language_model, adapter.model) if forms is None else forms
         self.substitutes = resolve_needs(adapter, self.forms, plan, self.clip is not None)
         self.cutter = Cutter(self, self.forms, plan, adapter.reindexes)
-        self.facade = self._facade()
         inside = (*plan.layer_stages, *plan.exit_stages)
         self.layer_kinds = {kind_of(name) for stage in inside for name in names_of(stage.needs)}
         self.inputs = InputStages(adapter, plan, self.clip, self.substitutes.values())
@@ -128,7 +131,8 @@ class Engine(Following):
         names = {name for name in self.substitutes.values() if kind_of(name) in VISION_SIGNALS}
         reading = [stage for stage in plan.parts if VISION_SIGNALS.intersection(map(kind_of, names_of(stage.needs)))]
         self.seen = {modality for stage in reading for modality in stage.modalities}
-        self.vision_tap = VisionTap(self, adapter, names, self.facade, self.clip) if names else None
+        self.eyes = self._eyes(names)
+        self.facade = next((facade for _, facade, _ in self.eyes.values()), None)
         self.rewriters = rewriters(plan, self.forms)
         self.parameters = list(inspect.signature(self.base.forward).parameters)
         by_method = [name for name, modality in adapter.encoders.items() if modality == "audio"]
@@ -142,13 +146,25 @@ class Engine(Following):
         self.counting = [_counts(layer) for layer in self.language_model.layers]
 
     # ------------------------------------------------------------------ checks at compress time
-    def _facade(self) -> PixelFacade | EncoderFacade | None:
-        """What stands between the vision encoder and the rest, where its tokens become fewer."""
+    def _eyes(self, names: set[str]) -> dict[str, Eye]:
+        """The vision encoder of each modality."""
+        found: dict[str, Eye] = {}
+        for modality in {*self.adapter.encoders.values()} - {"audio"} or {"image"}:
+            adapter = self.adapter.eye(modality)
+            same = next((eye for eye in found.values() if eye[0] is adapter), None)
+            found[modality] = same or self._eye(adapter, names)
+        return found
+
+    def _eye(self, eye: Adapter, names: set[str]) -> Eye:
+        """A vision encoder with what stands between it and the rest, where its tokens become fewer, and what listens to it."""
         for stage in (*self.plan.pixel_stages, *self.plan.encoder_stages):
-            self.adapter.check_stage(stage)
+            eye.check_stage(stage)
+        facade: PixelFacade | EncoderFacade | None = None
         if self.plan.pixel_stages:
-            return PixelFacade(self, self.adapter, self.plan.pixel_stages[0])
-        return EncoderFacade(self, self.adapter, self.plan.encoder_stages[0]) if self.plan.encoder_stages else None
+            facade = PixelFacade(self, eye, self.plan.pixel_stages[0])
+        elif self.plan.encoder_stages:
+            facade = EncoderFacade(self, eye, self.plan.encoder_stages[0])
+        return eye, facade, VisionTap(self, eye, names, facade, self.clip) if names else None
 
     # ------------------------------------------------------------------ hooks
     def doors(self) -> Iterator[RemovableHandle]:
@@ -162,7 +178,8 @@ class Engine(Following):
         yield self.language_model.register_forward_hook(self._language_post)
         for i, layer in enumerate(self.language_model.layers):
             yield layer.register_forward_pre_hook(functools.partial(self._layer_pre, i), with_kwargs=True)
-        for part in (self.around, self.facade, self.vision_tap, *self.rewriters.values(), self.cutter):
+        watching = {id(part): part for _, *parts in self.eyes.values() for part in parts}
+        for part in (self.around, *watching.values(), *self.rewriters.values(), self.cutter):
             if part is not None:
                 yield from part.install()
         for name in self.adapter.encoders:
@@ -260,28 +277,29 @@ class Engine(Following):
         arguments = {**bound, **bound.pop("kwargs", {})}
         self.adapter.check_encoder_call(arguments)
         modality = self.adapter.encoders[name]
+        adapter, facade, tap = self.eyes.get(modality, (self.adapter, None, None))
         scope = enter(Scope(self, ENCODE))
-        if self.facade is not None and modality not in self.facade.stage.modalities:
+        if facade is not None and modality not in facade.stage.modalities:
             scope.state[RESTS] = True
         start = self._now()
         try:
             output = original(*args, **kwargs)
             if modality == "audio":
                 return self._note(Encoded(modality, [], seconds=self._since(start)), output)
-            features = self.adapter.features(output, arguments)
+            features = adapter.features(output, arguments)
             counts = [f.numel() // f.shape[-1] for f in features]
             if not counts:
                 raise ValueError(f"{name} was given no images: leave the pixels out for a text-only prompt")
-            encoded = self.adapter.encoded(modality, arguments, counts)
-            self.adapter.mark(encoded, features)
-            if self.vision_tap is not None and modality in self.seen:
-                encoded.signals = self.vision_tap.collect(encoded, arguments)
+            encoded = adapter.encoded(modality, arguments, counts)
+            adapter.mark(encoded, features)
+            if tap is not None and modality in self.seen:
+                encoded.signals = tap.collect(encoded, arguments)
             encoded.seconds = self._since(start)
-            if self.facade is not None and RESTS not in scope.state:
-                encoded.merged = self.facade.merged
-                encoded.clusters = self.facade.clusters(encoded, arguments)
-            if self.facade is not None and encoded.clusters is not None:
-                encoded.left = self.facade.left(encoded.layouts)
+            if facade is not None and RESTS not in scope.state:
+                encoded.merged = facade.merged
+                encoded.clusters = facade.clusters(encoded, arguments)
+            if facade is not None and encoded.clusters is not None:
+                encoded.left = facade.left(encoded.layouts)
         finally:
             leave(self, ENCODE)
         return self._note(encoded, output)
