@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         return
     shown = Table(padding=(0, 1), collapse_padding=True)
     for heading in HEADINGS:
-        shown.add_column(heading, overflow="fold")
+        shown.add_column(heading, overflow="fold", no_wrap=heading == HEADINGS[0])
     for one in found:
         shown.add_row(one.name, "\n".join(one.checkpoints), *one.cells)
     console.print(shown)

@@ -220,7 +220,8 @@ def test_a_large_model_takes_seconds_and_little_memory(tmp_path: Path) -> None:
     assert held == 2 * 4096 * (4096 + 1024) + 4096 + 2 * 1024 + 2 * 4096, "more than one attention module and two norms"
 
 
-def test_the_command_says_it_in_lines(capsys: Said) -> None:
+def test_the_command_says_it_in_lines(capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["check", "qwen3-vl-shapes"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     for part in (

@@ -85,7 +85,8 @@ def test_checkpoints_are_of_architectures_that_exist() -> None:
     assert len(set(table()) - set(known)) <= 30, "most architectures name a checkpoint"
 
 
-def test_rows_by_a_word(capsys: Said) -> None:
+def test_rows_by_a_word(capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["models", "Qwen3-VL", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"qwen3_vl", "qwen3_vl_moe"}
     assert main(["models", "gemma3", "pixtral"]) == 0
@@ -101,7 +102,8 @@ def test_rows_by_a_word(capsys: Said) -> None:
     assert "no architecture or checkpoint with no such model" in capsys.readouterr().err
 
 
-def test_all_rows(capsys: Said) -> None:
+def test_all_rows(capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert all(
