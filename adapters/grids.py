@@ -1,44 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision encoders that take packed grids of patches: pictures of any size and frames of videos, one after the other."""
+"""The road from packed grids of patches to the tokens of the language model: Qwen-VL and what is built like it."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.vision_utils import get_vision_window_index
 
-from ..runtime.adapter import OF_PATCHES, Adapter, Block, Encoded
-from ..runtime.probe import plainly_rotated
-from ..stage import Stage
+from ..runtime.adapter import Encoded
 from ..visuals import Layout
 from .common import refusal
-from .raster import units
+from .grid_towers import GridTower
 from .towers import blocks_of
 
-GRIDS = ("grid_thw", "image_grid_thw", "video_grid_thw")
-"""Frames, rows and columns of patches: keywords of towers and of methods that encode."""
 
-
-class GridAdapter(Adapter):
-    """Qwen-VL and what is built like it: a tower that is given `grid_thw`, and modules that make tokens of `side` x `side` patches.
-
-    Patches stand unit after unit where the tower has that number as its `spatial_merge_size`, else row after row; those of a tower
-    with windows stand window after window. Attention is within a frame, or within a video.
-    """
+class GridAdapter(GridTower):
+    """Modules of the tower and of the base model make LLM tokens of its patches, one after the other. They are given patches, unit
+    after unit; or one row for each token; or a picture and its size."""
 
     family: ClassVar[str] = (
         "models that take packed grids of patches (Qwen2-VL to Qwen3.5, Qwen-Omni, GLM-V, Exaone 4.5)"
     )
-    packed: ClassVar[bool] = True
-    bias_argument: ClassVar[str | None] = None
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -64,56 +51,6 @@ class GridAdapter(Adapter):
         return any(hasattr(self.config, f"{name}_start_token_id") for name in ("vision", "image"))
 
     @functools.cached_property
-    def tower(self) -> Any:
-        return next(c for c in self.base.children() if {*GRIDS}.intersection(inspect.signature(c.forward).parameters))
-
-    @functools.cached_property
-    def side(self) -> int:
-        """Patches per side of what becomes one LLM token."""
-        sides = (
-            getattr(self.tower.config, f"{name}_size", None) for name in ("spatial_merge", "merge_kernel", "merge")
-        )
-        side = next(side for side in sides if side is not None)
-        return int(side if isinstance(side, int) else side[0])
-
-    @property
-    def unit(self) -> int:  # type: ignore[override]
-        return self.side**2
-
-    def sides(self, arguments: dict[str, Any]) -> list[int]:
-        """The same of each visual of a call."""
-        return [self.side] * len(self._grids(arguments))
-
-    @property
-    def grouped(self) -> bool:
-        """Whether patches stand unit after unit."""
-        return getattr(self.tower, "spatial_merge_size", 1) == self.side
-
-    @property
-    def windowed(self) -> bool:
-        return hasattr(self.tower, "window_size")
-
-    @functools.cached_property
-    def blocks(self) -> list[Block]:
-        blocks = blocks_of(self.tower)
-        heard = not plainly_rotated(blocks[0])
-        return [replace(block, heard=heard) for block in blocks]
-
-    @property
-    def feature_blocks(self) -> list[int]:
-        """The last block; signals of attention need one with full attention, which the last one is in all releases."""
-        return [max(getattr(self.tower, "fullatt_block_indexes", None) or [len(self.blocks) - 1])]
-
-    @property
-    def prefix(self) -> int:
-        return 0
-
-    def segments(self, arguments: dict[str, Any]) -> list[int]:
-        if self.windowed:  # windows lie in frames
-            return [h * w for t, h, w in arguments["grid_thw"].tolist() for _ in range(t)]
-        return arguments["cu_seqlens"].diff().tolist()
-
-    @functools.cached_property
     def road(self) -> list[nn.Module]:
         """The modules between the blocks and the LLM, one after the other: of the tower, and those of the base model that are no
         model by themselves."""
@@ -129,43 +66,6 @@ class GridAdapter(Adapter):
     def joined(self) -> bool:
         """Whether the projector is given one row for each LLM token."""
         return any(hasattr(self.tower, name) for name in ("downsample", "pixel_shuffle", "pixel_unshuffle"))
-
-    @property
-    def signals(self) -> frozenset[str]:
-        return OF_PATCHES | {"encoder_features"}
-
-    def check_stage(self, stage: Stage) -> None:
-        known = self.grouped and hasattr(self.tower, "merger") and hasattr(self.tower.config, "temporal_patch_size")
-        if stage.kind == "pixel" and not known:
-            raise NotImplementedError(
-                f"{stage!r}: {type(self.tower).__name__} does not take and give patches as that of Qwen2-VL does, so it cannot be "
-                f"given smaller pictures: choose a stage inside the encoder or behind it"
-            )
-
-    @staticmethod
-    def _grids(arguments: dict[str, Any]) -> Tensor:
-        """Frames, rows and columns of the patches of each visual, in a call of the tower or of the method that encodes."""
-        return next(grids for name in GRIDS if (grids := arguments.get(name)) is not None)
-
-    def order(self, patches: int, arguments: dict[str, Any]) -> Tensor | None:
-        if self.grouped:
-            return None
-        frames = [units(h, w, self.side) for t, h, w in self._grids(arguments).tolist() for _ in range(t)]
-        starts = itertools.accumulate(map(len, frames), initial=0)
-        order = torch.cat([start + frame for start, frame in zip(starts, frames, strict=False)])
-        return order if (index := self._windows(arguments)) is None else index.argsort()[order]
-
-    def _windows(self, arguments: dict[str, Any]) -> Tensor | None:
-        """The units (patches, where they are not grouped) of the tower in the order of its windows; None: it has no windows."""
-        if not self.windowed:
-            return None
-        index, _ = get_vision_window_index(
-            self._grids(arguments),
-            spatial_merge_size=self.tower.spatial_merge_size,
-            window_size=self.tower.window_size,
-            patch_size=self.tower.patch_size,
-        )
-        return index
 
     def encoded(self, modality: str, arguments: dict[str, Any], lengths: Sequence[int]) -> Encoded:
         grids = zip(self._grids(arguments).tolist(), self.sides(arguments), lengths, strict=True)
