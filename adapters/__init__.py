@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..runtime.adapter import Adapter, Encoder
-from .common import CommonAdapter, refusal
+from ..runtime.refusal import refusal
+from .common import CommonAdapter
 from .gemma import GemmaAdapter, GemmaPatchesAdapter
 from .grid_forms import ClassTokenAdapter, ErnieAdapter, KimiAdapter, SizedAdapter
 from .grids import GridAdapter

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..runtime.adapter import Encoded, body_of
-from .common import CommonAdapter, refusal
+from ..runtime.refusal import refusal
+from .common import CommonAdapter
 from .raster import RasterAdapter, laid
 
 PLACES = ("image_position_ids", "video_position_ids", "pixel_position_ids")

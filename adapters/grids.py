@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..runtime.adapter import Encoded
+from ..runtime.refusal import refusal
 from ..visuals import Layout
-from .common import refusal
 from .grid_towers import GridTower
 from .towers import blocks_of
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.adapter import Block, body_of
-from .common import refusal
+from ..runtime.refusal import refusal
 from .raster import RasterAdapter
 
 

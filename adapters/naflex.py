@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..runtime.adapter import body_of
-from .common import refusal
+from ..runtime.refusal import refusal
 from .raster import RasterAdapter
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ..runtime.adapter import body_of
+from ..runtime.refusal import refusal
 from ..stage import Stage
-from .common import refusal
 from .square import SquareAdapter
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..runtime.adapter import Adapter, body_of
-from .common import refusal
+from ..runtime.refusal import refusal
 from .raster import RasterAdapter
 
 TOWER, PROJECTOR = ("vision_tower", "vision_encoder"), ("multi_modal_projector", "vision_projection")

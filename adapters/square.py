@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded, Run, body_of
 from ..runtime.hooks import running
+from ..runtime.refusal import refusal
 from ..stage import PixelStage, Stage
 from ..visuals import Layout
-from .common import refusal
 from .tiles import join, pictures, small
 from .towers import blocks_of, child
 from .units import side_by_side, through, unit_order
