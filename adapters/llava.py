@@ -15,8 +15,7 @@ from ..visuals import Layout, View
 from .layouts import AnyRes, resize
 from .square import SquareAdapter
 
-TOWERS = ("clip_vision_model", "siglip_vision_model")
-"""Supported towers by config type."""
+TOWERS = ("clip_vision_model", "siglip_vision_model")  # by config type
 
 
 class LlavaAdapter(SquareAdapter):
@@ -43,8 +42,7 @@ class AnyResAdapter(LlavaAdapter):
         super().check_encoder_call(arguments)
         if self.structural:
             raise NotImplementedError(
-                "vision_feature_select_strategy='full' keeps a CLS token in every tile, which tiles laid together have no "
-                "place for: use the strategy 'default'"
+                "vision_feature_select_strategy='full' keeps a CLS token in every tile, for which there is no place: use 'default'"
             )
 
     def pictures(self, arguments: dict[str, Any]) -> list[AnyRes | None]:

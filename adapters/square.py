@@ -135,9 +135,7 @@ class SquareAdapter(Adapter):
 
     @property
     def lacks(self) -> str:
-        what = (
-            "puts more than the features of this vision encoder together, so rows of those make no tokens by themselves"
-        )
+        what = "puts more than the features of this vision encoder together, so that alone they make no tokens"
         return "" if self.alone else f"{type(self.projector).__name__} {what}"
 
     @property
@@ -148,9 +146,7 @@ class SquareAdapter(Adapter):
     def check_stage(self, stage: Stage) -> None:
         kind, takes = type(self.tower).__name__, inspect.signature(self.tower.forward).parameters
         if "high_res_pixel_values" in inspect.signature(self.base.get_image_features).parameters:
-            raise NotImplementedError(
-                f"{stage!r} acts in {kind}, one of two vision encoders: the other gives all tokens"
-            )
+            raise NotImplementedError(f"{stage!r} acts in {kind}, one of two vision encoders: the other gives all")
         embeddings, name = self._embeddings(self.tower), "interpolate_pos_encoding"
         always = hasattr(embeddings, name) and name not in inspect.signature(embeddings.forward).parameters
         if isinstance(stage, PixelStage) and name not in takes and not always:

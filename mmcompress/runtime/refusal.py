@@ -16,7 +16,8 @@ from .deepstack import NAMES as DEEPSTACK
 
 def refusal(model: Any) -> str | None:
     """Why no visual tokens of `model` can be dropped at the input of a language model; None if they can."""
-    config, base = getattr(model, "config", None), body_of(model)
+    config: Any = getattr(model, "config", None)
+    base = body_of(model)
     if not hasattr(model, "base_model_prefix"):
         drawn = hasattr(config, "get") and config.get("_diffusers_version")
         return (
