@@ -9,7 +9,8 @@ from pathlib import Path
 MODELS = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes")
 """Vision-language models, one of each family, that answer questions about shapes."""
 PAGES = "qwen3-vl-pages"
-"""A vision-language model that answers questions about pages of text."""
+"""A vision-language model that answers questions about pages of text (not yet those about codes and cells of tables)."""
+_ANSWERING = (*MODELS, PAGES)
 CLIP = "clip-shapes"
 """The CLIP pair whose image tower is that of `llava-shapes`, for `open_clip.create_model_and_transforms("local-dir:...")`."""
 
@@ -28,29 +29,29 @@ def weights_path(method: str, model: str) -> Path:
 def checkpoint(name: str) -> str:
     """What `from_pretrained` loads for a name that a user writes: the folder of an embedded model, else the name. Raises ValueError
     at once, without a look on the hub, for a folder that is not there and for what can only be a slip of the pen."""
-    if name in MODELS:
+    if name in _ANSWERING:
         return str(model_path(name))
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
     if name == CLIP:
         raise ValueError(
             f"{name} answers no questions: it is the pair of towers for open_clip, create_model_and_transforms('local-dir:' + "
-            f"str(mmcompress.assets.model_path({name!r}))), and for the option clip= of methods; models are {', '.join(MODELS)}"
+            f"str(mmcompress.assets.model_path({name!r}))), and for the option clip= of methods; models are {', '.join(_ANSWERING)}"
         )
     if name.startswith((".", "/", "~")):
         raise ValueError(
-            f"{name}: no such folder; give one with a checkpoint, a hub name, or one of {', '.join(MODELS)}"
+            f"{name}: no such folder; give one with a checkpoint, a hub name, or one of {', '.join(_ANSWERING)}"
         )
-    if "/" not in name and (close := difflib.get_close_matches(name.lower(), (*MODELS, CLIP), n=1)):
+    if "/" not in name and (close := difflib.get_close_matches(name.lower(), (*_ANSWERING, CLIP), n=1)):
         raise ValueError(
-            f"no model {name!r} here: did you mean {close[0]!r}? embedded are {', '.join(MODELS)}; a name on the hub is written "
-            "OWNER/NAME, a folder as ./NAME"
+            f"no model {name!r} here: did you mean {close[0]!r}? embedded are {', '.join(_ANSWERING)}; a name on the hub is "
+            "written OWNER/NAME, a folder as ./NAME"
         )
     return name
 
 
 def model_path(name: str = "llava-shapes") -> Path:
     """Folder of an embedded checkpoint, for `from_pretrained` (or open_clip)."""
-    if name not in (*MODELS, CLIP):
-        raise ValueError(f"no embedded model {name!r}: there is {', '.join((*MODELS, CLIP))}")
+    if name not in (*_ANSWERING, CLIP):
+        raise ValueError(f"no embedded model {name!r}: there is {', '.join((*_ANSWERING, CLIP))}")
     return Path(__file__).parent / name

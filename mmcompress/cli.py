@@ -327,7 +327,7 @@ def _methods(options: argparse.Namespace, console: Console) -> None:
 def _train(options: argparse.Namespace, console: Console) -> None:
     from .eval.synthetic.clip import ClipTrainer
     from .eval.synthetic.families import FAMILIES
-    from .eval.synthetic.pages.train import PageTrainer
+    from .eval.synthetic.pages.train import GO_ON, PageTrainer
     from .eval.synthetic.train import Trainer
     from .eval.synthetic.transfer import RECIPES, Transfer
 
@@ -335,7 +335,7 @@ def _train(options: argparse.Namespace, console: Console) -> None:
     if options.model == CLIP:
         ClipTrainer(out, device=options.device).run()
     elif options.model == PAGES:
-        PageTrainer(out, device=options.device).run()
+        PageTrainer(out, GO_ON, options.device).run()
     elif options.model in FAMILIES:
         Transfer(out, FAMILIES[options.model](), RECIPES[options.model], options.device).run()
     else:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,34 @@ def test_training_of_pages_restarts_where_it_stopped(tmp_path: Path) -> None:
     (a, processor), (b, _) = load(straight), load(resumed)
     assert all(torch.equal(weight, b.state_dict()[name]) for name, weight in a.state_dict().items())
     assert processor.image_processor.merge_size == 1
+
+    on = PageTrainer(tmp_path / "on", replace(tiny(), start=str(straight)), device="cpu")
+    assert all(
+        torch.equal(weight, on.model.state_dict()[name].half()) for name, weight in a.half().state_dict().items()
+    )
+    seen: list[str] = []
+    on.record = lambda stage, *_: seen.append(stage)  # type: ignore[method-assign]
+    on.run()
+    assert set(seen) == {"answer"}
+
+
+# ---------------------------------------------------------------------- the model in the package
+def test_the_embedded_model_of_pages_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """As far as it was trained: it looks things up and counts, but does not yet read codes and cells of tables (README)."""
+    from mmcompress.assets import PAGES, checkpoint, model_path
+    from mmcompress.eval.synthetic.benchmark import evaluate, load, prepare
+
+    from mmcompress.cli import main
+
+    assert checkpoint(PAGES) == str(model_path(PAGES))
+    model, processor = load(model_path(PAGES))
+    score = evaluate(model, processor, prepare(processor, page_items(90)))
+    assert set(KINDS) <= set(score.right)
+    assert np.mean([score.accuracy(kind) for kind in KINDS]) >= 0.6
+    for kind in ("amount", "largest", "lines", "heading", "listed"):
+        assert score.accuracy(kind) >= 0.8, kind
+    item = page_items(7)[6]
+    item.picture.save(tmp_path / "page.png")
+    line = ["run", PAGES, "--image", str(tmp_path / "page.png"), "--question", item.question.text]
+    assert main([*line, "--plan", "divprune(keep=0.5)"]) == 0
+    assert f"stock       {item.question.answer}" in capsys.readouterr().out

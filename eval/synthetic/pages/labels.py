@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
+from ..questions import Question
 from .content import CODE_LENGTH, DIGITS, LINES, is_code
 from .layout import UNIT, Page, font_of
 from .model import CHARACTERS_WRITTEN, WORDS
@@ -72,3 +74,29 @@ def token_labels(page: Page) -> np.ndarray:
         letters = np.array([_WRITTEN[c] for c in text])[at]
         labels[rows["letter"], here] = np.broadcast_to(letters[None], here.shape)[here]
     return labels.reshape(len(LABELS), -1)
+
+
+def tokens_asked_about(labels: Tensor, question: Question) -> list[tuple[int, Tensor]]:
+    """Where a question's words should look, by labels [labels, tokens]: places in front of the first word of the answer (-1: the
+    one that it follows from, less: in the question) with tokens, bool [tokens]. A name looks at what
+    stands in its line, or below it."""
+    named = dict(zip(LABELS, labels, strict=True))
+    words, said = question.text.split(), question.answer.split()
+    found: list[tuple[int, Tensor]] = []
+    if question.kind == "largest":
+        found = [(-1, (named["rank"] == 1 + (words[2] == "smallest")) & (named["word"] > 0))]
+    elif question.kind == "heading":
+        found = [(k - 1, named["word"] == _WORD[word]) for k, word in enumerate(said)]
+    elif question.kind == "lines":
+        found = [(-1, named["last"] == 2)]
+    else:
+        for place, word in enumerate(words, -1 - len(words)):
+            if word in _WORD:
+                column = question.kind == "cell" and place == 3 - 1 - len(words)
+                found.append(
+                    (
+                        place,
+                        named["word" if question.kind == "listed" else "column" if column else "label"] == _WORD[word],
+                    )
+                )
+    return [(place, at) for place, at in found if at.any()]
