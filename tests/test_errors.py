@@ -10,10 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     MistralConfig,
-    PixtralVisionConfig,
 )
 
 import mmcompress as mm
@@ -23,15 +20,6 @@ from .tiny import GREEDY, IMAGE, RAGGED, build, prompts, text_config
 
 def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def pixtral() -> Any:
-    vision = PixtralVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7
-    )
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision.to_dict(), text_config=text_config().to_dict(), image_token_index=IMAGE)
-    )
 
 
 def sliding() -> Any:
@@ -70,12 +58,6 @@ def sliding() -> Any:
             "visionzip",
             NotImplementedError,
             "LlamaForCausalLM is not supported: it takes no pictures",
-        ),
-        (
-            pixtral,
-            "visionzip",
-            NotImplementedError,
-            r"needs cls_attention .*vision encoder of LlavaForConditionalGeneration \(pixtral\) is not known",
         ),
         (
             sliding,

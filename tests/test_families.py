@@ -563,7 +563,7 @@ def test_half_precision(family: str, dtype: torch.dtype, tolerance: float) -> No
 @torch.no_grad()
 def test_reindexed_positions_are_refused_for_mrope() -> None:
     for family in QWEN:
-        with pytest.raises(NotImplementedError, match=r"reindex.*qwen2_vl.*positions='keep'"):
+        with pytest.raises(NotImplementedError, match=r"reindex.*Qwen2-VL.*positions='keep'"):
             mm.compress(build(family), "random", positions="reindex")
 
 

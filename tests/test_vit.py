@@ -192,22 +192,26 @@ def test_replaced_blocks_and_copies_are_found(make: Callable[[], Any]) -> None:
     def stock(model: Any) -> Any:
         return model.get_base_model()
 
+    def alike(a: Tensor, b: Tensor) -> bool:
+        """But for where weights lie in memory, by which some processors round."""
+        return bool((a - b).abs().max() < 1e-5)
+
     model = mm.compress(_spread(make()), "tome", keep=0.5)
     first = _answer(model, pixels)
     right = _answer(stock(mm.compress(put(_spread(make())), "tome", keep=0.5)), pixels)
     assert (right - first).abs().max() > 1e-3
     adapted = put(model)
-    assert torch.equal(_answer(stock(adapted), pixels), right)
+    assert alike(_answer(stock(adapted), pixels), right)
     report = mm.report(adapted)
     assert report == mm.report(getattr(model, "visual", model)) and sum(report.merged) == report.tokens // 2
     bare = adapted.unload()
-    assert torch.equal(_answer(bare, pixels), first)
+    assert alike(_answer(bare, pixels), first)
     twin = copy.deepcopy(bare)
-    assert torch.equal(_answer(twin, pixels), first) and mm.report(twin) == report
+    assert alike(_answer(twin, pixels), first) and mm.report(twin) == report
     tower = getattr(twin, "visual", twin)
     blocks = tower.blocks if hasattr(tower, "blocks") else tower.transformer.resblocks
     blocks[1] = copy.deepcopy(blocks[1])
-    assert torch.equal(_answer(twin, pixels), first)
+    assert alike(_answer(twin, pixels), first)
     mm.uncompress(tower)
     for part in (twin, *tower.modules()):
         assert not part._forward_pre_hooks and not part._forward_hooks

@@ -295,7 +295,14 @@ def test_every_task_judges_an_empty_and_a_right_reply() -> None:
     for name, task in TASKS.items():
         gold = "B" if name in choices else golds.get(name, "red")
         options = (("A", "a cat"), ("B", "a dog")) if name in choices else ()
-        question = Question("7", "?", (), (gold,) * (10 if name in ("textvqa", "vqav2") else 4), options, kind="color")
+        question = Question(
+            "7",
+            "?",
+            (),
+            (gold,) * (10 if name in ("textvqa", "vqav2") else 4),
+            options,
+            kind="value" if name == "pages" else "color",
+        )
         for protocol in task.protocols:
             right = task.row(question, replies.get(name, gold), protocol)
             assert right.value == pytest.approx(1.0), (name, protocol)
@@ -305,7 +312,7 @@ def test_every_task_judges_an_empty_and_a_right_reply() -> None:
                 name,
                 protocol,
             )
-            assert task.row(Question("7", "?", (), (), options, kind="color"), "x", protocol).value is None
+            assert task.row(Question("7", "?", (), (), options, kind=question.kind), "x", protocol).value is None
             assert task.scores([right], protocol)[task.headline(protocol)] >= 1 or name == "mme"
     with pytest.raises(ValueError, match="has no protocol 'official': choose one of lmms"):
         TASKS["hallusionbench"].row(Question("7", "?", (), ("1",)), "", "official")

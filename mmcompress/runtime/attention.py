@@ -4,7 +4,6 @@ projections and the cached keys and values, rewritten, and put in the place of w
 
 from __future__ import annotations
 
-import functools
 import threading
 from typing import Any
 
@@ -20,7 +19,7 @@ from .cache import PrunedLayer, cache_of, is_plain
 from .call import Call
 from .layers import Heads
 from .masks import who_sees
-from .mass import mass_of
+from .mass import mass_of, weighs
 from .packing import Group
 from .probe import Form, Forms
 from .shards import check_unit
@@ -164,6 +163,7 @@ class Columns:
         self.first = self.length - self.count
         self.at = torch.arange(self.first, self.length, device=self.device) + self.past
         """Column of each row, [Q]."""
+        self.bias = self._bias()
         self.changing, self.real = self._changing(), self._real()
         """Which rows may change, [B, Q]; which columns are no padding, [B, K]."""
 
@@ -229,9 +229,10 @@ class Columns:
         known = known.to(self.device)[:, : self.total]
         return torch.cat([known, place[:, known.shape[1] :].expand(len(known), -1)], 1)
 
-    @functools.cached_property
-    def bias(self) -> Tensor | None:
+    def _bias(self) -> Tensor | None:
         """What the masses of the columns add to their logits, [B, 1, 1, K]; None: nothing."""
+        if not weighs(self.call, self.group, self.heads.index):
+            return None
         known = mass_of(self.call, self.group, self.heads.index, int(self.past), self.device)
         return None if known is None else widened(known, self.total)[:, None, None]
 

@@ -624,9 +624,8 @@ class Engine(Following):
         if cache is not None:
             keep_notes(cache, call)
         self._weigh(call, cache)
-        if (
-            compressed and output.last_hidden_state.shape[1] == last.physical
-        ):  # else the last tokens alone are asked for
+        # else the last tokens alone were asked for
+        if compressed and output.last_hidden_state.shape[1] == last.physical:
             assert call.visual is not None
             ends = call.visual & ~torch.nn.functional.pad(call.visual, (0, 1))[:, 1:]
             if self.around is not None:  # nothing is generated: each token shows its own
@@ -672,9 +671,10 @@ class Engine(Following):
                 kwargs["attention_mask"] = weighed_mask(call.config, call, group, index, hidden)
         elif group.from_base is not None or mine is not first or cuts_off(call, index, group.logical):
             kwargs["attention_mask"] = mask_of(call.config, call, group, index, hidden)
-        mask, rows = kwargs.get("attention_mask"), hidden.shape[-2]
-        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] > rows:
-            kwargs["attention_mask"] = mask[:, :, -rows:]  # layers that share keys may be given the last tokens alone
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] not in hidden.shape[:-1]:
+            # layers that share keys may be given the last tokens alone
+            kwargs["attention_mask"] = mask[:, :, -hidden.shape[1] :]
         if group.from_base is not None:
             length = call.groups[0].physical
             for name in kwargs.keys() - BY_THEMSELVES:
