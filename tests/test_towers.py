@@ -38,6 +38,10 @@ class Looks(mm.stage.InputStage):
 
 REFUSED = {"qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"} if OLDEST else set()
 """In transformers 5.17 these have no decoder apart."""
+OTHERWISE = {
+    "aya_vision", "cosmos3_edge", "hunyuan_vl", "kimi_k25", "minimax_m3_vl", "video_llava", "vipllava",
+}  # fmt: skip
+"""Transformers 5.17 encodes these in another form: signals are refused there, or their call raises."""
 SIGNALS = sorted(
     name for name, row in TABLE.items() if "patches" in row["signals"] and row["input"] == "ok" and name not in REFUSED
 )
@@ -130,10 +134,16 @@ def cases() -> Iterator[tuple[str, str]]:
             yield name, "videos"
 
 
+def marked(found: list[tuple[str, str]]) -> list[Any]:
+    """What transformers 5.17 encodes in another form is skipped there by name."""
+    skip = pytest.mark.skip(reason="transformers 5.17 encodes it in another form")
+    return [pytest.param(*case, marks=skip) if OLDEST and case[0] in OTHERWISE else case for case in found]
+
+
 CASES = list(cases())
 
 
-@pytest.mark.parametrize("name, what", CASES)
+@pytest.mark.parametrize("name, what", marked(CASES))
 @torch.no_grad()
 def test_attention_is_that_of_the_eager_module(name: str, what: str) -> None:
     """`received_attention` of the block whose output is used, against the weights that the module itself gives."""
@@ -182,7 +192,7 @@ def eager(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return torch.cat(parts, 1)[0] if len(parts) > 1 or kwargs.get("cu_seqlens") is not None else parts[0]
 
 
-@pytest.mark.parametrize("name, what", CASES)
+@pytest.mark.parametrize("name, what", marked(CASES))
 @torch.no_grad()
 def test_a_patch_ends_up_where_arrange_says(name: str, what: str) -> None:
     """Noise on one patch behind the block whose output is used: the tokens that change are those that `arrange` gives it to."""
@@ -225,7 +235,7 @@ def test_a_patch_ends_up_where_arrange_says(name: str, what: str) -> None:
             assert torch.equal(changed, says[:, 0] != 0), f"patch {at}"
 
 
-@pytest.mark.parametrize("name, what", [case for case in CASES if "features" in TABLE[case[0]]["signals"]])
+@pytest.mark.parametrize("name, what", marked([case for case in CASES if "features" in TABLE[case[0]]["signals"]]))
 @torch.no_grad()
 def test_encoder_features_become_tokens_on_the_road(name: str, what: str) -> None:
     """What a method is given as encoder features, sent down the road, is what the model makes of them."""
