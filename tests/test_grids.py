@@ -22,8 +22,8 @@ from mmcompress.runtime.scope import ENCODE, Scope, enter, leave
 from mmcompress.runtime.signals import VisionTap
 from mmcompress.visuals import Layout
 
-from .architectures import CLASSES, TABLE, base_of, build
-from .test_towers import CASES, SIGNALS, arguments_of, eager, given, states
+from .architectures import CLASSES, OLDEST, TABLE, base_of, build
+from .test_towers import CASES, OTHERWISE, SIGNALS, arguments_of, eager, given, states
 
 GRIDS = [name for name in SIGNALS if "image_grid_thw" in arguments_of(name)]
 POOLED = ("ernie4_5_vl_moe", "kimi_k25")
@@ -118,6 +118,8 @@ def by_hand(adapter: Any, calls: Calls, order: Tensor, lengths: list[int]) -> Te
 @torch.no_grad()
 @pytest.mark.parametrize("name, what", MERGING)
 def test_merging_is_that_of_blocks_run_by_hand(name: str, what: str) -> None:
+    if OLDEST and name in OTHERWISE:
+        pytest.skip("transformers 5.17 encodes it in another form")
     model = build(name)
     adapter, (encode, _, arguments) = adapter_for(model), given(model, what)
     calls = Calls(adapter)
@@ -198,6 +200,8 @@ def test_class_tokens_among_packed_patches() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", POOLED)
 def test_tokens_of_several_frames_are_not_merged(name: str) -> None:
+    if OLDEST and name in OTHERWISE:
+        pytest.skip("transformers 5.17 encodes it in another form")
     model = mm.compress(build(name), "tome", keep=0.5)
     encode, _, arguments = given(model, "videos")
     with pytest.raises(NotImplementedError, match=r"several frames.*on='image'"):
