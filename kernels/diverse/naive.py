@@ -53,13 +53,14 @@ def expand(
     distance = 1 - unit @ unit.transpose(1, 2)
     least, free = torch.full_like(distance[:, 0], cap), torch.ones_like(distance[:, 0], dtype=torch.bool)
     picks: list[Tensor] = []
-    while sum(pick.shape[1] for pick in picks) < k:
-        done = sum(pick.shape[1] for pick in picks)
+    done = 0
+    while done < k:
         worth = (weight * least + offset).masked_fill(~free, float("-inf"))
         pick = worth.sort(dim=1, descending=True, stable=True).indices[:, : min(together, k - done)]
         if done < start.shape[1]:
             pick = torch.where(done < sizes[:, None], start[:, done : done + 1], pick[:, :1])
         picks.append(pick)
+        done += pick.shape[1]
         free = free.scatter(1, pick, False)
         for column in pick.T:
             row = distance.gather(1, column[:, None, None].expand_as(distance[:, :1]))[:, 0]

@@ -7,13 +7,14 @@ from typing import ClassVar
 from ..ops.cells import nearest_cells
 from ..plan import as_pipeline, register
 from ..selection import Selection
-from ..stage import InputStage, Need
+from ..stage import InputStage
 from ..visuals import Visuals
+from .hosted import Hosted
 
 
 @register("absorb")
 @dataclass(frozen=True, repr=False)
-class Absorb(InputStage):
+class Absorb(Hosted):
     """Complete a method that selects: what it would drop is merged into the nearest token that it keeps.
 
     This library's own. `host` is the method as a plan string without `keep`, "cdpruner" or "holov(strips=8)"; its signals are
@@ -21,17 +22,9 @@ class Absorb(InputStage):
     language model what it stands for (its mass). Cost: the host's, and N k D.
     """
 
-    host: str = "divprune"
-    keep: float | int = 0.25
     positions: ClassVar[str] = "keep"
     merging: ClassVar[bool] = True
     mass: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        host = self.stage()
-        if host.keep != type(host).keep:
-            raise ValueError(f"host={self.host!r}: give keep to {self.name}, not to its host")
 
     def stage(self) -> InputStage:
         """The host."""
@@ -45,18 +38,6 @@ class Absorb(InputStage):
                 f"options but keep if need be ('divprune', 'cdpruner')"
             )
         return one
-
-    @property
-    def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
-        return self.stage().needs
-
-    @property
-    def clip(self) -> str | None:
-        return getattr(self.stage(), "clip", None)
-
-    @property
-    def tokenizer(self) -> str | None:
-        return getattr(self.stage(), "tokenizer", None)
 
     def select(self, visuals: Visuals) -> Selection:
         chosen = self.stage().select(visuals)

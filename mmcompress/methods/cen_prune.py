@@ -14,15 +14,16 @@ from ..ops.precision import wide
 from ..ops.relevance import mean_of_patches
 from ..plan import as_pipeline, register
 from ..selection import Selection
-from ..stage import InputStage, Need
+from ..stage import Need
 from ..visuals import Visuals
 from .cdpruner import CDPruner
 from .divprune import DivPrune
+from .hosted import Hosted
 
 
 @register("cen_prune")
 @dataclass(frozen=True, repr=False)
-class CenPrune(InputStage):
+class CenPrune(Hosted):
     """A diversity method, told what all tokens have in common: cosines of centred features, untypical tokens preferred.
 
     Wen, Lee and Choi, "Cen-Prune: Centering before Pruning", preprint 2026, built from its text: there is no code and no
@@ -38,8 +39,6 @@ class CenPrune(InputStage):
     does for Qwen2.5-VL; `patches` is how many of them lie side by side in one row, to be replaced by their mean (4 there).
     """
 
-    host: str = "divprune"
-    keep: float | int = 0.25
     center: bool = True
     weight: bool = True
     crops: str = "each"
@@ -57,9 +56,6 @@ class CenPrune(InputStage):
             raise ValueError(f"patches={self.patches!r}: give the number of patches that make one token, at least 1")
         if self.patches > 1 and self.space != "encoder":
             raise ValueError(f"patches={self.patches}: only encoder features are made of patches: add space='encoder'")
-        host = self.stage()
-        if host.keep != type(host).keep:
-            raise ValueError(f"host={self.host!r}: give keep to cen_prune, not to its host")
 
     def stage(self) -> DivPrune | CDPruner:
         """The host."""
@@ -72,15 +68,7 @@ class CenPrune(InputStage):
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
-        return (*self.stage().needs, *(("encoder_features",) if self.space == "encoder" else ()))
-
-    @property
-    def clip(self) -> str | None:
-        return getattr(self.stage(), "clip", None)
-
-    @property
-    def tokenizer(self) -> str | None:
-        return getattr(self.stage(), "tokenizer", None)
+        return (*super().needs, *(("encoder_features",) if self.space == "encoder" else ()))
 
     @property
     def positions(self) -> str:  # type: ignore[override]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.groups import group_sizes
+from ..ops.cells import mean_weights, nearest_cells
 from ..ops.precision import wide
 from ..plan import register
 from ..selection import Selection, gather
@@ -47,17 +47,11 @@ class Restore(Absorb):
         pool = taken.sort(dim=1, stable=True).indices[:, : visuals.n - alone.shape[1]]
         rows = gather(visuals.features, pool)
         anchors = self.anchors(rows, visuals.k - alone.shape[1])
-        unit = F.normalize(wide(rows), dim=-1)
-        near = (
-            (unit @ gather(unit, anchors).transpose(1, 2))
-            .argmax(2)
-            .scatter(1, anchors, torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors))
-        )
+        near, _ = nearest_cells(rows, anchors)
         clusters = torch.arange(visuals.n, device=pool.device).expand(len(pool), -1)
         clusters = clusters.scatter(1, pool, pool.gather(1, anchors.gather(1, near)))
         found = Selection.of_clusters(clusters, visuals.k)
-        assign = found.assignment(visuals.n)
-        return replace(found, weight=1 / group_sizes(assign, visuals.k).gather(1, assign).float())
+        return replace(found, weight=mean_weights(found.assignment(visuals.n), visuals.k))
 
     def alone(self, visuals: Visuals) -> Tensor:
         """The tokens that the host keeps as they are, [U, int(share k)]."""

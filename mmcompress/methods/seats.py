@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.diverse import max_min
+from ..kernels.match import match
 from ..ops.shares import split_budget
 from ..ops.ties import argmax_first
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage, Need
 from ..visuals import Layout, Visuals
-
-BLOCK = 1 << 17
-"""Similarities of a window that are held at a time."""
 
 
 @register("seats")
@@ -101,12 +98,8 @@ def farthest(features: Tensor, weight: Tensor | None, k: int) -> Tensor:
     """Greedy max-min as in `max_min`, [W, k], with the weight [W, n] in the first pick too."""
     if weight is None:
         return max_min(features, k)
-    unit, place = F.normalize(features.float(), dim=-1), torch.arange(features.shape[1], device=features.device)
-    near = []
-    for part in place.split(max(1, BLOCK // len(place))):
-        similar = unit[:, part] @ unit.transpose(1, 2)
-        near.append(similar.masked_fill(part[:, None] == place, float("-inf")).amax(-1))
-    return max_min(features, k, weight, first=argmax_first((1 - torch.cat(near, 1)) * weight.float()))
+    near, _ = match(features, features, exclude_self=True)
+    return max_min(features, k, weight, first=argmax_first((1 - near) * weight.float()))
 
 
 def keep_ratios(layers: int, drops: Sequence[int], gone: int, scale: float = 1.4) -> list[float]:

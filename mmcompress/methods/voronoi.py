@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from ..kernels.diverse import max_min
-from ..kernels.diverse.naive import first_largest
 from ..ops.cells import nearest_cells
 from ..ops.precision import wide
+from ..ops.ties import argmax_first
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage
@@ -36,6 +36,6 @@ class Voronoi(InputStage):
 
     def select(self, visuals: Visuals) -> Selection:
         unit = F.normalize(wide(visuals.features.detach()), dim=-1)
-        first = first_largest((unit - unit.mean(1, keepdim=True)).square().sum(-1))
+        first = argmax_first((unit - unit.mean(1, keepdim=True)).square().sum(-1))
         anchors = max_min(visuals.features, visuals.k, first=first).sort(dim=1).values
         return Selection(anchors, *nearest_cells(visuals.features.detach(), anchors))

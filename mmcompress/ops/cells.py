@@ -21,4 +21,9 @@ def nearest_cells(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     _, assign = match(features, features.gather(1, rows))
     number = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
     assign = assign.scatter(1, anchors, number)
-    return assign, 1 / group_sizes(assign, anchors.shape[1]).gather(1, assign).float()
+    return assign, mean_weights(assign, anchors.shape[1])
+
+
+def mean_weights(assign: Tensor, k: int) -> Tensor:
+    """The share of each token in the mean of its cell, [U, N] float32; assign [U, N]: numbers of cells, below k."""
+    return 1 / group_sizes(assign, k).gather(1, assign).float()

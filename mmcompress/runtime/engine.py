@@ -375,7 +375,7 @@ class Engine(Following):
             call.groups = call.record.groups
         else:
             return None
-        windowed = any(cuts_off(call, i, length) for i in range(len(self.windows)))
+        windowed = any(self.windows) and any(cuts_off(call, i, length) for i in range(len(self.windows)))
         weighed = any(weighs(call, call.groups[0], i) for i in range(len(self.counting)))
         if self.rewriters or windowed or weighed or layers_differ(call, length, call.config._attn_implementation):
             kwargs[CALL] = call

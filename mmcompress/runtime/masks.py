@@ -194,7 +194,7 @@ def _carried(call: Call, group: Group, layer: int, mask: Tensor, device: torch.d
     length = group.logical
     # one mask for all layers of a kind is as wide as the first of them
     kinds = getattr(call.config, "layer_types", None) if isinstance(call.ready, dict) else None
-    begin = _past_width(call, mask, length, kinds.index(kinds[layer]) if kinds else 0)
+    begin = _past_width(call, mask, length, _layer_of(call, kinds[layer]) if kinds else 0)
     mask = mask.to(device).expand(call.batch, -1, -1, -1)
     rows = torch.arange(length, device=device).expand(call.batch, -1)
     rows = rows if group.place is None else group.place.to(device).clamp_min(0)  # a mask speaks of places

@@ -18,7 +18,7 @@ from .cache import ledger_of
 from .call import Call
 from .masks import mask_of
 from .packing import Group
-from .windows import columns_of, cuts_off, reached, spread
+from .windows import columns_of, cuts_off, in_sight, spread, with_new
 
 TAKE = ("sdpa", "eager", "flex_attention")
 """Attention implementations that take a mask of numbers."""
@@ -46,8 +46,7 @@ def _weighed(config: Any, call: Call, group: Group, index: int, hidden: Tensor) 
     number = columns.number
     mass = spread(None if ledger is None else ledger.mass, number, torch.ones_like(number, dtype=torch.float32))
     if group.mass is not None:
-        new = (number - columns.past).clamp(0, group.physical - 1)
-        mass = torch.where(number >= columns.past, group.mass.to(number.device)[:, new], mass)
+        mass = with_new(number, columns.past, mass, group.mass)
     bias = mass.log().to(hidden.dtype)[:, None, None]
     seen = (
         None
@@ -55,10 +54,7 @@ def _weighed(config: Any, call: Call, group: Group, index: int, hidden: Tensor) 
         else mask_of(config, call, group, index, hidden)
     )
     if seen is None:
-        row = torch.arange(group.physical, device=number.device)[:, None] + columns.past
-        seen = ((number <= row) & columns.real[:, None])[:, None]
-        if cuts_off(call, index, group.logical):
-            seen = seen & reached(call, group, index, columns)[:, None]
+        seen = in_sight(call, group, index, columns)[:, None]
     if seen.dtype != torch.bool:
         return seen + bias
     return torch.where(seen, bias, torch.finfo(hidden.dtype).min).expand(call.batch, -1, -1, -1)

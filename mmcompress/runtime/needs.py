@@ -69,7 +69,7 @@ def check_language_model(config: Any, plan: Pipeline) -> None:
             f"{inside[0]!r}: the language model has layers of type {', '.join(states)}, whose state cannot forget tokens: only "
             f"stages before the language model are supported"
         )
-    if inside and ("indexed_attention" in kinds or any(name.startswith("index_") for name in vars(config))):
+    if inside and has_indexers(config):
         raise NotImplementedError(
             f"{inside[0]!r}: the language model has indexers, which choose the tokens that a query sees: only stages before the "
             f"language model are supported"
@@ -107,7 +107,7 @@ def check_mass(language_model: Any, plan: Pipeline) -> None:
             f"{plan!r}: merged tokens that weigh what they stand for need a mask of numbers, which attn_implementation="
             f"{attention!r} does not take: use one of {', '.join(map(repr, TAKE))}, or plan(..., mass=False)"
         )
-    if "indexed_attention" in kinds_of(config) or any(name.startswith("index_") for name in vars(config)):
+    if has_indexers(config):
         raise NotImplementedError(
             f"{plan!r}: the language model has indexers, which choose the tokens that a query sees by scores of their own, so "
             f"merged tokens cannot weigh what they stand for: use plan(..., mass=False)"
@@ -117,6 +117,11 @@ def check_mass(language_model: Any, plan: Pipeline) -> None:
 def kinds_of(config: Any) -> set[str]:
     """The kinds of layers of a language model."""
     return set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+
+
+def has_indexers(config: Any) -> bool:
+    """Whether parts of a language model choose the tokens that a query sees."""
+    return "indexed_attention" in kinds_of(config) or any(name.startswith("index_") for name in vars(config))
 
 
 def check_positions(adapter: Adapter, plan: Pipeline) -> None:

@@ -89,12 +89,17 @@ def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Co
     valid = ledger.valid if ledger is not None else call.past_valid
     place = spread(ledger.place if ledger is not None else None, number, number + dropped)
     real = spread(valid, number, torch.ones_like(number, dtype=torch.bool))
-    new = (number - past).clamp(0, group.physical - 1)
     if group.place is not None:
-        place = torch.where(number >= past, call.past + group.place.to(device)[:, new], place)
+        place = with_new(number, past, place, call.past + group.place.to(device))
     if group.valid is not None:
-        real = torch.where(number >= past, group.valid.to(device)[:, new], real)
+        real = with_new(number, past, real, group.valid)
     return Columns(number, past, place, real)
+
+
+def with_new(number: Tensor, past: Any, before: Tensor, new: Tensor) -> Tensor:
+    """Values `before` [B or 1, K] of the keys `number` [K], with `new` [B, M] for those from `past` on: [B, K]."""
+    at = (number - past).clamp(0, new.shape[1] - 1)
+    return torch.where(number >= past, new.to(number.device)[:, at], before)
 
 
 def spread(known: Tensor | None, number: Tensor, later: Tensor) -> Tensor:
@@ -127,13 +132,18 @@ def reached(call: Call, group: Group, index: int, columns: Columns) -> Tensor:
     return window.reaches(place + call.past, columns.place)
 
 
+def in_sight(call: Call, group: Group, index: int, columns: Columns) -> Tensor:
+    """Which keys each new token sees where nothing is ready-made: real ones, not behind it, and near enough; [B or 1, M, K]."""
+    seen, window = columns.real[:, None], window_of(call, index)
+    if window is None or not window.both:
+        row = torch.arange(group.physical, device=seen.device)[:, None] + columns.past
+        seen = seen & (columns.number <= row)
+    return seen & reached(call, group, index, columns) if cuts_off(call, index, group.logical) else seen
+
+
 def window_mask(config: Any, call: Call, group: Group, index: int, hidden: Tensor) -> Tensor:
     """The mask of a layer with a window where nothing else hides a token, [B, 1, M, K], in the form that its attention takes."""
-    columns, window = columns_of(call, group, index, hidden.device), window_of(call, index)
-    seen = columns.real[:, None] & reached(call, group, index, columns)
-    if window is not None and not window.both:
-        row = torch.arange(group.physical, device=hidden.device)[:, None] + columns.past
-        seen = seen & (columns.number <= row)
+    seen = in_sight(call, group, index, columns_of(call, group, index, hidden.device))
     return as_given(config, seen.expand(call.batch, -1, -1)[:, None], hidden.dtype)
 
 
