@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel compiles to machine code for two generations of GPUs, as its operation launches it, where there is none.
+"""Every Triton kernel compiles to machine code for three generations of GPUs, as its operation launches it, where there is none.
 
 A process without the interpreter calls the operations with tensors of the CPU. A driver that has no device says which GPU to
 compile for, and every launch is only a compilation. What comes out means nothing; that it comes out at all, of shared memory
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from mmcompress.kernels.dispatch import has_triton
 
-SHARED = {80: 101376, 90: 232448}
+SHARED = {80: 101376, 90: 232448, 100: 232448}
 """Bytes of shared memory per block: the least of a family (8.6 and 8.9 for Ampere)."""
 
 

@@ -8,8 +8,12 @@ determinant the margin grows with what small picks amplify (see `naive.SPENT`), 
 
 from __future__ import annotations
 
+import inspect
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,6 +24,8 @@ from hypothesis import strategies as st
 from mmcompress.kernels.diverse import blocked, expand, greedy_map, lazy, max_min, naive, rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmcompress.ops.cells import nearest_cells
 
 from .watch import NoWaiting, in_a_graph
 
@@ -99,6 +105,24 @@ def check(picks: Tensor, twin: Tensor, values: list[Values]) -> None:
                 break
 
 
+def check_nearest(near: Tensor, picks: Tensor, x: Tensor) -> None:
+    """Each token has a pick that is as near as any, up to rounding; picks have themselves."""
+    unit = F.normalize(x.double(), dim=-1)
+    for row, chosen, own in zip(near, picks, unit, strict=True):
+        cosine = (own @ own.T)[:, chosen]
+        mine = (own * own[row]).sum(1)
+        assert near.dtype == torch.int64 and bool(torch.isin(row, chosen).all())
+        assert torch.equal(row[chosen], chosen) and (cosine.amax(1) - mine).max() <= MARGIN
+
+
+def exact(u: int, n: int, d: int, seed: int) -> Tensor:
+    """Signs, some of them scaled, some rows zero: lengths are powers of two and so all cosines are exact; most are equal."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(2, (u, n, d), generator=g) * 2.0 - 1
+    x *= 2.0 ** torch.randint(-2, 3, (u, n, 1), generator=g)
+    return x.masked_fill(torch.rand(u, n, 1, generator=g) < 0.1, 0)
+
+
 # ---------------------------------------------------------------------- on the CPU
 @contextmanager
 def sizes(pool: int, round_: int, block: int = 2**21) -> Iterator[None]:
@@ -124,10 +148,13 @@ def test_max_min_on_the_cpu(data: st.DataObject) -> None:
     twin = max_min(x, k, weight, first=first, implementation="naive")
     values = [distances(x[i], *(None if y is None else y[i] for y in (weight, first))) for i in range(u)]
     with sizes(data.draw(st.sampled_from([1, 3, 512])), data.draw(st.sampled_from([1, 5, 128])), 64 * d):
-        check(max_min(x, k, weight, first=first), twin, values)
+        picks, near = max_min(x, k, weight, first=first, nearest=True)
         with NoWaiting():
-            there = blocked.max_min(x, k, weight, first)
-        check(there, twin, values)
+            there, close = blocked.max_min(x, k, weight, first, True)
+    check(picks, twin, values)
+    check(there, twin, values)
+    check_nearest(near, picks, x)
+    check_nearest(close, there, x)
 
 
 @given(st.data())
@@ -161,7 +188,9 @@ def test_many_pools(kind: str) -> None:
     x = tokens(kind, 1, 1500, 48, seed=3)
     quality = torch.rand(1, 1500, generator=torch.Generator().manual_seed(1)).log() / 8
     for k in (30, 200):
-        check(max_min(x, k), max_min(x, k, implementation="naive"), [distances(x[0], None)])
+        picks, near = max_min(x, k, nearest=True)
+        check(picks, max_min(x, k, implementation="naive"), [distances(x[0], None)])
+        check_nearest(near, picks, x)
     for log_quality in (quality, torch.zeros_like(quality)):
         twin = greedy_map(x, log_quality, 40, implementation="naive")
         check(greedy_map(x, log_quality, 40), twin, [determinants(x[0], log_quality[0])])
@@ -211,7 +240,7 @@ def test_memory_is_linear() -> None:
     n, d, k = 4000, 16, 20
     x = tokens("random", 1, n, d)
     with Largest():
-        lazy.max_min(x, k, None)
+        lazy.max_min(x, k, None, nearest=True)
         lazy.greedy_map(x, torch.zeros(1, n), k)
     assert largest <= n * max(rows.ROUND, d, k)
 
@@ -223,9 +252,11 @@ def test_few_tokens_from_a_table(kind: str) -> None:
         weight, quality = torch.rand(u, n, generator=g), torch.randn(u, n, generator=g)
         for k in {1, -(-n // 3), n}:
             for w, f in ((None, None), (weight, None), (None, torch.full((u,), n - 1))):
-                twin = naive.max_min(x, k, w, f)
+                twin = naive.max_min(x, k, w, f)[0]
                 values = [distances(x[i], *(None if y is None else y[i] for y in (w, f))) for i in range(u)]
-                check(max_min(x, k, w, first=f), twin, values)
+                picks, near = max_min(x, k, w, first=f, nearest=True)
+                check(picks, twin, values)
+                check_nearest(near, picks, x)
             picks, twin = greedy_map(x, quality, k), naive.greedy_map(x, quality, k)
             check(picks, twin, [determinants(x[i], quality[i]) for i in range(u)])
 
@@ -290,12 +321,153 @@ def test_triton(
     first = torch.randint(n, (u,), generator=g) if n % 3 else None
     with poisoned():
         mine, begun = (None if y is None else y.to(DEVICE) for y in (weight, first))
-        picks = max_min(x.to(DEVICE), k, mine, first=begun, implementation="triton").cpu()
+        picks, near = max_min(x.to(DEVICE), k, mine, first=begun, implementation="triton"), None
+        if n % 4:
+            picks, near = max_min(x.to(DEVICE), k, mine, first=begun, nearest=True, implementation="triton")
         order = greedy_map(x.to(DEVICE), log_quality.to(DEVICE), k, implementation="triton").cpu()
     values = [distances(x[i], *(None if y is None else y[i] for y in (weight, first))) for i in range(u)]
-    check(picks, max_min(x, k, weight, first=first, implementation="naive"), values)
+    check(picks.cpu(), max_min(x, k, weight, first=first, implementation="naive"), values)
+    if near is not None:
+        check_nearest(near.cpu(), picks.cpu(), x)
     twin = greedy_map(x, log_quality, k, implementation="naive")
     check(order, twin, [determinants(x[i], log_quality[i]) for i in range(u)])
+
+
+WAYS = ["naive", "table", "lazy", "blocked", "held", "together", "several"]
+
+
+def by(way: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The implementation of which `way` is a part, set up so that it takes it."""
+    if way in ("table", "lazy"):
+        monkeypatch.setattr(lazy, "FEW", 4096 if way == "table" else 0)
+        monkeypatch.setattr(lazy, "POOL", 8)
+        return "auto"
+    if way in ("naive", "blocked"):
+        return way
+    triton = pytest.importorskip("mmcompress.kernels.diverse.triton")
+    monkeypatch.setattr(triton, "TABLE", 4096 if way == "held" else 0)
+    if way == "several":
+        monkeypatch.setattr(triton, "_processors", lambda device: 7)
+        if DEVICE == "cpu":
+            at_once(monkeypatch)
+    return "triton"
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs the programs of a launch side by side, and changes from one to another at every atomic operation."""
+    from triton.runtime import interpreter
+
+    builder, baton, plain = (
+        interpreter.interpreter_builder,
+        threading.Lock(),
+        interpreter.InterpreterBuilder.create_atomic_rmw,
+    )
+
+    def pause(*arguments: Any) -> Any:
+        at = builder.grid_idx
+        baton.release()
+        time.sleep(1e-4)
+        baton.acquire()
+        builder.grid_idx = at
+        return plain(builder, *arguments)
+
+    def launch(self: Any, *arguments: Any, **options: Any) -> None:
+        names = inspect.getfullargspec(self.fn).args
+        given = inspect.getcallargs(self.fn, *arguments, **{k: v for k, v in options.items() if k in names})
+        given = {k: v if k in self.constexprs else interpreter._implicit_cvt(v) for k, v in given.items()}
+        grid, errors = (*self.grid, 1, 1)[:3], []
+        scope = interpreter._patch_lang(self.fn)
+        builder.set_grid_dim(*grid)
+
+        def program(*at: int) -> None:
+            with baton:
+                builder.set_grid_idx(*at)
+                try:
+                    self.fn(**given)
+                except Exception as error:
+                    errors.append(error)
+
+        threads = [threading.Thread(target=program, args=at) for at in product(*map(range, grid))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        scope.restore()
+        assert not errors, errors
+
+    monkeypatch.setattr(builder, "create_atomic_rmw", pause)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_nearest_of_equals_is_the_lowest(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all cosines are exact: picks of the naive twin, and the anchors that a search for the best match finds."""
+    implementation = by(way, monkeypatch)
+    if implementation == "triton":
+        from mmcompress.kernels.diverse import cosines
+
+        size = {"side": 16, "depth": 16, "reach": 16, "num_warps": 4, "num_stages": 2, "pick_warps": 4, "tokens": 16}
+        monkeypatch.setattr(cosines, "config", lambda *_: {**size, "held_tokens": 16})
+    for seed, (n, k) in enumerate([(40, 7), (90, 30)] if implementation != "triton" else [(70, 6)]):
+        x = exact(2, n, 4, seed)
+        first, weight = torch.tensor([n - 1, 3]), torch.randint(1, 3, (2, n)) / 2
+        for own in (None, weight):
+            wanted = max_min(x, k, own, first=first, implementation="naive")
+            own = None if own is None else own.to(DEVICE)
+            with poisoned():
+                picks, near = max_min(
+                    x.to(DEVICE), k, own, first=first.to(DEVICE), nearest=True, implementation=implementation
+                )
+            assert torch.equal(picks.cpu(), wanted)
+            slots = wanted.sort(1).values
+            assert torch.equal(near.cpu(), slots.gather(1, nearest_cells(x, slots)[0]))
+
+
+@pytest.mark.parametrize("way", ["naive", "lazy", "together", "several"])
+def test_visuals_of_several_sizes(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows: what each visual gives alone; one without tokens, rows behind the last, more picks than are wanted."""
+    implementation = by(way, monkeypatch)
+    ends, picked = [0, 20, 20, 57, 60], [0, 5, 5, 12, 15]
+    x, first = tokens("together", 1, 66, 24, seed=8)[0], torch.tensor([4, 0, 50, 57])
+    for weight in (None, torch.rand(66)):
+        lengths = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32), "cu_picks": torch.tensor(picked)}
+        on = [None if t is None else t.to(DEVICE) for t in (x, weight, first, *lengths.values())]
+        with poisoned():
+            picks, near = (
+                t.cpu()
+                for t in max_min(
+                    on[0], 16, on[1], first=on[2], nearest=True, cu_seqlens=on[3], cu_picks=on[4],
+                    implementation=implementation,
+                )
+            )  # fmt: skip
+        for u in (0, 2, 3):
+            (a, b), (c, d) = ends[u : u + 2], picked[u : u + 2]
+            alone, to = max_min(
+                x[None, a:b],
+                d - c,
+                None if weight is None else weight[None, a:b],
+                first=first[u : u + 1] - a,
+                nearest=True,
+            )
+            assert torch.equal(picks[c:d], alone[0] + a) and torch.equal(near[a:b], to[0] + a)
+        assert picks[15:].tolist() == [-1] and near[60:].tolist() == [-1] * 6
+        assert torch.equal(max_min(x, 16, weight, first=first, **lengths), picks)
+
+
+def test_sizes_that_cannot_be_are_named() -> None:
+    x, ends = torch.randn(9, 4), torch.tensor([0, 4, 9])
+    first = torch.tensor([0, 4])
+    for message, wrong in {
+        "come together": {"cu_seqlens": ends, "first": first},
+        "give the row of": {"cu_seqlens": ends, "cu_picks": ends},
+        "picks for 1": {"cu_seqlens": ends, "cu_picks": ends[:2], "first": first},
+        "rows 4 to 9 begin with 3": {"cu_seqlens": ends, "cu_picks": ends, "first": torch.tensor([0, 3])},
+        "have picks 0 to 5": {"cu_seqlens": ends, "cu_picks": torch.tensor([0, 5, 9]), "first": first},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            max_min(x, 9, **wrong)
+    with pytest.raises(ValueError, match=r"give floating-point \[total, D\]"):
+        max_min(x[None], 9, first=first, cu_seqlens=ends, cu_picks=ends)
 
 
 @contextmanager
@@ -406,7 +578,7 @@ def test_seen_from_outside_nothing_waits_and_graphs_stay_whole() -> None:
     x, quality = tokens("random", 1, 30, 8), torch.rand(1, 30).log()
     with NoWaiting():
         max_min(x, 5), greedy_map(x, quality, 5)
-    torch.library.opcheck(torch.ops.mmcompress.max_min.default, (x, None, None, 5, "blocked"))
+    torch.library.opcheck(torch.ops.mmcompress.max_min.default, (x, None, None, None, None, 5, True, "blocked"))
     none, zero = torch.empty(1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     torch.library.opcheck(torch.ops.mmcompress.expand.default, (x, quality, quality, none, zero, 2.0, 5, 1, "blocked"))
     torch.library.opcheck(torch.ops.mmcompress.greedy_map.default, (x, quality, 5, "blocked"))

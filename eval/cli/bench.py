@@ -28,7 +28,7 @@ MEMORY_PLANS = ("random(keep=0.1)", "uniform(keep=0.1)", "visionzip(keep=0.1)", 
 OTHERS = ("memory", "selection")
 KIND = "`mmcompress bench`"
 LISTED = {
-    "memory": "peak memory of a 20,480-token video", "selection": "every method alone, 2,880 tokens to 288",
+    "memory": "peak memory of a 20,480-token video", "selection": "every method alone, or each --plan in turn, 2,880 tokens to 288",
     "kernels": "every kernel alone (not part of all)",
 }  # fmt: skip
 
@@ -143,20 +143,23 @@ def _memory(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _selection(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Every method without a model around it."""
+    """Every method without a model around it, or some plans, interleaved."""
     from ...plan import methods
     from ..cost.selection import selection_times
     from ..machine import machine
 
-    rows = []
-    table = Table(title="2,880 tokens of 4,096 features to 288, float32, one visual, without its signals")
-    for heading in ("stage", "ms", "naive twins, ms"):
+    rows: list[dict[str, Any]] = []
+    table = Table(
+        title="2,880 tokens of 4,096 features to 288, merging included, float32, one visual, without its signals"
+    )
+    for heading in ("stage", "ms", "naive twins, ms", "processor ms", "of the first"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    names = [name for name, cls in methods().items() if cls.kind != "recipe"]
-    for row in selection_times(names, repeats=options.repeats):
+    names = options.plan or [name for name, cls in methods().items() if cls.kind != "recipe"]
+    for row in selection_times(names, repeats=options.repeats, together=bool(options.plan)):
         rows.append(dataclasses.asdict(row))
         twin = "-" if row.naive_ms is None else f"{row.naive_ms:.1f}"
-        table.add_row(row.method, f"{row.milliseconds:.1f} ± {row.iqr / 2:.1f}", twin)
+        share = f"{row.processor_ms / rows[0]['processor_ms']:.2f}" if options.plan else "-"
+        table.add_row(row.method, f"{row.milliseconds:.1f} ± {row.iqr / 2:.1f}", twin, f"{row.processor_ms:.1f}", share)
     console.print(table)
     return {"machine": machine(), "repeats": options.repeats, "rows": rows}
 

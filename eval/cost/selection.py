@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -32,15 +33,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class SelectionTime:
-    """Median milliseconds of one selection with making the output tokens; iqr: spread of the middle half.
+    """Median milliseconds of one selection with making the output tokens (so merging counts); iqr: spread of the middle half.
 
     naive_ms: the median with the naive twins of all kernels in their place; None where the method calls none.
+    processor_ms: the median of the time that all processors of this process spent, which other processes do not lengthen much.
     """
 
     method: str
     milliseconds: float
     iqr: float
     naive_ms: float | None
+    processor_ms: float
 
 
 def random_signal(
@@ -106,27 +109,41 @@ def anyres(side: int = 24) -> mm.Layout:
 
 @torch.no_grad()
 def selection_times(
-    names: Iterable[str], keep: float = 0.1, repeats: int = 9, sizes: Sizes | None = None, side: int = 24
-) -> Iterator[SelectionTime]:
-    """Time every stage of the methods that selects tokens before or in the LLM, on the default layout of LLaVA-NeXT."""
+    plans: Iterable[str], keep: float = 0.1, repeats: int = 9, sizes: Sizes | None = None, side: int = 24,
+    together: bool = False,
+) -> Iterator[SelectionTime]:  # fmt: skip
+    """Time every stage of the plans that selects tokens before or in the LLM, on the default layout of LLaVA-NeXT.
+
+    `together`: all of them in each round, to be compared with each other, and named as the plans are; else one after the other,
+    which takes no more memory than one of them.
+    """
     layout, sizes = anyres(side), sizes or Sizes()
-    for name in names:
-        for stage in mm.as_pipeline(WRITTEN.get(name, name)).parts:
-            if not isinstance(stage, InputStage | LayerStage):
-                continue
-            visuals = random_visuals(stage, round(keep * layout.cells), layout, sizes)
+    stages = [
+        (plan if together else stage.name, stage)
+        for plan in plans
+        for stage in mm.as_pipeline(WRITTEN.get(plan, plan)).parts
+        if isinstance(stage, InputStage | LayerStage)
+    ]
+    for group in [stages] if together else [[one] for one in stages]:
+        subjects = [(s, random_visuals(s, round(keep * layout.cells), layout, sizes)) for _, s in group]
+        times: list[dict[str, list[float]]] = [{"auto": [], "naive": [], "processor": []} for _ in subjects]
+        twins = []
+        for stage, visuals in subjects:
             with preferring("naive") as naive:
                 _whole(stage, visuals)
-            times: dict[str, list[float]] = {"auto": [], "naive": []}
-            for round_ in range(repeats + 2):
-                for implementation, measured in times.items():
-                    if implementation == "naive" and (not naive.used or round_ >= NAIVE_REPEATS):
-                        continue
-                    with preferring(implementation):
-                        measured.append(milliseconds(lambda s=stage, v=visuals: _whole(s, v)))
-            spread = Spread.of(times["auto"][2:])
-            twin = statistics.median(times["naive"]) if naive.used else None
-            yield SelectionTime(stage.name, spread.median, spread.iqr, twin)
+            twins.append(naive.used)
+        for round_ in range(repeats + 2):
+            for subject, measured, twin in zip(subjects, times, twins, strict=True):
+                begun = time.process_time()
+                measured["auto"].append(milliseconds(lambda s=subject: _whole(*s)))
+                measured["processor"].append(1000 * (time.process_time() - begun))
+                if twin and round_ < NAIVE_REPEATS:
+                    with preferring("naive"):
+                        measured["naive"].append(milliseconds(lambda s=subject: _whole(*s)))
+        for (name, _), measured, twin in zip(group, times, twins, strict=True):
+            spread, processor = Spread.of(measured["auto"][2:]), statistics.median(measured["processor"][2:])
+            slow = statistics.median(measured["naive"]) if twin else None
+            yield SelectionTime(name, spread.median, spread.iqr, slow, processor)
 
 
 def _whole(stage: Selecting, visuals: mm.Visuals) -> Tensor:

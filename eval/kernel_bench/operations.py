@@ -77,7 +77,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Operation:
-    """One public function `mmcompress.kernels.<package>.<its name>`."""
+    """One call of a public function, `mmcompress.kernels.<package>.<its name>`."""
 
     package: str
     text: str
@@ -87,6 +87,8 @@ class Operation:
     k: int | None = None
     """Where the swept k means nothing to it: the k it takes, 0 for none. `d` likewise."""
     d: int | None = None
+    function: str | None = None
+    """The public function, where it has another name."""
 
 
 def _attention_rows(draw: Draw) -> Call:
@@ -102,6 +104,11 @@ def _attention_received(draw: Draw) -> Call:
 def _max_coverage(draw: Draw) -> Call:
     logits = draw.noise(draw.size.d, 32) @ draw.noise(32, draw.size.n) / 2
     return (draw.place(logits.softmax(-1)[None] / draw.size.d), draw.size.k), {}
+
+
+def _anchors(draw: Draw) -> Call:
+    first = torch.zeros(1, dtype=torch.int64, device=draw.device)
+    return (draw.tokens(), draw.size.k), {"first": first, "nearest": True}
 
 
 def _merge(draw: Draw) -> Call:
@@ -155,6 +162,14 @@ OPERATIONS: dict[str, Operation] = {
         lambda draw: ((draw.tokens(), draw.size.k), {}),
         flops=lambda s: s.n**2 * s.d,
         bytes=lambda s: s.n * s.d * s.item + 8 * s.k,
+    ),
+    "anchors": Operation(
+        "diverse",
+        "k of N tokens by farthest-point selection from a given one, and the nearest of them to each token",
+        _anchors,
+        flops=lambda s: 2 * s.k * s.n * s.d,
+        bytes=lambda s: s.n * s.d * s.item + 8 * (s.n + s.k),
+        function="max_min",
     ),
     "greedy_map": Operation(
         "diverse",
@@ -228,11 +243,12 @@ def sizes(
 def caller(name: str, provider: str, call: Call) -> Callable[[], Any]:
     """The public function with these inputs, by the implementation `provider`. "compile" is the naive one with its naive twin
     under torch.compile: from here on, in this process."""
-    module = importlib.import_module(f"mmcompress.kernels.{OPERATIONS[name].package}")
-    function, (arguments, options) = getattr(module, name), call
+    operation = OPERATIONS[name]
+    module, public = importlib.import_module(f"mmcompress.kernels.{operation.package}"), operation.function or name
+    function, (arguments, options) = getattr(module, public), call
     implementation = provider
     if provider == "compile":
-        compile_twin(module.__name__, name)
+        compile_twin(module.__name__, public)
         implementation = "naive"
     return lambda: function(*arguments, **options, implementation=implementation)
 

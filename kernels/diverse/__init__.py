@@ -4,22 +4,36 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..ragged import check_segments, segments
 
 
+@overload
+def max_min(
+    features: Tensor, k: int, weight: Tensor | None = ..., *, first: Tensor | None = ..., nearest: Literal[False] = ...,
+    cu_seqlens: Tensor | None = ..., cu_picks: Tensor | None = ..., implementation: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def max_min(
+    features: Tensor, k: int, weight: Tensor | None = ..., *, first: Tensor | None = ..., nearest: Literal[True],
+    cu_seqlens: Tensor | None = ..., cu_picks: Tensor | None = ..., implementation: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def max_min(
     features: Tensor,
     k: int,
     weight: Tensor | None = None,
     *,
     first: Tensor | None = None,
+    nearest: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_picks: Tensor | None = None,
     implementation: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Greedy max-min diversity: `k` tokens per visual in the order they are picked, [U, k] int64.
 
     features [U, N, D], any floating type; weight [U, N] >= 0, optional. The first pick is the token farthest from its nearest
@@ -27,29 +41,44 @@ def max_min(
     nearest token picked so far. Cosines are float32, a zero vector has cosine 0. No token twice; ties go to the lower index.
     No gradient.
 
+    nearest: also the pick that is nearest to each token, [U, N] int64, by its index among the N; a pick is nearest to itself,
+    ties go to the lower index.
+    cu_seqlens, cu_picks [S + 1], integers from 0: visuals of several sizes. Then features are [total, D] and weight [total],
+    `first` [S] is needed, `k` is the number of all picks, and what comes back is [k] and [total]: rows of `features`. Segment s
+    has the rows and the picks from s to s + 1; behind the last one is -1.
+
     Picks are those of the full table of distances ("naive", N^2 D), where two tokens do not come as close to each other as
-    the rounding of a dot product. CPU: only similarities that can decide are computed, N^2 D / 2 and N k D at worst; memory
-    O(N) and a block. GPU: N^2 D / 2 and all picks in one launch up to 4,096 tokens, with a table of N^2; above that N^2 D and
-    one launch per pick, O(N). Nothing waits for the device. `implementation`: see `kernels.dispatch.choose`.
+    the rounding of a dot product. CPU: only similarities that can decide are computed, N^2 D / 2 to find the first and N k D at
+    worst; memory O(N) and a block. GPU: all picks in one launch; up to 4,096 tokens from a table of N^2, made in N^2 D / 2;
+    above that, and where visuals have several sizes, N k D in O(N), by programs that wait for each other after every pick (and
+    N^2 D for a first that is not given). Nothing waits for the device. `implementation`: see `kernels.dispatch.choose`.
     """
-    _check(features, k)
-    if weight is not None and (weight.shape != features.shape[:2] or weight.device != features.device):
+    if (cu_seqlens is None) != (cu_picks is None):
+        raise ValueError("cu_seqlens and cu_picks come together, or not at all for visuals of one size")
+    if cu_seqlens is None or cu_picks is None:
+        _check(features, k)
+        visuals = len(features)
+    else:
+        visuals = _check_segments(features, k, first, cu_seqlens, cu_picks)
+    if weight is not None and (weight.shape != features.shape[:-1] or weight.device != features.device):
         raise ValueError(
-            f"weight is {tuple(weight.shape)} on {weight.device}: give one number per token, {tuple(features.shape[:2])} on "
+            f"weight is {tuple(weight.shape)} on {weight.device}: give one number per token, {tuple(features.shape[:-1])} on "
             f"{features.device}"
         )
     if first is not None and (
-        first.dtype != torch.int64 or first.shape != features.shape[:1] or first.device != features.device
+        first.dtype != torch.int64 or first.shape != (visuals,) or first.device != features.device
     ):
         raise ValueError(
             f"first is {first.dtype} {tuple(first.shape)} on {first.device}: give the int64 index of one token per visual, "
-            f"({len(features)},) on {features.device}"
+            f"({visuals},) on {features.device}"
         )
     chosen = choose(implementation, features)
-    picks: Tensor = torch.ops.mmcompress.max_min(
-        features.detach(), None if weight is None else weight.detach(), first, k, chosen
+    picks: Tensor
+    near: Tensor
+    picks, near = torch.ops.mmcompress.max_min(
+        features.detach(), None if weight is None else weight.detach(), first, cu_seqlens, cu_picks, k, nearest, chosen
     )
-    return picks
+    return (picks, near) if nearest else picks
 
 
 def greedy_map(features: Tensor, log_quality: Tensor, k: int, *, implementation: str = "auto") -> Tensor:
@@ -132,31 +161,79 @@ def _check(features: Tensor, k: int) -> None:
         raise ValueError(f"k={k}: {features.shape[1]} tokens, give a number from 1 to that")
 
 
-def _run(name: str, chosen: str, features: Tensor, k: int, *extra: Tensor | None) -> Tensor:
+def _check_segments(features: Tensor, k: int, first: Tensor | None, cu_seqlens: Tensor, cu_picks: Tensor) -> int:
+    """The number of visuals that are packed in `features`."""
+    if features.dim() != 2 or not features.is_floating_point():
+        raise ValueError(
+            f"features are {features.dtype} {tuple(features.shape)}: give floating-point [total, D] with cu_seqlens"
+        )
+    if first is None:
+        raise ValueError("first=None with cu_seqlens: give the row of `features` that each visual begins with, [S]")
+    check_segments("cu_seqlens", cu_seqlens, features)
+    check_segments("cu_picks", cu_picks, features)
+    if cu_picks.shape != cu_seqlens.shape:
+        raise ValueError(f"{len(cu_seqlens) - 1} visuals, picks for {len(cu_picks) - 1}: give as many of both")
+    if features.device.type == "cpu":
+        for (a, b), (c, d), begin in zip(segments(cu_seqlens), segments(cu_picks), first.tolist(), strict=True):
+            if d > k or not ((1 <= d - c <= b - a and a <= begin < b) or (a == b and c == d)):
+                raise ValueError(
+                    f"rows {a} to {b} begin with {begin} and have picks {c} to {d}, k={k}: give at least one pick, as many "
+                    f"as rows at most, the first of them among the rows, and k of all"
+                )
+    return len(cu_seqlens) - 1
+
+
+def _module(chosen: str, features: Tensor) -> Any:
     if chosen == "blocked" and features.device.type == "cpu":
         chosen = "lazy"  # the same in an order that reads values, which only waits where there is a device
-    if not len(features):
-        return torch.empty(0, k, dtype=torch.int64, device=features.device)
-    module = importlib.import_module(f".{chosen}", __name__)
-    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        if name == "max_min":
-            picks: Tensor = module.max_min(features, k, *extra)
-        else:
-            picks = module.greedy_map(features, *extra, k)
-    return picks
-
-
-def _picks(features: Tensor, *given: Any) -> Tensor:
-    return features.new_empty(len(features), given[-2], dtype=torch.int64)
+    return importlib.import_module(f".{chosen}", __name__)
 
 
 @torch.library.custom_op(
     "mmcompress::max_min",
     mutates_args=(),
-    schema="(Tensor features, Tensor? weight, Tensor? first, SymInt k, str chosen) -> Tensor",
+    schema=(
+        "(Tensor features, Tensor? weight, Tensor? first, Tensor? cu_seqlens, Tensor? cu_picks, SymInt k, bool nearest, "
+        "str chosen) -> (Tensor, Tensor)"
+    ),
 )
-def _max_min(features: Tensor, weight: Tensor | None, first: Tensor | None, k: int, chosen: str) -> Tensor:
-    return _run("max_min", chosen, features, k, weight, first)
+def _max_min(
+    features: Tensor,
+    weight: Tensor | None,
+    first: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_picks: Tensor | None,
+    k: int,
+    nearest: bool,
+    chosen: str,
+) -> tuple[Tensor, Tensor]:
+    module, near = _module(chosen, features), None
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        if not features.shape[0]:
+            picks = features.new_empty(*features.shape[: features.dim() - 2], k, dtype=torch.int64)
+        elif cu_seqlens is None or cu_picks is None:
+            picks, near = module.max_min(features, k, weight, first, nearest)
+        elif chosen == "triton":
+            picks, near = module.max_min_ragged(features, k, weight, first, cu_seqlens, cu_picks)
+        else:
+            picks, near = (torch.full((n,), -1, device=features.device) for n in (k, len(features)))
+            for u, ((a, b), (c, d)) in enumerate(zip(segments(cu_seqlens), segments(cu_picks), strict=True)):
+                if a < b:
+                    one, begun = slice(a, b), first[u : u + 1] - a if first is not None else None
+                    own = None if weight is None else weight[None, one]
+                    found, to = module.max_min(features[None, one], d - c, own, begun, nearest)
+                    picks[c:d] = found[0] + a
+                    if nearest:
+                        near[one] = to[0] + a
+    empty = features.new_empty(features.shape[:-1] if nearest else (0,), dtype=torch.int64)
+    return picks, near if nearest and near is not None else empty
+
+
+@_max_min.register_fake
+def _(features: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    *_, k, nearest, _ = given
+    picks = features.new_empty(*features.shape[: features.dim() - 2], k, dtype=torch.int64)
+    return picks, features.new_empty(features.shape[:-1] if nearest else (0,), dtype=torch.int64)
 
 
 @torch.library.custom_op(
@@ -165,11 +242,16 @@ def _max_min(features: Tensor, weight: Tensor | None, first: Tensor | None, k: i
     schema="(Tensor features, Tensor log_quality, SymInt k, str chosen) -> Tensor",
 )
 def _greedy_map(features: Tensor, log_quality: Tensor, k: int, chosen: str) -> Tensor:
-    return _run("greedy_map", chosen, features, k, log_quality)
+    if not len(features):
+        return features.new_empty(0, k, dtype=torch.int64)
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        picks: Tensor = _module(chosen, features).greedy_map(features, log_quality, k)
+    return picks
 
 
-_max_min.register_fake(_picks)
-_greedy_map.register_fake(_picks)
+@_greedy_map.register_fake
+def _(features: Tensor, log_quality: Tensor, k: int, chosen: str) -> Tensor:
+    return features.new_empty(len(features), k, dtype=torch.int64)
 
 
 @torch.library.custom_op(

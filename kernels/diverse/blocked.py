@@ -35,19 +35,26 @@ def _row(unit: Tensor, pick: Tensor) -> Tensor:
     return (unit @ own.transpose(1, 2))[..., 0]
 
 
-def max_min(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None) -> Tensor:
+def max_min(
+    features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None, nearest: bool = False
+) -> tuple[Tensor, Tensor | None]:
     unit = F.normalize(features.float(), dim=-1)
     weight = None if weight is None else weight.float()
     pick = (first_largest(nearest_distance(unit)) if first is None else first)[:, None]
-    picks, least = [pick], torch.full_like(unit[..., 0], float("inf"))
-    free = torch.ones_like(least, dtype=torch.bool)
-    for _ in range(k - 1):
-        least = torch.minimum(least, 1 - _row(unit, pick))
-        free = free.scatter(1, pick, False)
-        value = least if weight is None else weight * least
-        pick = first_largest(value.masked_fill(~free, float("-inf")))[:, None]
-        picks.append(pick)
-    return torch.cat(picks, 1)
+    picks, near = [pick], torch.full_like(unit[..., 0], float("-inf"))
+    owner = torch.full_like(near, unit.shape[1], dtype=torch.int64)
+    free = torch.ones_like(near, dtype=torch.bool)
+    for done in range(k if nearest else k - 1):
+        row = _row(unit, pick)
+        if nearest:
+            owner = torch.where((row > near) | ((row == near) & (pick < owner)), pick, owner)
+        near, free = torch.maximum(near, row), free.scatter(1, pick, False)
+        if done + 1 < k:
+            value = 1 - near if weight is None else weight * (1 - near)
+            pick = first_largest(value.masked_fill(~free, float("-inf")))[:, None]
+            picks.append(pick)
+    found = torch.cat(picks, 1)
+    return found, owner.scatter(1, found, found) if nearest else None
 
 
 def expand(

@@ -33,19 +33,23 @@ LOW, HIGH = 16, 64
 """With fewer picks than that from one pool more tokens are brought up to date before the next, with more of them fewer."""
 
 
-def max_min(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None) -> Tensor:
-    """As `kernels.diverse.max_min`. Memory beside the result: POOL + k rows of D and O(N)."""
-    out = torch.empty(len(features), k, dtype=torch.int64)
+def max_min(
+    features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None, nearest: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """As `kernels.diverse.anchors`. Memory beside the result: POOL + k rows of D and O(N)."""
+    out, near = torch.empty(len(features), k, dtype=torch.int64), torch.empty(features.shape[:2], dtype=torch.int64)
     for u, x in enumerate(features):
         own, begun = None if weight is None else weight[u], None if first is None else int(first[u])
         if len(x) <= FEW:
-            picks = table.max_min(x, k, own, begun)
+            picks, owner = table.max_min(x, k, own, begun, nearest)
         else:
             rows = UnitRows(x)
             begun = loneliest(rows) if begun is None else begun
-            picks = _greedy(rows, k, _Distance(rows, k, begun, own), [begun])
-        out[u] = torch.from_numpy(picks)
-    return out
+            state = _Distance(rows, k, begun, own)
+            picks, owner = _greedy(rows, k, state, [begun], nearest), state.owner
+            owner[picks] = picks
+        out[u], near[u] = torch.from_numpy(picks), torch.from_numpy(owner)
+    return out, near if nearest else None
 
 
 def greedy_map(features: Tensor, log_quality: Tensor, k: int) -> Tensor:
@@ -81,8 +85,9 @@ class _State(Protocol):
         """Write down what was found out about the pool."""
 
 
-def _greedy(rows: UnitRows, k: int, state: _State, begun: Sequence[int]) -> Indices:
-    """`k` picks in order, less if no token is left that may be picked; `begun` are the first of them."""
+def _greedy(rows: UnitRows, k: int, state: _State, begun: Sequence[int], complete: bool = False) -> Indices:
+    """`k` picks in order, less if no token is left that may be picked; `begun` are the first of them. `complete`: at the end
+    the state knows of every token what all picks mean to it."""
     done, size, wide = len(begun), min(POOL, rows.count), 0
     picks, seen = np.zeros(k, np.int64), np.zeros(rows.count, np.int64)
     picks[:done] = begun
@@ -93,14 +98,17 @@ def _greedy(rows: UnitRows, k: int, state: _State, begun: Sequence[int]) -> Indi
         spans = [(a, b, int(seen[pool[a]])) for a, b in pairwise(edges)]
         return pool, state.enter(pool, rows.take(torch.from_numpy(pool)), spans, done)
 
-    while done < k:
-        order = np.argsort(-state.bound, kind="stable")
-        stale = order[: wide * POOL][seen[order[: wide * POOL]] < done]
+    def renew(stale: Indices) -> None:
         stale = stale[np.argsort(seen[stale], kind="stable")]
         for first in range(0, len(stale), POOL):
             part, _ = enter(stale[first : first + POOL])
             state.leave(done)
             seen[part] = done
+
+    while done < k:
+        order = np.argsort(-state.bound, kind="stable")
+        stale = order[: wide * POOL][seen[order[: wide * POOL]] < done]
+        renew(stale)
         if len(stale):
             order = np.argsort(-state.bound, kind="stable")
         if state.bound[order[0]] == -np.inf:
@@ -123,40 +131,55 @@ def _greedy(rows: UnitRows, k: int, state: _State, begun: Sequence[int]) -> Indi
             wide = min(max(1, 2 * wide), -(-rows.count // POOL))
         elif done - before > HIGH:
             wide //= 2
+    if complete:
+        renew(np.flatnonzero(seen < done))
     return picks[:done]
 
 
 class _Distance:
-    """Smallest distance to a pick, times a weight."""
+    """Distance to the nearest pick, times a weight; and which one that is, the lowest of equals."""
 
     def __init__(self, rows: UnitRows, k: int, first: int, weight: Tensor | None) -> None:
         self.weight = np.ones(rows.count, np.float32) if weight is None else weight.float().numpy()
-        self.least = np.full(rows.count, 4, np.float32)  # more than any distance
-        self.bound = self.weight * self.least
+        self.near = np.full(rows.count, -3, np.float32)  # less than any cosine
+        self.owner = np.full(rows.count, rows.count, np.int64)
+        self.bound = self.weight * (1 - self.near)
         self.bound[first] = -np.inf
-        self.picked = torch.empty(k, rows.width)
+        self.picks, self.picked = np.full(k, first, np.int64), torch.empty(k, rows.width)
         self.picked[0] = rows.take(torch.tensor([first]))
 
     def enter(self, pool: Indices, own: Tensor, spans: list[tuple[int, int, int]], done: int) -> Floats:
-        self.pool, self.own, self.here, self.gain = pool, own, self.least[pool], self.bound[pool]
+        self.pool, self.own = pool, own
+        self.here, self.mine, self.gain = self.near[pool], self.owner[pool], self.bound[pool]
         for a, b, seen in spans:
             if seen < done:
-                near = (own[a:b] @ self.picked[seen:done].T).amax(1)
-                np.minimum(self.here[a:b], (1 - near).numpy(), out=self.here[a:b])
+                order = np.argsort(self.picks[seen:done])
+                similar = (own[a:b] @ self.picked[seen:done].T).numpy()[:, order]
+                lead = similar.argmax(1)
+                self._meet(
+                    slice(a, b), np.take_along_axis(similar, lead[:, None], 1)[:, 0], self.picks[seen:done][order][lead]
+                )
         return self._gain()
 
     def pick(self, place: int, done: int) -> Floats:
-        self.picked[done] = self.own[place]
-        np.minimum(self.here, (1 - self.own @ self.own[place]).numpy(), out=self.here)
+        self.picks[done], self.picked[done] = self.pool[place], self.own[place]
+        self._meet(slice(None), (self.own @ self.own[place]).numpy(), self.pool[place])
         self.gain[place] = -np.inf
         return self._gain()
 
+    def _meet(self, part: slice, cosine: Floats, pick: Indices) -> None:
+        """Picks come in, of which the nearest to each token of the part of the pool has this cosine."""
+        here, mine = self.here[part], self.mine[part]
+        better = (cosine > here) | ((cosine == here) & (pick < mine))
+        np.copyto(here, cosine, where=better)
+        np.copyto(mine, pick, where=better)
+
     def _gain(self) -> Floats:
-        np.multiply(self.weight[self.pool], self.here, out=self.gain, where=self.gain > -np.inf)
+        np.multiply(self.weight[self.pool], 1 - self.here, out=self.gain, where=self.gain > -np.inf)
         return self.gain
 
     def leave(self, done: int) -> None:
-        self.least[self.pool], self.bound[self.pool] = self.here, self.gain
+        self.near[self.pool], self.owner[self.pool], self.bound[self.pool] = self.here, self.mine, self.gain
 
 
 class _NewPart:

@@ -29,21 +29,29 @@ def own_part(features: Tensor) -> Tensor:
     return (length / length.clamp_min(1e-12)).square().nan_to_num(0)
 
 
-def max_min(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None) -> Tensor:
-    """first [U]: the first pick, where it is another one."""
+def max_min(
+    features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None, nearest: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """first [U]: the first pick, where it is another one. Picks [U, k], and the nearest one of each token [U, N] if asked."""
     unit = F.normalize(features.float(), dim=-1)
-    distance = 1 - unit @ unit.transpose(1, 2)
+    cosine = unit @ unit.transpose(1, 2)
+    distance = 1 - cosine
     itself = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
     pick = first_largest(distance.masked_fill(itself, float("inf")).amin(-1)) if first is None else first
-    picks, least = [pick], torch.full_like(distance[:, 0], float("inf"))
+    chosen, least = [pick], torch.full_like(distance[:, 0], float("inf"))
     free = torch.ones_like(least, dtype=torch.bool)
     for _ in range(k - 1):
         row = distance.gather(1, pick[:, None, None].expand_as(distance[:, :1]))[:, 0]
         least, free = torch.minimum(least, row), free.scatter(1, pick[:, None], False)
         worth = least if weight is None else weight.float() * least
         pick = first_largest(worth.masked_fill(~free, float("-inf")))
-        picks.append(pick)
-    return torch.stack(picks, 1)
+        chosen.append(pick)
+    picks = torch.stack(chosen, 1)
+    if not nearest:
+        return picks, None
+    slots = picks.sort(dim=1).values
+    to = cosine.gather(2, slots[:, None].expand(-1, cosine.shape[1], -1))
+    return picks, slots.gather(1, first_largest(to)).scatter(1, picks, picks)
 
 
 def expand(

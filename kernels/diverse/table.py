@@ -22,9 +22,10 @@ def cosines(x: Tensor) -> Floats:
     return table
 
 
-def max_min(x: Tensor, k: int, weight: Tensor | None, first: int | None) -> Indices:
-    """`k` of the tokens [N, D], [k]."""
-    distance = 1 - cosines(x)
+def max_min(x: Tensor, k: int, weight: Tensor | None, first: int | None, nearest: bool) -> tuple[Indices, Indices]:
+    """`k` of the tokens [N, D], [k]; and the pick nearest to each, [N], if that is asked."""
+    cosine = cosines(x)
+    distance = 1 - cosine
     np.fill_diagonal(distance, np.inf)
     least, picks = np.full(len(x), 4, np.float32), np.empty(k, np.int64)  # more than any distance
     factor = None if weight is None else weight.float().numpy()
@@ -34,7 +35,12 @@ def max_min(x: Tensor, k: int, weight: Tensor | None, first: int | None) -> Indi
         worth = least.copy() if factor is None else factor * least
         worth[picks[:done]] = -np.inf
         picks[done] = worth.argmax()
-    return picks
+    owner = np.empty(len(x), np.int64)
+    if nearest:
+        order = np.sort(picks)
+        owner = order[cosine[:, order].argmax(1)]
+        owner[picks] = picks
+    return picks, owner
 
 
 def greedy_map(x: Tensor, worth: Floats, k: int) -> Indices:

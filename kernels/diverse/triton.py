@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy choices of different tokens on a GPU, without a host that waits.
 
-Up to TABLE tokens the cosines are made once, half of them and mirrored. Max-min then makes all its picks in one launch, one
-program per visual, which reads one row of the table per pick. Above that, and for the determinant, there is one launch per
-pick of as many programs as fill the device: each finds the last pick again from what the programs of the launch before left
-behind (their best token and its value), so that nothing but the order of launches ties them together. The number of launches
-depends on sizes alone: all of it can be captured in a CUDA graph.
+Up to TABLE tokens the cosines are made once, half of them and mirrored. Max-min makes all its picks in one launch. From a table
+it is one program per visual, which reads one row per pick. Without one, a visual has as many programs as the device runs at
+once; each looks after a stretch of its tokens, leaves its best one behind, waits until all have, and finds the next pick for
+itself. A cooperative launch is what makes sure that all of them run: where they cannot, it fails and does not hang. The
+determinant takes one launch per pick, each of which finds the last pick from what the one before left behind. The number of
+launches depends on sizes alone: all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import interpreted
 from .cosines import Tokens, length_of
-from .naive import SPENT
+from .naive import SPENT, first_largest
 
 TABLE = 4096
 """Largest number of tokens whose cosines are held, 64 MB per visual."""
@@ -28,9 +30,18 @@ _SPENT = tl.constexpr(SPENT)
 
 
 @triton.jit
+def _meet(near, owner, row, token, pick):
+    """The cosine of each token to its nearest pick, and which that is, when another pick comes; picks belong to themselves."""
+    better = (row > near) | ((row == near) & (pick < owner))
+    near, owner = tl.where(better, row, near), tl.where(better, pick, owner)
+    return tl.where(token == pick, float("inf"), near), tl.where(token == pick, pick, owner)
+
+
+@triton.jit
 def _max_min_kernel(
-    COSINE, NEAR, WEIGHT, PICKS, count, tiles, k, w_u, w_n, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
-):
+    COSINE, NEAR, WEIGHT, PICKS, OWNER, count, tiles, k, w_u, w_n,
+    WEIGHTED: tl.constexpr, NEAREST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """All picks of one visual from its table."""
     u = tl.program_id(0).to(tl.int64)
     COSINE += u * count * count
@@ -44,12 +55,18 @@ def _max_min_kernel(
         weight = tl.load(WEIGHT + u * w_u + token * w_n, mask=token < count, other=0).to(tl.float32)
     pick = tl.argmax(tl.where(free, 1 - near, _NONE), 0, tie_break_left=True)
     tl.store(PICKS + u * k, pick.to(tl.int64))
-    least = tl.full([BLOCK], 4, tl.float32)  # more than any distance
-    for step in range(1, k):
-        free = free & (token != pick)
-        least = tl.minimum(least, 1 - tl.load(COSINE + pick.to(tl.int64) * count + token, mask=token < count, other=0))
-        pick = tl.argmax(tl.where(free, weight * least, _NONE), 0, tie_break_left=True)
-        tl.store(PICKS + u * k + step, pick.to(tl.int64))
+    near = tl.full([BLOCK], _NONE, tl.float32)
+    owner = tl.full([BLOCK], BLOCK, tl.int32)
+    for step in range(1, k + 1):
+        if NEAREST or step < k:
+            row = tl.load(COSINE + pick.to(tl.int64) * count + token, mask=token < count, other=0)
+            near, owner = _meet(near, owner, row, token, pick)
+        if step < k:
+            free = free & (token != pick)
+            pick = tl.argmax(tl.where(free, weight * (1 - near), _NONE), 0, tie_break_left=True)
+            tl.store(PICKS + u * k + step, pick.to(tl.int64))
+    if NEAREST:
+        tl.store(OWNER + u * count + token, owner.to(tl.int64), mask=token < count)
 
 
 @triton.jit
@@ -91,36 +108,68 @@ def _leave(BEST, AT, at, value, token, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _loneliest_kernel(NEAR, LEAST, BEST, AT, count, BLOCK: tl.constexpr):
-    """Begin with the token whose nearest other one is farthest away."""
-    block, blocks, u = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    near = tl.load(NEAR + u * count + token, mask=token < count, other=0)
-    tl.store(LEAST + u * count + token, tl.full([BLOCK], 4, tl.float32), mask=token < count)
-    _leave(BEST, AT, u * blocks + block, tl.where(token < count, 1 - near, _NONE), token, BLOCK)
-
-
-@triton.jit(do_not_specialize=["step"])
-def _distance_kernel(
-    X, LENGTH, WEIGHT, LEAST, BEFORE, BEFORE_AT, BEST, AT, PICKS, x_u, x_n, x_d, w_u, w_n, count, width, blocks, k, step,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
+def _together_kernel(
+    X, LENGTH, WEIGHT, FIRST, CU, CU_PICKS, NEAR, OWNER, BEST, AT, ARRIVED, PICKS, x_u, x_n, x_d, w_u, w_n, count, width, k,
+    WEIGHTED: tl.constexpr, NEAREST: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Pick number `step`, and what the tokens of a block are worth after it."""
-    block, u = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _, pick, _ = _leading(BEFORE, BEFORE_AT, u, blocks, SPAN)
-    if block == 0:
-        tl.store(PICKS + u * k + step, pick.to(tl.int64))
-    if step + 1 < k:
-        token = block * BLOCK + tl.arange(0, BLOCK)
-        there = token < count
-        row = _row(X + u * x_u, LENGTH + u * count, X, pick, token, count, width, x_n, x_d, False, BLOCK, DEPTH)
-        least = tl.minimum(tl.load(LEAST + u * count + token, mask=there, other=_TAKEN), 1 - row)
-        least = tl.where(token == pick, _TAKEN, least)
-        tl.store(LEAST + u * count + token, least, mask=there)
-        value = least
-        if WEIGHTED:
-            value = least * tl.load(WEIGHT + u * w_u + token * w_n, mask=there, other=0).to(tl.float32)
-        _leave(BEST, AT, u * blocks + block, tl.where(least > _TAKEN, value, _NONE), token, BLOCK)
+    """All picks of one visual by several programs, which wait for each other after each."""
+    program, programs, u = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    visuals = tl.num_programs(1)
+    if RAGGED:
+        begin, place = tl.load(CU + u).to(tl.int64), tl.load(CU_PICKS + u).to(tl.int64)
+        count, k = (tl.load(CU + u + 1) - begin).to(tl.int32), (tl.load(CU_PICKS + u + 1) - place).to(tl.int32)
+        X += begin * x_n
+        WEIGHT += begin * w_n
+        PICKS += place
+        slot = begin
+    else:
+        begin, slot = u * count, 0 * u
+        X += u * x_u
+        WEIGHT += u * w_u
+        PICKS += u * k
+    pick = (tl.load(FIRST + u) - slot).to(tl.int32)
+    stretch = tl.cdiv(tl.cdiv(count, BLOCK), programs) * BLOCK
+    low = program * stretch
+    high = tl.minimum(count, low + stretch)
+    for step in range(k):
+        if program == 0:
+            tl.store(PICKS + step, slot + pick)
+        if NEAREST or step + 1 < k:
+            best, lead = tl.full([], _NONE, tl.float32), tl.full([], 0, tl.int32)
+            for start in range(low, high, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                there = token < high
+                row = _row(X, LENGTH + begin, X, pick, token, count, width, x_n, x_d, False, BLOCK, DEPTH)
+                seen = there & (step > 0)
+                near = tl.load(NEAR + begin + token, mask=seen, other=_NONE)
+                owner = (tl.load(OWNER + begin + token, mask=seen, other=0) - slot).to(tl.int32)
+                near, owner = _meet(near, owner, row, token, pick)
+                tl.store(NEAR + begin + token, near, mask=there)
+                tl.store(OWNER + begin + token, slot + owner, mask=there)
+                value = 1 - near
+                if WEIGHTED:
+                    value = value * tl.load(WEIGHT + token * w_n, mask=there, other=0).to(tl.float32)
+                value = tl.where(there & (owner != token), value, _NONE)
+                most = tl.max(value, 0)
+                if most > best:
+                    best, lead = most, start + tl.argmax(value, 0, tie_break_left=True)
+            if step + 1 < k:
+                side = ((step % 2) * visuals + u) * programs  # a fast program may be one pick ahead
+                tl.store(BEST + side + program, best)
+                tl.store(AT + side + program, lead)
+                _wait(ARRIVED + u, programs * (step + 1))
+                _, pick, _ = _leading(BEST + side, AT + side, 0, programs, SPAN)
+
+
+@triton.jit
+def _wait(ARRIVED, all):
+    """Until `all` arrivals are counted: then everything that was written before them can be read."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(ARRIVED, 1, sem="acq_rel") + 1
+    while arrived < all:
+        arrived = tl.atomic_add(ARRIVED, 0, sem="acquire")
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -185,29 +234,66 @@ def _determinant_kernel(
         _gains(left, worth, there, BEST, BEST_LEFT, REST, u * blocks + block, token, BEST_AT, REST_AT, BLOCK)
 
 
-def max_min(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None) -> Tensor:
-    if features.shape[1] <= TABLE:
-        together = max(1, _TOGETHER // features.shape[1] ** 2)
-        none = [None] * len(features)
-        others = (none if x is None else x.split(together) for x in (weight, first))
-        parts = [_max_min_held(x, k, *y) for x, *y in zip(features.split(together), *others, strict=False)]
-        return torch.cat(parts)
+def max_min(
+    features: Tensor, k: int, weight: Tensor | None, first: Tensor | None = None, nearest: bool = False
+) -> tuple[Tensor, Tensor]:
+    if features.shape[1] > TABLE:
+        return _max_min_together(features, k, weight, first, nearest, None, None)
+    together = max(1, _TOGETHER // features.shape[1] ** 2)
+    none = [None] * len(features)
+    others = (none if x is None else x.split(together) for x in (weight, first))
+    parts = [_max_min_held(x, k, *y, nearest) for x, *y in zip(features.split(together), *others, strict=False)]
+    picks, near = zip(*parts, strict=True)
+    return torch.cat(picks), torch.cat(near)
+
+
+def max_min_ragged(
+    features: Tensor, k: int, weight: Tensor | None, first: Tensor | None, cu_seqlens: Tensor, cu_picks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """features [total, D]; all picks [k] of all segments, and the nearest one of each row."""
+    weight = None if weight is None else weight[None]
+    picks, near = _max_min_together(features[None], k, weight, first, True, cu_seqlens, cu_picks)
+    return picks[0], near[0]
+
+
+def _max_min_together(
+    features: Tensor,
+    k: int,
+    weight: Tensor | None,
+    first: Tensor | None,
+    nearest: bool,
+    cu_seqlens: Tensor | None,
+    cu_picks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     tokens = Tokens(features)
-    near = tokens.nearest() if first is None else _as_if_loneliest(first, tokens.count)
-    grid, constants = tokens.blocks(tokens.size["tokens"])
-    least = torch.empty_like(near)
-    best = [near.new_empty(grid[::-1]) for _ in range(2)]
-    at = [near.new_empty(grid[::-1], dtype=torch.int32) for _ in range(2)]
-    picks = near.new_empty(len(features), k, dtype=torch.int64)
-    _loneliest_kernel[grid](near, least, best[0], at[0], tokens.count, BLOCK=constants["BLOCK"])
+    if first is None:
+        first = first_largest(1 - tokens.nearest())
+    visuals = len(first)
+    block = tokens.size["tokens"]
+    programs = max(1, min(_processors(features.device) // visuals, triton.cdiv(tokens.count, block)))
+    near, owner = torch.empty_like(tokens.length), torch.empty_like(tokens.length, dtype=torch.int64)
+    picks = torch.full((len(features), k), -1, device=features.device)
+    if cu_seqlens is not None:
+        owner.fill_(-1)
+    best = near.new_empty(2, visuals, programs)
+    arrived = torch.zeros(visuals, dtype=torch.int32, device=features.device)
     weights = near if weight is None else weight
-    for step in range(k):
-        a, b = step % 2, 1 - step % 2
-        _distance_kernel[grid if step + 1 < k else (1, len(features))](
-            features, tokens.length, weights, least, best[a], at[a], best[b], at[b], picks, *features.stride(), *weights.stride(),
-            tokens.count, tokens.width, grid[0], k, step, WEIGHTED=weight is not None, **constants,
-        )  # fmt: skip
-    return picks
+    _together_kernel[(programs, visuals)](
+        features, tokens.length, weights, first, cu_seqlens, cu_picks, near, owner, best,
+        torch.empty_like(best, dtype=torch.int32), arrived, picks,
+        *features.stride(), *weights.stride(), tokens.count, tokens.width, k,
+        WEIGHTED=weight is not None, NEAREST=nearest, RAGGED=cu_seqlens is not None,
+        BLOCK=block, SPAN=triton.next_power_of_2(programs), DEPTH=tokens.depth(tokens.size["reach"]),
+        launch_cooperative_grid=programs > 1,
+    )  # fmt: skip
+    return picks, owner
+
+
+def _processors(device: torch.device) -> int:
+    """Programs that surely run at the same time; in the interpreter one after the other."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if interpreted() else 8
 
 
 def _as_if_loneliest(first: Tensor, count: int) -> Tensor:
@@ -216,19 +302,23 @@ def _as_if_loneliest(first: Tensor, count: int) -> Tensor:
     return near.scatter_(1, first[:, None], -1)
 
 
-def _max_min_held(features: Tensor, k: int, weight: Tensor | None, first: Tensor | None) -> Tensor:
+def _max_min_held(
+    features: Tensor, k: int, weight: Tensor | None, first: Tensor | None, nearest: bool
+) -> tuple[Tensor, Tensor]:
     tokens = Tokens(features)
     table, near = tokens.table(nearest=first is None)
     if first is not None:
         near = _as_if_loneliest(first, tokens.count)[:, None]
     picks = near.new_empty(len(features), k, dtype=torch.int64)
+    owner = near.new_empty(len(features), tokens.count if nearest else 0, dtype=torch.int64)
     weights = tokens.length if weight is None else weight
     block = triton.next_power_of_2(tokens.count)
     _max_min_kernel[(len(features),)](
-        table, near, weights, picks, tokens.count, near.shape[1], k, *weights.stride(),
-        WEIGHTED=weight is not None, BLOCK=block, num_warps=max(1, min(tokens.size["pick_warps"], block // 64)),
+        table, near, weights, picks, owner, tokens.count, near.shape[1], k, *weights.stride(),
+        WEIGHTED=weight is not None, NEAREST=nearest, BLOCK=block,
+        num_warps=max(1, min(tokens.size["pick_warps"], block // 64)),
     )  # fmt: skip
-    return picks
+    return picks, owner
 
 
 def greedy_map(features: Tensor, log_quality: Tensor, k: int) -> Tensor:

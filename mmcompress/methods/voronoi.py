@@ -4,12 +4,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
-
 from ..kernels.diverse import max_min
-from ..ops.cells import nearest_cells
-from ..ops.precision import wide
-from ..ops.ties import argmax_first
+from ..ops.cells import numbered, outermost
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage
@@ -26,7 +22,7 @@ class Voronoi(InputStage):
     it stands for (its mass: `plan(..., mass=...)`). No question, no signal, no option but `keep`. Parts of it are known from
     DivPrune (farthest points), ToMe (attention in proportion to size) and RESTORE (both for LLaVA-1.5).
 
-    Cost N k D for the picks and as much for the cells, on a GPU a table of N^2 up to 4,096 tokens; else memory O(N).
+    Cost N k D for picks and cells together, on a GPU N^2 D / 2 and a table of N^2 up to 4,096 tokens; else memory O(N).
     """
 
     keep: float | int = 0.25
@@ -35,7 +31,7 @@ class Voronoi(InputStage):
     mass: ClassVar[bool] = True
 
     def select(self, visuals: Visuals) -> Selection:
-        unit = F.normalize(wide(visuals.features.detach()), dim=-1)
-        first = argmax_first((unit - unit.mean(1, keepdim=True)).square().sum(-1))
-        anchors = max_min(visuals.features, visuals.k, first=first).sort(dim=1).values
-        return Selection(anchors, *nearest_cells(visuals.features.detach(), anchors))
+        features = visuals.features.detach()
+        picks, nearest = max_min(features, visuals.k, first=outermost(features), nearest=True)
+        anchors = picks.sort(dim=1).values
+        return Selection(anchors, *numbered(nearest, anchors))

@@ -8,6 +8,26 @@ from torch import Tensor
 
 from ..kernels.match import match
 from .groups import group_sizes
+from .precision import wide
+from .ties import argmax_first
+
+_BLOCK = {"cpu": 2**20}
+"""Numbers of features of a visual that are compared at a time; elsewhere a few launches for all."""
+
+
+@torch.no_grad()
+def outermost(features: Tensor) -> Tensor:
+    """The token least like the mean of all at length 1, the lowest of equals: features [U, N, D] to [U] int64.
+
+    Reads them three times, in blocks of tokens; equal tokens compare equal wherever they stand.
+    """
+    step = max(1, _BLOCK.get(features.device.type, 2**26) // max(1, features.shape[2]))
+    blocks = features.split(step, dim=1)
+    scales = [1 / torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True).clamp_min(1e-12) for x in blocks]
+    pairs = list(zip(blocks, scales, strict=True))
+    mean = torch.stack([(wide(x) * scale).sum(1) for x, scale in pairs]).sum(0)[:, None] / features.shape[1]
+    away = [torch.addcmul(-mean, wide(x), scale).square_().sum(-1) for x, scale in pairs]
+    return argmax_first(torch.cat(away, 1))
 
 
 @torch.no_grad()
@@ -21,6 +41,14 @@ def nearest_cells(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     _, assign = match(features, features.gather(1, rows))
     number = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
     assign = assign.scatter(1, anchors, number)
+    return assign, mean_weights(assign, anchors.shape[1])
+
+
+@torch.no_grad()
+def numbered(nearest: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """As `nearest_cells`, where the slot of every token's anchor is known: nearest [U, N] int64, anchors [U, k] ascending."""
+    number = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
+    assign = torch.zeros_like(nearest).scatter(1, anchors, number).gather(1, nearest)
     return assign, mean_weights(assign, anchors.shape[1])
 
 
