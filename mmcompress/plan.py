@@ -66,7 +66,7 @@ def as_pipeline(
     plan: str | os.PathLike[str] | Stage | Pipeline | dict[str, Any],
     positions: str | None = None,
     structural: str | None = None,
-    mass: bool | None = None,
+    mass: bool | str | None = None,
     **options: Any,
 ) -> Pipeline:
     """A pipeline from what users write: a method name with its options, a plan string, the path of a plan file (it ends in

@@ -263,6 +263,8 @@ class Recipe(Stage):
 
 
 POSITIONS = ("keep", "reindex")
+WAYS = ("mask", "channel")
+"""How masses can be added to logits."""
 _ORDER: dict[type[Stage], int] = {
     PixelStage: 0,
     EncoderStage: 0,
@@ -281,7 +283,9 @@ class Pipeline:
     without gaps; None takes the default of the family and of each method: of the first stage before the LLM, and of each stage
     in it.
     mass: True lets a merged token weigh in the attention of the language model as much as the tokens that it stands for, by the
-    logarithm of their number on its key's logit, in all layers, prefill and decode; None takes the default of the methods.
+    logarithm of their number on its key's logit, in all layers, prefill and decode; None takes the default of the methods. True
+    leaves it to the engine how that is added: "mask" adds it in the mask of attention, "channel" by more channels of queries and
+    keys (what flash attention takes).
     structural: "keep" leaves newlines and other structural tokens of a visual that loses tokens, "drop" removes them, as the
     official LLaVA-NeXT codes of most methods do.
     """
@@ -289,15 +293,17 @@ class Pipeline:
     stages: tuple[Stage, ...]
     positions: str | None = None
     structural: str = "keep"
-    mass: bool | None = None
+    mass: bool | str | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in (None, *POSITIONS):
             raise ValueError(f"positions={self.positions!r}: choose 'keep', 'reindex' or None (the method's default)")
         if self.structural not in ("keep", "drop"):
             raise ValueError(f"structural={self.structural!r}: choose 'keep' or 'drop'")
-        if self.mass not in (None, True, False):
-            raise ValueError(f"mass={self.mass!r}: choose True, False or None (the methods' default)")
+        if self.mass not in (None, True, False, *WAYS):
+            raise ValueError(
+                f"mass={self.mass!r}: choose True, False, 'mask', 'channel' or None (the methods' default)"
+            )
         if not self.stages:
             raise ValueError("a plan needs at least one stage")
         if self.mass and not any(part.merging for part in self.parts):
@@ -369,7 +375,7 @@ class Pipeline:
     @property
     def weighs(self) -> bool:
         """Whether merged tokens weigh what they stand for."""
-        return any(stage.mass for stage in self.parts) if self.mass is None else self.mass
+        return any(stage.mass for stage in self.parts) if self.mass is None else bool(self.mass)
 
     def position_policy(self) -> str:
         """The policy in force before the LLM: the plan's own, else that of its first stage there."""
@@ -402,7 +408,7 @@ class Pipeline:
         if self.positions and after.positions and self.positions != after.positions:
             raise ValueError(f"positions={self.positions!r} and positions={after.positions!r} in one plan")
         if None not in (self.mass, after.mass) and self.mass != after.mass:
-            raise ValueError(f"mass={self.mass} and mass={after.mass} in one plan")
+            raise ValueError(f"mass={self.mass!r} and mass={after.mass!r} in one plan")
         structural = "drop" if "drop" in (self.structural, after.structural) else "keep"
         mass = after.mass if self.mass is None else self.mass
         return Pipeline(self.stages + after.stages, self.positions or after.positions, structural, mass)
@@ -411,7 +417,7 @@ class Pipeline:
         row = " >> ".join(map(repr, self.stages))
         options = [f"positions={self.positions!r}"] if self.positions else []
         options += [f"structural={self.structural!r}"] if self.structural != "keep" else []
-        options += [f"mass={self.mass}"] if self.mass is not None else []
+        options += [f"mass={self.mass!r}"] if self.mass is not None else []
         return f"plan({', '.join([row, *options])})" if options else row
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .flops import LLM, WHOLE, LayerCost
+from .runtime.needs import stateful
 from .runtime.record import CallRecord, Span
 from .selection import Selection
 from .stage import Pipeline
@@ -148,6 +149,11 @@ class Trace:
         missing = Counter(what for cost in costs for what in cost.missing)
         held = self.call.held
         notes = [f"not in the FLOPs of the {LLM}: {what}, in {n} of {len(costs)} layers" for what, n in missing.items()]
+        if self.plan.weighs and (states := stateful(self.text_config)):
+            notes.append(
+                f"merged tokens weigh what they stand for in {len(costs) - len(states)} of {len(costs)} layers; the others carry a "
+                f"state, which takes every token once"
+            )
         if held.states:
             notes.append(
                 f"beside keys and values the cache holds {_si(held.states, 'B')} of states, for any number of tokens"

@@ -212,7 +212,7 @@ def test_a_hidden_picture_is_as_if_it_were_not_there(plan: str, which: int) -> N
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", ["keep", "reindex"])
-@pytest.mark.parametrize("plan", INPUTS)
+@pytest.mark.parametrize("plan", [*INPUTS, "voronoi(keep=0.4)"])
 def test_packed_rows_are_as_their_samples_alone(attention: str, positions: str, plan: str) -> None:
     model = build(attention=attention)
     parts: list[list[int | str]] = [[5, "image", 4], [3, "image", 2, "image", 6], [4], [2, "image", 3]]

@@ -273,7 +273,7 @@ def test_cached_equals_uncached(family: str, kind: str, plan: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "voronoi"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_equals_single_runs(family: str, method: str) -> None:
     model = mm.compress(build(family), method, keep=0.5)

@@ -121,6 +121,27 @@ def test_hybrid_language_model_before_the_llm(plan: str) -> None:
     assert all(v.kept < v.tokens for v in mm.trace(model).visuals)
 
 
+@torch.no_grad()
+def test_masses_in_a_hybrid_language_model() -> None:
+    """They weigh where a layer attends, in the report it says so; layers with a state see every token once."""
+    from .families import image, prompts
+
+    model = qwen3_5()
+    inputs = prompts(model, QWEN[-1], [[5, image(QWEN[-1]), 4], [3, image(QWEN[-1], True), 6]])
+    real = inputs["attention_mask"].bool()
+    mm.compress(model, "voronoi(keep=0.5)", mass=False)
+    light, kept = model(**inputs).logits[real], "weigh what they stand for in 1 of 4 layers; the others carry a state"
+    assert not any(kept in note for note in mm.report(model).notes)
+    mm.compress(model, "voronoi(keep=0.5)")
+    assert (model(**inputs).logits[real] - light).abs().max() > 1e-2
+    assert any(kept in note for note in mm.report(model).notes)
+    a, b = (model.generate(**inputs, **GREEDY, use_cache=cached) for cached in (True, False))
+    assert torch.equal(a, b)
+    model.model.language_model.config.layer_types = ["linear_attention"] * 4
+    with pytest.raises(NotImplementedError, match="no layer of the language model attends"):
+        mm.compress(model, "voronoi(keep=0.5)")
+
+
 def test_hybrid_language_model_refuses_layer_cuts() -> None:
     with pytest.raises(NotImplementedError, match=r"fastv.*layers of type linear_attention, whose state cannot forget"):
         mm.compress(qwen3_5(), "fastv(layer=2)")

@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmcompress as mm
 from mmcompress.runtime.encoder import _taken
-from mmcompress.runtime.probe import _As, _copy
 from mmcompress.runtime.signals import VisionTap
+from mmcompress.runtime.twin import As, twin
 
 from .architectures import CLASSES, OLDEST, TABLE, base_of, build, clips, pictures
 
@@ -171,7 +171,7 @@ def eager(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     parts: list[Tensor] = []
     if not hasattr(module, "config"):  # timm's: its weights go through a dropout
         drop = module.attn_drop.register_forward_pre_hook(lambda _, given: parts.append(given[0].mean((1, 2))))
-        type(module).forward(_copy(module, fused_attn=False), *args, **kwargs)
+        type(module).forward(twin(module, fused_attn=False), *args, **kwargs)
         drop.remove()
         return parts[0]
 
@@ -188,7 +188,7 @@ def eager(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return (shown @ v).transpose(1, 2), shown
 
     ALL_ATTENTION_FUNCTIONS.register("weighed", weigh)
-    type(module).forward(_copy(module, config=_As(module.config, "weighed")), *args, **kwargs)
+    type(module).forward(twin(module, config=As(module.config, "weighed")), *args, **kwargs)
     return torch.cat(parts, 1)[0] if len(parts) > 1 or kwargs.get("cu_seqlens") is not None else parts[0]
 
 

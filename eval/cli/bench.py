@@ -25,10 +25,11 @@ PLANS = (
     "uniform(keep=0.998)",
 )
 MEMORY_PLANS = ("random(keep=0.1)", "uniform(keep=0.1)", "visionzip(keep=0.1)", "divprune(keep=0.1)", "tome(keep=0.25)")
-OTHERS = ("memory", "selection")
+OTHERS = ("memory", "selection", "mass")
 KIND = "`mmcompress bench`"
 LISTED = {
     "memory": "peak memory of a 20,480-token video", "selection": "every method alone, or each --plan in turn, 2,880 tokens to 288",
+    "mass": "merged tokens that weigh what they stand for, in every way of adding it",
     "kernels": "every kernel alone (not part of all)",
 }  # fmt: skip
 
@@ -44,8 +45,8 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
         "what",
         nargs="*",
         default=["llava"],
-        help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), or 'all' of "
-        "these; or 'kernels', or one checkpoint (see below)",
+        help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), 'mass' (merged "
+        "tokens that weigh), or 'all' of these; or 'kernels', or one checkpoint (see below)",
     )
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
     bench.add_argument("--repeats", type=int, default=12, help="rounds (default 12)")
@@ -96,7 +97,7 @@ def run(
         read(options.out, KIND, _fits)
     for family in (name for name in wanted if name not in OTHERS):
         _keep(options.out, family, _family(family, options, console))
-    for name, measure in (("memory", _memory), ("selection", _selection)):
+    for name, measure in (("memory", _memory), ("selection", _selection), ("mass", _mass)):
         if name in wanted:
             _keep(options.out, name, measure(options, console))
     console.print(
@@ -162,6 +163,35 @@ def _selection(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         table.add_row(row.method, f"{row.milliseconds:.1f} ± {row.iqr / 2:.1f}", twin, f"{row.processor_ms:.1f}", share)
     console.print(table)
     return {"machine": machine(), "repeats": options.repeats, "rows": rows}
+
+
+def _mass(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The mid-size llava with voronoi, or with the first plan that is given, in every way of adding masses."""
+    import torch
+
+    from ..cost.masses import PLAN, MassCost, mass_costs, there
+    from ..cost.midsize import build, one_image_prompt
+    from ..machine import machine
+
+    cuda = torch.cuda.is_available()
+    model = build("llava", torch.bfloat16 if cuda else torch.float32).to("cuda" if cuda else "cpu")
+    plan = (options.plan or [PLAN])[0]
+    rows = mass_costs(model, one_image_prompt(model), plan, there(model), options.repeats)
+    here, dtype = machine(), str(model.dtype).removeprefix("torch.")
+    title = f"llava with {plan}: batch 1, {dtype}, medians of {options.repeats} interleaved rounds, {here['device']}"
+    table = Table(title=f"{title}, {here['threads']} threads; added: to the plan without masses (none)")
+    for heading in MassCost.HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("attention", "masses") else "right")
+    for row in rows:
+        table.add_row(*row.cells())
+    console.print(table)
+    return {
+        "machine": here,
+        "plan": plan,
+        "dtype": dtype,
+        "repeats": options.repeats,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
 
 
 def _fits(value: Any) -> bool:

@@ -32,6 +32,10 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 """What transformers calls a cache in keywords and on outputs: "cache" from 5.24 on."""
 
 
+GROWTH = 256
+"""How many tokens a row of masks has room for more; a multiple of what attention kernels align."""
+
+
 @dataclass(eq=False)
 class Ledger:
     """What consecutive layers that hold the same tokens have dropped. Constant while decoding: nothing here counts
@@ -54,6 +58,21 @@ class Ledger:
     place: Tensor | None = None
     bound: str = ""
     mass: Tensor | None = None
+    row: Tensor | None = None
+    """What `step` has made so far."""
+
+    def step(self, keys: int, dtype: torch.dtype) -> Tensor:
+        """What a query behind all of the first `keys` rows adds to its logits, [B, 1, 1, keys]: the logarithms of masses, and the
+        least number for padding. A part of a longer row that is made once: later tokens are real and weigh one."""
+        assert self.mass is not None
+        if self.row is None or self.row.shape[3] < keys or self.row.dtype != dtype:
+            row = self.mass.new_zeros(len(self.mass), 1, 1, (keys // GROWTH + 1) * GROWTH, dtype=dtype)
+            row[:, 0, 0, : self.mass.shape[1]] = self.mass.log()
+            if self.valid is not None:
+                hidden = row[:, 0, 0, : self.valid.shape[1]]
+                hidden.masked_fill_(~self.valid.to(row.device), torch.finfo(dtype).min)
+            self.row = row
+        return self.row[..., :keys]
 
     def places(self, stored: int, batch: int, device: Any) -> Tensor:
         """Logical place of all `stored` physical rows, [batch, stored]."""
@@ -66,11 +85,11 @@ class Ledger:
         self.valid = change(self.valid) if self.valid is not None else None
         self.shift = change(self.shift) if self.shift is not None else None
         self.place = change(self.place) if self.place is not None else None
-        self.mass = change(self.mass) if self.mass is not None else None
+        self.mass, self.row = change(self.mass) if self.mass is not None else None, None
 
     def clear(self) -> None:
         self.dropped, self.floor, self.bound = 0, 0, ""
-        self.valid = self.shift = self.place = self.mass = None
+        self.valid = self.shift = self.place = self.mass = self.row = None
 
 
 class PrunedLayer:
@@ -150,6 +169,7 @@ class PrunedLayer:
             self.ledger.valid = self.ledger.valid[:, : self.physical]
         if self.ledger.mass is not None:
             self.ledger.mass = self.ledger.mass[:, : self.physical]
+        self.ledger.row = None
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

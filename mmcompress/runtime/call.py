@@ -78,6 +78,7 @@ class Call(Scope):
     cuts              layers whose stage has been decided.
     sight             where its visuals are, and notes, carried: the state of each layer that has changed, and what goes from
                       layer to layer, if a stage rewrites attention.
+    step              whether this is a step of decoding whose masses are rows of the ledgers (see `mass.is_step`).
     deepstack         by layer: features [B, physical of the first group, H] that are added before it (DeepStack levels that
                       come after the first cut; the model adds the others itself).
     """
@@ -114,6 +115,7 @@ class Call(Scope):
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[tuple[int, ...], Any] = field(default_factory=dict)
     tables: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict)
+    step: bool = False
     record: CallRecord | None = None
     start: float | None = None
 

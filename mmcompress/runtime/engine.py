@@ -32,6 +32,7 @@ from .around import Around, pixels_in
 from .attention import GIVEN, keep_notes, rewriters
 from .cache import CACHE, Ledger, book, cache_of, held_bytes, is_pruned, ledger_of, lengths
 from .call import Call, Sight, alike, locate, placeholder_masks
+from .channel import BIAS, Wide
 from .clip import Clip
 from .cuts import Cutter, of_words, words_meant
 from .deepstack import NAMES, give_levels, leading, levels_of
@@ -50,9 +51,8 @@ from .masks import (
     ready_made,
     validity,
 )
-from .mass import weighed_mask, weighs
+from .mass import has_masses, is_step, row_of, takes_mask, weigh, weighs
 from .needs import (
-    STATES,
     VISION_SIGNALS,
     check_causal,
     check_language_model,
@@ -62,10 +62,11 @@ from .needs import (
     names_of,
     resolve_needs,
     sees_behind,
+    stateful,
 )
 from .packing import Group, follow, pack, renumbered, take
 from .pixels import PixelFacade
-from .probe import Forms
+from .probe import Forms, attention_in
 from .prompt import PromptTap
 from .record import CallRecord, Span
 from .rotary import layer_tables, shifted
@@ -117,11 +118,13 @@ class Engine(Following):
         check_causal(self.language_model, plan)
         self.windows = windows_of(self.language_model.config, sees_behind(self.language_model))
         check_positions(adapter, plan)
-        if plan.weighs:
-            check_mass(self.language_model, plan)
         self.clip = Clip.of(adapter, plan, self.clip)
         self.around = Around.of(self)
         self.forms = Forms(self.language_model, adapter.model) if forms is None else forms
+        self.stateful = stateful(self.language_model.config)
+        self.attending = [i for i in range(len(self.language_model.layers)) if i not in self.stateful]
+        self.wide = plan.weighs and check_mass(self.forms, self.attending, plan) == "channel"
+        """Whether masses come to attention in more channels, where nothing else needs a mask."""
         self.substitutes = resolve_needs(adapter, self.forms, plan, self.clip is not None)
         self.cutter = Cutter(self, self.forms, plan, adapter.reindexes)
         inside = (*plan.layer_stages, *plan.exit_stages)
@@ -140,9 +143,6 @@ class Engine(Following):
             next(iter(inspect.signature(getattr(self.base, name)).parameters)): "audio" for name in by_method
         }
         """The keyword that brings sound to its encoder."""
-        kinds = dict(enumerate(getattr(self.language_model.config, "layer_types", None) or ()))
-        self.stateful = {index for index, kind in kinds.items() if kind in STATES}
-        """Layers that do not attend."""
         self.counting = [_counts(layer) for layer in self.language_model.layers]
 
     # ------------------------------------------------------------------ checks at compress time
@@ -178,6 +178,10 @@ class Engine(Following):
         yield self.language_model.register_forward_hook(self._language_post)
         for i, layer in enumerate(self.language_model.layers):
             yield layer.register_forward_pre_hook(functools.partial(self._layer_pre, i), with_kwargs=True)
+        for i in self.attending if self.wide else ():
+            attention = attention_in(self.language_model.layers[i], self.plan)
+            yield attention.register_forward_pre_hook(self._attention_pre, with_kwargs=True)
+            self.replace(attention, "config", Wide(attention.config))
         watching = {id(part): part for _, *parts in self.eyes.values() for part in parts}
         for part in (self.around, *watching.values(), *self.rewriters.values(), self.cutter):
             if part is not None:
@@ -370,16 +374,44 @@ class Engine(Following):
             kwargs[CALL] = call
             return args, kwargs
         if is_pruned(call.cache):
-            self._follow(call, kwargs, valid)
+            if self._follow(call, kwargs, valid):
+                return args, kwargs
         elif call.sight is not None and call.record is not None:
             call.groups = call.record.groups
         else:
             return None
         windowed = any(self.windows) and any(cuts_off(call, i, length) for i in range(len(self.windows)))
-        weighed = any(weighs(call, call.groups[0], i) for i in range(len(self.counting)))
-        if self.rewriters or windowed or weighed or layers_differ(call, length, call.config._attn_implementation):
+        if (
+            self.rewriters
+            or windowed
+            or has_masses(call.cache)
+            or layers_differ(call, length, call.config._attn_implementation)
+        ):
             kwargs[CALL] = call
         return args, kwargs
+
+    def _step(self, call: Call, kwargs: dict[str, Any], length: int) -> bool:
+        """Weigh all keys of a step of decoding at once, where every layer adds the same to its logits. False where not."""
+        if not has_masses(call.cache):
+            return False
+        self._check_way()
+        call.step = is_step(call, length)
+        leaders = sum(getattr(layer, "leads", False) for layer in call.cache.layers)  # type: ignore[union-attr]
+        if not call.step or leaders > 1 or self.stateful or self.rewriters:
+            return False
+        row = row_of(call, self.attending[0], kwargs["inputs_embeds"].dtype)
+        kwargs |= {"attention_mask": row} if takes_mask(call.config) else {"attention_mask": None, BIAS: row}
+        return True
+
+    def _check_way(self) -> None:
+        """Raise where masses would not come to attention."""
+        config = self.language_model.config
+        if not self.wide and not takes_mask(config):
+            raise RuntimeError(
+                f"{self.plan!r}: attn_implementation={config._attn_implementation!r} was set when the model was compressed "
+                f"already, and it takes no mask by which merged tokens weigh what they stand for: call "
+                f"mmcompress.compress(model, plan) again"
+            )
 
     def _check_encoded(self, call: Call) -> None:
         """Pixels that went to the language model by another road than the encoder methods would stay uncompressed."""
@@ -451,6 +483,8 @@ class Engine(Following):
             call.record.groups = [Group(0, embeds.shape[1], embeds.shape[1], counts, known)]
             return False
         check_masks(kwargs)
+        if self.plan.weighs:
+            self._check_way()
         counted = any(self.counting) and self._given_positions(call, kwargs, embeds).dim() == 2
         if counted and "flash" in (config._attn_implementation or ""):
             raise NotImplementedError(
@@ -581,8 +615,8 @@ class Engine(Following):
             positions = (torch.arange(embeds.shape[1], device=embeds.device) + call.past)[None]
         return positions
 
-    def _follow(self, call: Call, kwargs: dict[str, Any], valid: Tensor | None) -> None:
-        """Nothing is dropped in this call, but the cache is pruned: mask and positions that fit it."""
+    def _follow(self, call: Call, kwargs: dict[str, Any], valid: Tensor | None) -> bool:
+        """Nothing is dropped in this call, but the cache is pruned: mask and positions that fit it. Whether that is all."""
         length = kwargs["inputs_embeds"].shape[1]
         if valid is not None and bool(valid.all()):
             valid = None
@@ -591,9 +625,12 @@ class Engine(Following):
         if ready is not None and (length > 1 or (ready_made(call.mask) is not None and not is_static(call))):
             check_masks(kwargs)
             call.ready = ready
-        self._give_mask(call, kwargs, call.groups[0])
+        settled = self._step(call, kwargs, length)
+        if not settled:
+            self._give_mask(call, kwargs, call.groups[0])
         call.groups[0].positions = positions = self._given_positions(call, kwargs, kwargs["inputs_embeds"])
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
+        return settled
 
     def _drops_anything(self, spans: list[Span]) -> bool:
         left: dict[int, Counter[int]] = defaultdict(Counter)
@@ -668,7 +705,7 @@ class Engine(Following):
         # other tokens than layer 0 has, or a window that the language model would have count them: an own mask
         if weighs(call, group, index):
             if index not in self.stateful:
-                kwargs["attention_mask"] = weighed_mask(call.config, call, group, index, hidden)
+                weigh(kwargs, call.config, self.wide, call, group, index, hidden)
         elif group.from_base is not None or mine is not first or cuts_off(call, index, group.logical):
             kwargs["attention_mask"] = mask_of(call.config, call, group, index, hidden)
         mask = kwargs.get("attention_mask")
@@ -685,6 +722,10 @@ class Engine(Following):
         if index in self.rewriters:
             kwargs[GIVEN] = (call, group, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _attention_pre(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if BIAS in kwargs and not isinstance(module.config, Wide):
+            raise self._passed("an attention module of the language model")
 
     def _layer_positions(self, index: int, group: Group, ledger: Ledger | None, given: Any) -> Any:
         """Position ids for a layer that reads them. None for others: flash attention would take gaps for packed sequences."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ..plan import methods
@@ -12,7 +12,8 @@ from ..stage import MODALITIES, USUAL, ExitStage, InputStage, LayerStage, Need, 
 from .adapter import PER_TOKEN, Adapter
 from .clip import CLIP_PATCHES, CLIP_SIGNALS
 from .layers import SIGNALS
-from .mass import TAKE
+from .masks import ATTENTION_OF
+from .mass import way_of
 from .probe import Forms
 from .prompt import PROMPT_SIGNALS, check_prompt_signals
 from .signals import kind_of
@@ -22,6 +23,13 @@ VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature", *CLIP
 TEXT_SIGNALS = ("text_embeddings",)
 STATES = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"})
 """Kinds of layers that carry a state from token to token."""
+
+
+def stateful(config: Any) -> set[int]:
+    """Numbers of the layers of a language model that carry a state and do not attend."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    return {index for index, kind in enumerate(kinds) if kind in STATES - ATTENTION_OF.keys()}
+
 
 REFERENCE = "reference_sliding_attention"
 """Kind of layers that see all of the first call and so many of the tokens behind it: what is dropped is not among those."""
@@ -93,25 +101,34 @@ def check_causal(language_model: Any, plan: Pipeline) -> None:
         )
 
 
-def check_mass(language_model: Any, plan: Pipeline) -> None:
-    """Raise where masses cannot come to attention."""
+def check_mass(forms: Forms, attending: Sequence[int], plan: Pipeline) -> str:
+    """How masses come to attention in the layers `attending`, "mask" or "channel"; raises where they cannot."""
+    language_model = forms.language_model
     config = language_model.config
+    attention = getattr(config, "_attn_implementation", None)
     if sees_behind(language_model):
         raise NotImplementedError(
             f"{plan!r}: {type(language_model).__name__} is an encoder, whose masks are not those of a decoder, so merged tokens "
             f"cannot weigh what they stand for: use plan(..., mass=False)"
-        )
-    attention = getattr(config, "_attn_implementation", None)
-    if attention not in (None, *TAKE):
-        raise NotImplementedError(
-            f"{plan!r}: merged tokens that weigh what they stand for need a mask of numbers, which attn_implementation="
-            f"{attention!r} does not take: use one of {', '.join(map(repr, TAKE))}, or plan(..., mass=False)"
         )
     if has_indexers(config):
         raise NotImplementedError(
             f"{plan!r}: the language model has indexers, which choose the tokens that a query sees by scores of their own, so "
             f"merged tokens cannot weigh what they stand for: use plan(..., mass=False)"
         )
+    if not attending:
+        raise NotImplementedError(
+            f"{plan!r}: no layer of the language model attends, and a layer that carries a state sees every token once, so merged "
+            f"tokens cannot weigh what they stand for: use plan(..., mass=False)"
+        )
+    way = way_of(config, plan.mass)
+    seen = set()
+    for index in attending if way == "channel" else ():
+        kind = forms.kind_of(index)
+        if kind not in seen:
+            forms.check_wide(index, plan, str(attention))
+        seen.add(kind)
+    return way
 
 
 def kinds_of(config: Any) -> set[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..ops.attention import capped_rows
 from .adapter import Block
 from .cache import CACHE
+from .channel import BIAS, Wide
 from .hooks import running
 from .rotary import ROTATIONS, Rotation, Tables, rotary_tables, rotate
 from .shards import whole
+from .twin import As, twin
 from .windows import Window, windows_of
 
 RECORD = "mmcompress_record"
@@ -98,24 +100,6 @@ def _hear(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
 ALL_ATTENTION_FUNCTIONS.register(HEAR, _hear)
 
 
-class _As:
-    """The config of a module with another attention implementation."""
-
-    def __init__(self, config: Any, implementation: str) -> None:
-        self._config, self._attn_implementation = config, implementation
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_config"], name)
-
-
-def _copy(module: Any, **changes: Any) -> Any:
-    """The module with other attributes; parameters, buffers and children are shared, hooks do not run."""
-    made = object.__new__(type(module))
-    made.__dict__.update(module.__dict__)
-    made.__dict__.update(changes)
-    return made
-
-
 def _forward(module: Any, like: Any, hidden: Tensor, **given: Any) -> Any:
     """The forward of `like`'s class on `module`, with those of the keywords that it takes."""
     forward = type(like).forward
@@ -126,14 +110,20 @@ def _forward(module: Any, like: Any, hidden: Tensor, **given: Any) -> Any:
 
 
 def _attend(
-    attention: Any, implementation: str, hidden: Tensor, tables: Tables | None, mask: Any, positions: Any, cache: Any,
-    **changes: Any,
+    attention: Any, config: Any, hidden: Tensor, tables: Tables | None, mask: Any, positions: Any, cache: Any,
+    more: Mapping[str, Any] | None = None, **changes: Any,
 ) -> Any:  # fmt: skip
-    twin = _copy(attention, config=_As(attention.config, implementation), **changes)
-    given = {"position_embeddings": tables, "attention_mask": mask, "position_ids": positions, CACHE: cache}
+    other = twin(attention, config=config, **changes)
+    given = {
+        "position_embeddings": tables,
+        "attention_mask": mask,
+        "position_ids": positions,
+        CACHE: cache,
+        **(more or {}),
+    }
     if "shared_kv_states" in inspect.signature(type(attention).forward).parameters:
         given["shared_kv_states"] = {}  # for later layers
-    return _forward(twin, attention, hidden, **given)
+    return _forward(other, attention, hidden, **given)
 
 
 @torch.compiler.disable
@@ -146,7 +136,7 @@ def recorded(
     that runs is made for the call. Raises LookupError if the module ends without one.
     """
     try:
-        _attend(attention, RECORD, hidden, tables, None, positions, cache)
+        _attend(attention, As(attention.config, RECORD), hidden, tables, None, positions, cache)
     except _Stop as stop:
         return stop.found
     raise LookupError("it does not call an attention function of transformers")
@@ -158,10 +148,10 @@ def heard(attention: Any, args: tuple, kwargs: dict[str, Any]) -> list[Heard]:
     attends within parts. Costs its projections. Raises LookupError if it calls neither an attention function of transformers nor
     that of torch."""
     found: list[Heard] = []
-    config = {"config": _As(attention.config, HEAR)} if hasattr(attention, "config") else {"fused_attn": True}  # timm's
-    twin = _copy(attention, **config, heard=found)
-    with torch.no_grad(), _Hearing(twin):
-        type(attention).forward(twin, *args, **kwargs)
+    config = {"config": As(attention.config, HEAR)} if hasattr(attention, "config") else {"fused_attn": True}  # timm's
+    other = twin(attention, **config, heard=found)
+    with torch.no_grad(), _Hearing(other):
+        type(attention).forward(other, *args, **kwargs)
     if not found:
         raise LookupError(f"{type(attention).__name__} calls no attention function of transformers or torch")
     return found
@@ -293,30 +283,56 @@ class Forms:
         return self.found[index]
 
     def _refusal(self, index: int, asked: object, reason: str) -> NotImplementedError:
-        layer = running(self.language_model.layers[index])
-        kind = type(getattr(layer, attention_name(layer) or "", layer)).__name__
+        kind = self.kind_of(index)[0].__name__
         return NotImplementedError(
             f"{asked!s} makes attention of layer {index} of the language model ({kind}) once more, which was compared with the "
             f"module's own: {reason}. Choose a method that acts before the language model"
         )
 
+    def kind_of(self, index: int) -> tuple[type, Any]:
+        """What attends in layer `index`, and what its config calls the layer."""
+        layer = running(self.language_model.layers[index])
+        kinds = getattr(self.language_model.config, "layer_types", None)
+        return type(getattr(layer, attention_name(layer) or "", layer)), kinds[index] if kinds else None
+
+    def check_wide(self, index: int, asked: object, implementation: str) -> None:
+        """Raise NotImplementedError unless layer `index` with a bias in more channels (see `channel`) gives what its eager
+        attention gives with a mask; parameters without values (meta) are not tried."""
+        try:
+            self._tried(running(self.language_model.layers[index]), lambda probe: probe.check_wide(implementation))
+        except (LookupError, ValueError) as error:
+            raise NotImplementedError(
+                f"{asked!s}: in layer {index} of the language model ({self.kind_of(index)[0].__name__}) merged tokens that weigh "
+                f"what they stand for do not come to attn_implementation={implementation!r}: {error}. Load the model with 'sdpa' "
+                f"or 'eager', or use plan(..., mass=False)"
+            ) from error
+
     def _probed(self, layer: Any) -> tuple[Form, bool]:
         """Its form, and whether that was tried: parameters without values (meta) give the usual form, untried."""
+        form = self._tried(layer, lambda probe: probe.form())
+        if form is None:
+            name = attention_name(layer) or ""
+            attention = running(getattr(layer, name))
+            width = getattr(attention, "head_dim", 1)
+            scaling = getattr(attention, "scaling", width**-0.5)
+            return Form(
+                self.root, layer, name, scaling=scaling, boundless=window_at(self.windows, attention) is None
+            ), False
+        return form, True
+
+    def _tried(self, layer: Any, use: Callable[[_Probe], Any]) -> Any:
+        """What `use` makes of a layer on a few random tokens; None where its parameters have no values (meta)."""
         name = attention_name(layer)
         if name is None:
             raise ValueError("the layer has no attention module, or several")
         attention = running(getattr(layer, name))
         device = _device(attention)
         if device.type == "meta":
-            width = getattr(attention, "head_dim", 1)
-            scaling = getattr(attention, "scaling", width**-0.5)
-            return Form(
-                self.root, layer, name, scaling=scaling, boundless=window_at(self.windows, attention) is None
-            ), False
+            return None
         with torch.no_grad(), torch.autocast(device.type, enabled=False), whole(self.root, layer), _still(layer):
             try:
                 window = window_at(self.windows, attention)
-                return _Probe(self.root, layer, name, self.language_model, device, window).form(), True
+                return use(_Probe(self.root, layer, name, self.language_model, device, window))
             except (LookupError, ValueError):
                 raise
             except Exception as error:  # of modules that we do not know
@@ -525,10 +541,7 @@ class _Probe:
 
     def _compare_rows(self, handed: Handed) -> tuple[Tensor, Tensor]:
         """Our rows of attention, and the output of the module; raises unless its own rows are the same."""
-        bias = torch.zeros(self.mask.shape, dtype=self.stream.dtype, device=self.mask.device)
-        bias = bias.masked_fill(~self.mask, torch.finfo(bias.dtype).min)
-        given = (self.stream, self.tables, bias, self.positions, None)
-        output, own, *_ = _attend(self.attention, "eager", *given, training=False)
+        output, own = self._eager(self.positions)
         if own is None:
             raise ValueError("its eager attention does not return its weights, so nothing can be compared")
         rows = capped_rows(handed.q, handed.k, handed.scaling, self.mask, handed.softcap, handed.sinks)
@@ -536,6 +549,37 @@ class _Probe:
             gap = (rows.to(own) - own).abs().max().item() if rows.shape == own.shape else float("nan")
             raise ValueError(f"its weights differ from softmax(q k^T * {handed.scaling:.4g}) by up to {gap:.2g}")
         return rows, output
+
+    def _eager(self, positions: Any, bias: Tensor | float = 0.0) -> tuple[Tensor, Tensor | None]:
+        """Output and weights of the module's own eager attention, with a bias on its keys."""
+        mask = torch.zeros(self.mask.shape, dtype=self.stream.dtype, device=self.mask.device) + bias
+        mask = mask.masked_fill(~self.mask, torch.finfo(mask.dtype).min)
+        given = (As(self.attention.config, "eager"), self.stream, self.tables, mask, positions, None)
+        return _attend(self.attention, *given, training=False)[:2]
+
+    def check_wide(self, implementation: str) -> None:
+        """Raise ValueError unless the attention function `implementation`, with a bias in more channels, gives what eager attention
+        gives with it in its mask."""
+        handed = self._handed()
+        if handed.softcap is not None:
+            raise ValueError(
+                f"it caps its logits at {handed.softcap:g}, and what is added in channels would be capped too"
+            )
+        most = self._largest(handed)
+        if most > MODEST:
+            self.stream = self.stream * (MODEST / most) ** 0.5
+        # flash attention would take positions with gaps for several sequences
+        positions = self.positions if implementation == "sdpa" else None
+        bias = torch.linspace(0, MODEST, TOKENS, device=self.stream.device)[None, None, None]
+        expected = self._eager(positions, bias.to(self.stream.dtype))[0]
+        config = Wide(self.attention.config)
+        given = (config, self.stream, self.tables, None, positions, None, {BIAS: bias})
+        made = _attend(self.attention, *given, training=False)[0]
+        if not _close(made, expected, loose=4.0):
+            gap = (made - expected).abs().max().item()
+            raise ValueError(
+                f"with a bias on its keys its output differs from that of eager attention by up to {gap:.2g}"
+            )
 
     def _rotation(self, handed: Handed) -> Rotation | None:
         cos, sin = self.tables
@@ -549,7 +593,7 @@ class _Probe:
     def _norm(self) -> str | None:
         """The child of the layer whose output for the stream is what comes to attention."""
         spies = {name: _Spy(child) for name, child in self.layer.named_children() if name != self.name}
-        door = _copy(self.layer, _modules={**spies, self.name: _Door()})
+        door = twin(self.layer, _modules={**spies, self.name: _Door()})
         given = {
             "position_embeddings": self.tables,
             "attention_mask": None,
