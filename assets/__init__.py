@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 MODELS = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes")
 """Vision-language models, one of each family, that answer questions about shapes."""
@@ -50,8 +53,23 @@ def checkpoint(name: str) -> str:
     return name
 
 
+def split(name: str) -> tuple[str, tuple[int, int] | None]:
+    """A name that a user writes as that of a checkpoint and how much wider it is to be: `llava-shapes@8x4` is llava-shapes with a
+    language model 8 and a vision encoder 4 times as wide (`mmcompress.eval.widen`)."""
+    found = re.fullmatch(r"(.+)@(\d+)x(\d+)", name)
+    if found is None or Path(name).expanduser().exists():
+        return name, None
+    return found[1], (int(found[2]), int(found[3]))
+
+
 def model_path(name: str = "llava-shapes") -> Path:
     """Folder of an embedded checkpoint, for `from_pretrained` (or open_clip)."""
     if name not in (*_ANSWERING, CLIP):
         raise ValueError(f"no embedded model {name!r}: there is {', '.join((*_ANSWERING, CLIP))}")
     return Path(__file__).parent / name
+
+
+def released() -> dict[str, dict[str, Any]]:
+    """Configurations of released checkpoints by hub name: "config" as in config.json, and its "source"."""
+    found: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("released.json").read_text())
+    return found

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -63,3 +65,25 @@ def synchronize() -> None:
     """Wait for the accelerator, where there is one: only then a clock means something."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def resident_now() -> int | None:
+    """Bytes of this process in memory, after what it no longer uses went back to the system; `resident_peak` counts from here.
+    None where the system cannot tell (not Linux)."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # of glibc
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):
+        return None
+    return _status("VmRSS")
+
+
+def resident_peak() -> int:
+    """Most bytes of this process in memory since `resident_now`."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cli_check, cli_explain, cli_learn, cli_models
-from .assets import CLIP, MODELS, PAGES, checkpoint
+from .assets import CLIP, MODELS, PAGES, checkpoint, split
 from .eval import explain_train
 from .eval.cli import OutFile, OutFolder, OutPicture, add_load_options, bench, check_least, evaluate, tune
 from .eval.machine import check_device
@@ -166,7 +166,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "the embedded models with all and with some of their visual tokens")
     demo.add_argument("--out", type=OutFolder, default="demo_output", help="folder of pictures and record")
     demo.add_argument("--questions", type=int, default=105, help="how many held-out questions (default 105)")
-    demo.add_argument("--model", action="append", choices=MODELS, help="only this one; may be given several times")
+    demo.add_argument(
+        "--model",
+        action="append",
+        type=_of_shapes,
+        help=f"only this one of {', '.join(MODELS)}, with @8x4 behind it a copy as wide as real ones; may be given several times",
+    )
     demo.add_argument(
         "--objects", type=int, default=4, help="most objects in a scene, 2 to 6 (default 4, the benchmark)"
     )
@@ -175,7 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     run = command("run", _run, "ask a checkpoint about images, with and without compression")
-    run.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")
+    run.add_argument(
+        "model",
+        help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}; NAME@8x4: a copy of it that answers "
+        "the same with a language model 8 and a vision encoder 4 times as wide (also for bench, sweep, eval)",
+    )
     run.add_argument("--image", type=Path, action="append", default=[], help="picture; may be given several times")
     run.add_argument("--question", required=True)
     run.add_argument(
@@ -207,6 +216,12 @@ def _parser() -> argparse.ArgumentParser:
     cli_explain.add(command, _load, _open_image)
     explain_train.add(command)
     return parser
+
+
+def _of_shapes(name: str) -> str:
+    if split(name)[0] not in MODELS:
+        raise argparse.ArgumentTypeError(f"{name}: choose among {', '.join(MODELS)}")
+    return name
 
 
 def _quiet() -> None:
@@ -244,7 +259,8 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:
     from .eval.team import Team
 
     _quiet()
-    name = checkpoint(options.model)
+    written, widths = split(options.model)
+    name = checkpoint(written)
     device = options.device or Team.here().device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any
     try:
@@ -254,6 +270,10 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:
         raise UserError(f"cannot load {name!r} as an image-text model: {str(error).splitlines()[0]}") from error
     if torch.device(device).type == "cpu" and options.dtype == "auto":
         model = model.float()
+    if widths:
+        from .eval.widen import widen
+
+        model = widen(model, *widths)
     return model.to(device).eval(), processor, device
 
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .kernels import coverage, diverse  # noqa: F401 - they define operators
@@ -34,6 +36,8 @@ OPERATORS: dict[Any, Any] = {
     torch.ops.aten._grouped_mm: _grouped,
 }
 """FLOPs of operators that torch's counter does not know, by the shapes of their tensors: ours as their naive implementation."""
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
 @dataclass(frozen=True)
@@ -157,10 +161,21 @@ class Counted:
     held: int = 0
 
 
+class _Shapes(TorchDispatchMode):
+    """Products of matrices give numbers of the right shape, whatever they are: what is counted need not be computed."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        if operator not in PRODUCTS:
+            return operator(*given, **(named or {}))
+        a, b = given[-2:]
+        rows, columns = (torch.linspace(0.1, 1, n, dtype=a.dtype, device=a.device) for n in (a.shape[-2], b.shape[-1]))
+        return (rows[:, None] - columns).expand(*a.shape[:-1], -1).contiguous()
+
+
 @torch.no_grad()
-def counted(model: Any, inputs: Mapping[str, Any], language_model: Any) -> Counted:
+def counted(model: Any, inputs: Mapping[str, Any], language_model: Any, shapes: bool = False) -> Counted:
     """Run one prefill under torch's counter: vision, compression, language model, logits of the last position. Attention counts
-    all pairs."""
+    all pairs. shapes: no product is computed, for models whose prefill takes minutes; right where no budget depends on values."""
     found, starts = Counted(), list[int]()
 
     def now() -> int:
@@ -181,6 +196,7 @@ def counted(model: Any, inputs: Mapping[str, Any], language_model: Any) -> Count
         handles += [tables.register_forward_pre_hook(rotary), tables.register_forward_hook(rotated)]
     try:
         with (
+            _Shapes() if shapes else nullcontext(),
             FlopCounterMode(display=False, custom_mapping=OPERATORS) as counter,
             sdpa_kernel(SDPBackend.MATH),
             preferring("naive"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations of released checkpoints (tests/configs.json, each with its source) at their real size, without weights.
+"""The configurations of released checkpoints (assets/released.json, each with its source) at their real size, without weights.
 
 What no source shows is left to the defaults of transformers.
 """
@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from mmcompress.adapters import adapter_for
+from mmcompress.assets import released
 
 from mmcompress.check import _class_of, check
 from mmcompress.flops import layer_costs
@@ -27,7 +28,7 @@ from .architectures import OLDEST, TABLE
 from .exactness import PLANS
 
 pytestmark = pytest.mark.skipif(OLDEST, reason="configs are in the form of the newest transformers")
-RELEASED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("configs.json").read_text())
+RELEASED: dict[str, dict[str, Any]] = released()
 HYBRID = ("Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-35B-A3B", "LiquidAI/LFM2-VL-1.6B", "openbmb/MiniCPM-V-4.6")
 OTHERS = (*HYBRID, "Qwen/Qwen3-VL-30B-A3B-Instruct", "google/gemma-4-31B-it", "moonshotai/Kimi-K2.5")
 """Not a gated MLP and grouped queries in every layer."""

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ...assets import checkpoint
 from ...records import read, update
-from . import Command, Load, OpenImage, OutFile, check_least, cost, kernels
+from . import Command, Load, OpenImage, OutFile, check_least, cost, kernels, real
 
 PLANS = (
     "uniform(keep=0.25)",
@@ -31,6 +31,7 @@ LISTED = {
     "memory": "peak memory of a 20,480-token video", "selection": "every method alone, or each --plan in turn, 2,880 tokens to 288",
     "mass": "merged tokens that weigh what they stand for, in every way of adding it",
     "kernels": "every kernel alone (not part of all)",
+    "real": "released models at their real size, random weights (not part of all)",
 }  # fmt: skip
 
 
@@ -46,13 +47,14 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
         nargs="*",
         default=["llava"],
         help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), 'mass' (merged "
-        "tokens that weigh), or 'all' of these; or 'kernels', or one checkpoint (see below)",
+        "tokens that weigh), or 'all' of these; or 'kernels', 'real', or one checkpoint (see below)",
     )
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
-    bench.add_argument("--repeats", type=int, default=12, help="rounds (default 12)")
+    bench.add_argument("--repeats", type=int, help="rounds (default 12; real: 3)")
     bench.add_argument("--list", action="store_true", help="say what there is")
     bench.add_argument("--out", type=OutFile, help="JSON record; what is in it already and not measured now stays")
     cost.add_options(bench)
+    real.add_options(bench)
     kernels.add_options(bench)
 
 
@@ -72,13 +74,21 @@ def run(
         for name, text in {**FAMILIES, **LISTED}.items():
             console.print(f"{name:<12}{text}", highlight=False)
         return
+    whole = "real" in options.what
+    if options.repeats is None:
+        options.repeats = 3 if whole else 12
     if "kernels" in options.what:
         kernels.run(options, console)
         return
     alien = [name for name in kernels.OPTIONS if getattr(options, name)]
-    one = cost.is_checkpoint(options.what, models)
-    if alien := [name for name in alien if not one or name not in ("device", "dtype")]:
+    one = not whole and cost.is_checkpoint(options.what, models)
+    if alien := [name for name in alien if not (one or whole) or name not in ("device", "dtype")]:
         raise ValueError(f"--{alien[0]} belongs to `mmcompress bench kernels`")
+    if whole:
+        real.run(options, console)
+        return
+    if given := [name for name in real.ONLY if getattr(options, name) is not None]:
+        raise ValueError(f"--{given[0]} belongs to `mmcompress bench real`")
     if one:
         cost.run(options, console, load, open_image)
         return

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ...assets import split
 from ...records import read, update
 from . import Load, OpenImage, check_least
 
@@ -35,7 +36,7 @@ def add_options(bench: argparse.ArgumentParser) -> None:
 
 def is_checkpoint(what: Sequence[str], models: Sequence[str]) -> bool:
     """Whether `bench` is given a checkpoint: an embedded model, a folder, or a hub name."""
-    return len(what) == 1 and (what[0] in models or "/" in what[0] or Path(what[0]).is_dir())
+    return len(what) == 1 and (split(what[0])[0] in models or "/" in what[0] or Path(what[0]).is_dir())
 
 
 def run(options: argparse.Namespace, console: Console, load: Load, open_image: OpenImage) -> None:
@@ -98,12 +99,13 @@ def tables(rows: Sequence[Any], about: dict[str, Any]) -> list[Table]:
     here = about["machine"]
     title = (
         f"{about['model']}: one prompt of {about['prompt_tokens']} tokens, {about['dtype']}, attention {about['attention']}, "
-        f"medians of {about['repeats']} interleaved rounds, {here['device']}, {here['threads']} threads"
+        f"batch {about['batch']}, medians of {about['repeats']} interleaved rounds, {here['device']}, {here['threads']} threads"
     )
     caption = (
         f"visual tokens: mean over the LLM layers; FLOPs: {WHOLE}, counted, 2 per multiply-add; vision and overhead (compression) "
         "are the parts of it shown; KV: tensors of the cache; TTFT = vision + compress + "
-        "prefill; decode: per token; ±: half of the middle half"
+        "prefill; reached: the speed-up over that of the FLOPs, of the whole and behind the vision part; decode: per token; "
+        "±: half of the middle half"
     )
     first, second = (
         Table(title=escape(title), caption=caption),

@@ -50,6 +50,11 @@ def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
     )
     sweep.add_argument("--batch-size", type=int, default=8, help="default 8; 1 for numbers to publish (no padding)")
     sweep.add_argument("--strict", action="store_true", help="stop at a question that cannot be asked")
+    sweep.add_argument(
+        "--time-on",
+        metavar="MODEL",
+        help="measure costs on this model instead: MODEL@8x4 answers as MODEL does, and costs what real ones cost",
+    )
     sweep.add_argument("--repeats", type=int, default=5, help="rounds of the costs (default 5; 0: no costs)")
     sweep.add_argument("--examples", type=int, default=3, help="worst examples of each plan and task (default 3)")
     sweep.add_argument("--out", type=OutFolder, default="sweep_output", help="folder of everything")
@@ -87,6 +92,8 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
     )
     model, processor, _ = load(options)
     works = read_tasks(tasks, options.questions, model)
+    other = options.time_on
+    timed = (other, load(argparse.Namespace(**{**vars(options), "model": other}))[0]) if other else None
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, console=console, transient=True) as bars:
         bar, total = bars.add_task("", total=None), sum(len(work.questions) for work in works) * len(wanted)
@@ -97,7 +104,7 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
             bars.update(bar, description=f"{task}, {plan}", completed=sum(done.values()), total=total)
 
         content = sweep(
-            model, processor, works, wanted, setup, options.out, options.model, options.repeats, show=show
+            model, processor, works, wanted, setup, options.out, options.model, options.repeats, show=show, timed=timed
         )  # fmt: skip
     rows = standings(content)
     console.print(table(content, rows))

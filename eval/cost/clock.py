@@ -18,7 +18,7 @@ import mmcompress as mm
 from ...api import is_compressed
 from ...runtime.cache import CACHE, cache_of
 from ..evaluator import STOCK
-from ..machine import synchronize
+from ..machine import resident_now, resident_peak, synchronize
 from .counts import language_model
 
 PARTS = ("ttft", "vision", "compress", "prefill", "decode")
@@ -54,7 +54,7 @@ class Times:
     there), compress (choice, signals of the LLM, packing), prefill (layers, logits, argmax); decode: per token.
 
     On an accelerator the parts are of runs that wait for the device between them, ttft is of runs that do not.
-    peak and reserved: bytes beyond what was held before, None without an accelerator.
+    peak and reserved: bytes beyond what was held before; None without an accelerator, where peak may be that of the process.
     """
 
     subject: Subject
@@ -80,11 +80,13 @@ def clock(
     new_tokens: int = 32,
     seed: int = 0,
     show: Callable[[int], None] | None = None,
+    memory: bool = False,
 ) -> list[Times]:
     """Time every subject once per round, in an order drawn anew for each, after `warmup` rounds that do not count.
 
     A run is a prefill of one prompt and greedy decoding to `new_tokens` tokens, whatever they are (an end token ends nothing).
-    The device is waited for on both sides. The model must be stock, and is stock again afterwards.
+    The device is waited for on both sides. The model must be stock, and is stock again afterwards. memory: the peak also on a
+    CPU, where what earlier runs left is given back to the system before each.
     """
     if repeats < 1 or warmup < 0 or new_tokens < 2:
         raise ValueError(f"repeats={repeats}, warmup={warmup}, new_tokens={new_tokens}: at least 1, 0 and 2")
@@ -96,7 +98,7 @@ def clock(
         for subject in order:
             times = found[subject] if round_ >= warmup else Times(subject)
             with _as(model, subject, timing=not apart):
-                _run(model, inputs, times, new_tokens, not apart)
+                _run(model, inputs, times, new_tokens, not apart, memory)
             if apart:
                 with _as(model, subject, timing=True):
                     _run(model, inputs, times, 1, True)
@@ -122,7 +124,9 @@ def _as(model: Any, subject: Subject, timing: bool) -> Any:
             model.set_attn_implementation(before)
 
 
-def _run(model: Any, inputs: Mapping[str, Any], times: Times, new_tokens: int, parts: bool) -> None:
+def _run(
+    model: Any, inputs: Mapping[str, Any], times: Times, new_tokens: int, parts: bool, memory: bool = False
+) -> None:
     """One prefill, and steps up to `new_tokens`; parts: wait for the device where the language model begins."""
     entered = 0.0
 
@@ -135,6 +139,7 @@ def _run(model: Any, inputs: Mapping[str, Any], times: Times, new_tokens: int, p
     held = torch.cuda.memory_allocated() if watched else 0
     if watched:
         torch.cuda.reset_peak_memory_stats()
+    resident = resident_now() if memory and not watched else None
     handle = language_model(model).register_forward_pre_hook(enter, prepend=True) if parts else None
     try:
         synchronize()
@@ -162,3 +167,5 @@ def _run(model: Any, inputs: Mapping[str, Any], times: Times, new_tokens: int, p
     if watched:
         times.peak = max(times.peak or 0, torch.cuda.max_memory_allocated() - held)
         times.reserved = max(times.reserved or 0, torch.cuda.max_memory_reserved())
+    elif resident is not None:
+        times.peak = max(times.peak or 0, resident_peak() - resident)

@@ -63,26 +63,29 @@ class Counts:
         return sum(n - self.text for n in self.layers) / len(self.layers)
 
 
-def count(model: Any, inputs: Mapping[str, Any], plan: str = STOCK, stock: Counts | None = None) -> Counts:
+def count(
+    model: Any, inputs: Mapping[str, Any], plan: str = STOCK, stock: Counts | None = None, shapes: bool = False
+) -> Counts:
     """Count one prefill of a single prompt. stock: the counts of the same prompt without a plan, made if they are not given.
+    shapes: by shapes alone, see `counted`.
 
     The model must be stock, and is stock again afterwards. Raises ValueError for a batch, and what `compress` raises.
     """
     if len(inputs["input_ids"]) != 1:
         raise ValueError(f"costs are counted of one prompt, not of {len(inputs['input_ids'])}")
     if plan == STOCK:
-        return _count(model, inputs, STOCK, None)
-    return _count(model, inputs, plan, stock or _count(model, inputs, STOCK, None))
+        return _count(model, inputs, STOCK, None, shapes)
+    return _count(model, inputs, plan, stock or _count(model, inputs, STOCK, None, shapes), shapes)
 
 
 @torch.no_grad()
-def _count(model: Any, inputs: Mapping[str, Any], plan: str, stock: Counts | None) -> Counts:
+def _count(model: Any, inputs: Mapping[str, Any], plan: str, stock: Counts | None, shapes: bool) -> Counts:
     with mm.compressed(model, NOTHING_DROPPED if stock is None else plan):
-        found = counted(model, inputs, language_model(model))
+        found = counted(model, inputs, language_model(model), shapes)
         seen = mm.trace(model)
         notes = [f"{got} stands for {want}" for want, got in mm.report(model).substitutes.items()]
     if stock is None:
-        found, notes = counted(model, inputs, language_model(model)), []
+        found, notes = counted(model, inputs, language_model(model), shapes), []
     layers, text = seen.tokens_per_layer(), text_tokens(seen)
     costs = seen.costs
     visual = [max(0, n - text) for n in layers]

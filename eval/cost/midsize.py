@@ -95,19 +95,23 @@ def one_image_prompt(model: Any, text_tokens: int = 40, seed: int = 0) -> dict[s
     elif kind == "internvl":
         tokens, more["pixel_values"] = 768, noise(3, 3, 448, 448)
     else:
-        tokens, grid = 729, torch.tensor([[1, 54, 54]])
-        more = {"pixel_values": noise(54 * 54, 3 * 2 * 14 * 14), "image_grid_thw": grid}
-    return {**_ids(model, IMAGE, tokens, text_tokens, generator), **{n: v.to(model.device) for n, v in more.items()}}
+        tokens, grid, patch = 729, torch.tensor([[1, 54, 54]]), model.config.vision_config.patch_size
+        more = {"pixel_values": noise(54 * 54, 3 * 2 * patch**2), "image_grid_thw": grid}
+    ids = _ids(model, model.config.image_token_id, tokens, text_tokens, generator)
+    return {**ids, **{n: v.to(model.device) for n, v in more.items()}}
 
 
 def _ids(model: Any, token: int, tokens: int, text_tokens: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Five text tokens, the placeholders between a start and an end token, the rest of the text."""
     text = torch.randint(5, 30000, (text_tokens,), generator=generator)
-    around = torch.tensor([START]), torch.tensor([END])
-    ids = torch.cat([text[:4], around[0], torch.full((tokens,), token), around[1], text[6:]])[None].to(model.device)
+    config = model.config
+    around = (getattr(config, f"vision_{name}_token_id", None) for name in ("start", "end"))
+    start, end = (torch.tensor([own or usual]) for own, usual in zip(around, (START, END), strict=True))
+    ids = torch.cat([text[:4], start, torch.full((tokens,), token), end, text[6:]])[None].to(model.device)
     if not hasattr(model.model, "visual"):
         return {"input_ids": ids}
-    return {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
+    kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+    return {"input_ids": ids, "mm_token_type_ids": kinds}
 
 
 def large_picture(model: Any, text_tokens: int = 72, seed: int = 0) -> dict[str, Tensor]:

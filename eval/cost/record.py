@@ -17,8 +17,8 @@ from .counts import Counts, count
 FASTEST = "sdpa"
 """The attention implementation of the second baseline, where the checkpoint has another."""
 HEADINGS = (
-    "plan", "visual tokens", "FLOPs", "of stock", "vision", "overhead", "KV MiB", "TTFT ms", "speed-up", "vision ms", "compress ms",
-    "prefill ms", "decode ms", "peak MiB",
+    "plan", "visual tokens", "FLOPs", "of stock", "vision", "overhead", "KV MiB", "TTFT ms", "speed-up", "reached", "behind vision",
+    "vision ms", "compress ms", "prefill ms", "decode ms", "peak MiB",
 )  # fmt: skip
 
 
@@ -41,6 +41,20 @@ class Cost:
         return self.stock[1].spread("ttft").median / self.times.spread("ttft").median if self.stock else 1.0
 
     @property
+    def reached(self) -> float:
+        """The speed-up, part of what the FLOPs promise; of all of the prefill."""
+        return self.speedup * self.flops_ratio
+
+    @property
+    def reached_behind_vision(self) -> float:
+        """The same of what is behind tower and projector: compression, layers, logits."""
+        if not self.stock:
+            return 1.0
+        counts, times = self.stock
+        promised = (counts.total - counts.vision) / (self.counts.total - self.counts.vision)
+        return _behind(times) / _behind(self.times) / promised
+
+    @property
     def label(self) -> str:
         other = self.times.subject.attention
         return f"{self.counts.plan} ({other})" if other else self.counts.plan
@@ -49,6 +63,7 @@ class Cost:
         """Plain values: counts, and median and spread of each time, with all repeats."""
         times = {part: asdict(self.times.spread(part)) | {"all": getattr(self.times, part)} for part in PARTS}
         more = {"peak_bytes": self.times.peak, "reserved_bytes": self.times.reserved, "speedup": self.speedup}
+        more |= {"reached": self.reached, "reached_behind_vision": self.reached_behind_vision}
         counted = {"total_flops": self.counts.total, "vision_share": self.counts.vision_share}
         return {
             "label": self.label, "attention": self.times.subject.attention, **asdict(self.counts), **counted,
@@ -61,10 +76,15 @@ class Cost:
         return [
             self.label, f"{self.counts.visual_mean:.1f}", giga(self.counts.total), f"{self.flops_ratio:.1%}",
             f"{self.counts.vision_share:.1%}", f"{self.counts.overhead / self.counts.total:.1%}",
-            f"{self.counts.kv_bytes / 2**20:.2f}", str(spread("ttft")), f"{self.speedup:.2f}x", f"{spread('vision').median:.1f}",
+            f"{self.counts.kv_bytes / 2**20:.2f}", str(spread("ttft")), f"{self.speedup:.2f}x", f"{self.reached:.0%}",
+            f"{self.reached_behind_vision:.0%}", f"{spread('vision').median:.1f}",
             f"{spread('compress').median:.1f}", f"{spread('prefill').median:.1f}", str(spread("decode")),
             "-" if peak is None else f"{peak / 2**20:.0f}",
         ]  # fmt: skip
+
+
+def _behind(times: Times) -> float:
+    return times.spread("compress").median + times.spread("prefill").median
 
 
 def costs(
@@ -75,18 +95,31 @@ def costs(
     warmup: int = 3,
     new_tokens: int = 32,
     show: Callable[[int], None] | None = None,
+    one: Mapping[str, Any] | None = None,
 ) -> list[Cost]:
     """Count and time the stock model and every plan on one prompt; the stock model first.
 
     A checkpoint with another attention implementation than sdpa gets a second baseline that has it: what a plan gains by tokens
     it may lose by the slower attention that it needs. Raises what `compress` raises, before anything is timed.
+
+    one: where `inputs` are a batch, one prompt of it: counts are of that one, by shapes alone; times and memory of the batch.
     """
+    given, shapes = (inputs, False) if one is None else (one, True)
     written = list(dict.fromkeys(repr(as_pipeline(plan)) for plan in plans if plan != STOCK))
-    stock = count(model, inputs)
-    counted = {STOCK: stock} | {plan: count(model, inputs, plan, stock) for plan in written}
     own = getattr(model.config, "_attn_implementation", None)
+    foreign = own not in (None, "eager", FASTEST)  # with kernels that torch does not count
+    if foreign:
+        model.set_attn_implementation(FASTEST)
+    try:
+        stock = count(model, given, shapes=shapes)
+        counted = {STOCK: stock} | {plan: count(model, given, plan, stock, shapes) for plan in written}
+    finally:
+        if foreign:
+            model.set_attn_implementation(own)
     subjects = [Subject(STOCK), *([Subject(STOCK, FASTEST)] if own not in (None, FASTEST) else [])]
-    timed = clock(model, inputs, [*subjects, *map(Subject, written)], repeats, warmup, new_tokens, show=show)
+    timed = clock(
+        model, inputs, [*subjects, *map(Subject, written)], repeats, warmup, new_tokens, show=show, memory=shapes
+    )
     base = stock, timed[0]
     return [Cost(counted[times.subject.plan], times, base) for times in timed]
 

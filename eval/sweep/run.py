@@ -109,11 +109,13 @@ def sweep(
     repeats: int = 5,
     new_tokens: int = 16,
     show: Callable[[str, str, Progress], None] | None = None,
+    timed: tuple[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answer every task with every plan, and measure what each plan costs on one question; returns what sweep.json holds.
 
     A plan that the model refuses is named with the reason, and the others go on. Run again, a sweep makes only what is missing:
-    answers as `evaluate` does; costs are measured anew, all together, if any is missing (repeats=0: not at all).
+    answers as `evaluate` does; costs are measured anew, all together, if any is missing (repeats=0: not at all). timed: name and
+    model whose costs are measured instead, such as a wider copy (`mmcompress.eval.widen`).
     """
     if Team.here().size > 1:
         raise ValueError(
@@ -148,7 +150,8 @@ def sweep(
             point.tasks[work.name] = summary(base, record) | {"record": record_path(folder, record).name}
     about: dict[str, Any] = {}
     if repeats:
-        about = _costs(model, inputs, runs, folder, name, repeats, new_tokens)
+        which, one = timed or (name, model)
+        about = _costs(one, inputs, runs, folder, which, repeats, new_tokens)
     content = {
         "mmcompress": "sweep", "format": FORMAT, "model": name, "machine": machine, "tasks": tasks, "cost": about,
         "points": [asdict(point) for point in found],
