@@ -14,7 +14,7 @@ SWEEP := --plan all --questions 140 --batch-size 70 --repeats 3 --examples 1
 
 # lmms-eval brings half a gigabyte of its own, so it has an environment laid over that of the tests
 LMMS := .venv-lmms
-.PHONY: demo test test-slow test-lmms test-all test-oldest browser lint results bench train clean
+.PHONY: demo test test-slow test-lmms test-all test-oldest browser lint results bench gpu train clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -71,8 +71,19 @@ results: $(READY)  ## measure again what the README shows (under two hours on tw
 bench: $(READY)  ## prefill, decode and memory on mid-size random models of every family
 	$(RUN) -m mmcompress bench all --out results/bench.json
 
+# The Python of the machine with its torch, triton and transformers, as it is: nothing is installed. A folder of links is the package.
+GPU_SITE := .gpu-site
+GPU_PYTHON := $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+GPU_OUT ?= results/gpu
+GPU_OPTIONS ?=
+gpu:  ## everything that wants a GPU, in nine minutes, into results/gpu (GPU_OPTIONS=--dry: on the CPU, measures nothing)
+	rm -rf $(GPU_SITE)
+	mkdir -p $(GPU_SITE)/mmcompress
+	ln -s $(CURDIR)/mmcompress/* $(CURDIR)/adapters $(CURDIR)/kernels $(CURDIR)/eval $(CURDIR)/assets $(GPU_SITE)/mmcompress/
+	cd $(GPU_SITE) && PYTHONPATH=$(CURDIR)/$(GPU_SITE) $(GPU_PYTHON) -m mmcompress.eval.gpu --out $(abspath $(GPU_OUT)) $(GPU_OPTIONS)
+
 train: $(READY)  ## train the embedded models again (restartable)
 	for model in $(MODELS) clip-shapes; do $(RUN) -m mmcompress train $$model; done
 
 clean:
-	rm -rf $(VENV) $(LMMS) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(LMMS) $(OLDEST) $(GPU_SITE) build dist *.egg-info

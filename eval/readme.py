@@ -22,6 +22,7 @@ from ..weights import Saved
 from .cost.latency import Timing
 from .cost.midsize import FAMILIES
 from .evaluator import STOCK
+from .gpu import report
 from .kernel_bench.measure import Row, digits, read
 from .kernel_bench.operations import OPERATIONS
 from .sweep.pareto import plot
@@ -469,6 +470,7 @@ def main() -> None:
         ("types", types(demo)),
         ("bench", bench(speed)),
         ("memory", memory(speed)),
+        ("gpu", report.section(report.load(ROOT / "results" / "gpu" / "gpu.json"))),
     ):
         text = fill(text, name, content)
     readme.write_text(text)

@@ -26,7 +26,7 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
             "tokens": 32,
             "held_tokens": 64,
             "reach": 128,
-        }
+        },
     },
     "density": {"default": {"rows": 32, "columns": 64, "num_warps": 4}},
     "match": {"default": {"rows": 64, "columns": 64, "width": 64, "num_warps": 4, "num_stages": 2}},
@@ -34,8 +34,8 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
     "merge": {"default": {"rows": 8, "width": 256, "num_warps": 4}},
     "rank_filter": {"default": {"cells": 64, "num_warps": 4}},
 }
-"""By operation and family; "default" is small enough for every GPU. Measured ones come from
-`mmcompress.eval.kernel_bench.tune`, none at run time; no family has been measured so far."""
+"""By operation and family; "default" is small enough for every GPU. The others were measured by `make gpu`, which writes them
+here; none is measured at run time."""
 
 
 @functools.cache

@@ -6,8 +6,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -454,30 +456,76 @@ def test_block_sizes_descend_to_the_fastest() -> None:
 
     def clock(config: dict[str, int]) -> float:
         tried.append(tuple(config.values()))
-        return float("inf") if config["rows"] < 16 else abs(config["rows"] - 128) + abs(config["num_stages"] - 4) + 1.0
+        cost = abs(config["rows"] - 128) + 8 * abs(config["num_stages"] - 4) + 1.0
+        return math.inf if config["rows"] < 16 else cost / 113  # 113: what the start costs
 
-    best, fastest = tune.descend({"rows": 32, "num_stages": 2}, clock)
-    assert (best, fastest) == ({"rows": 128, "num_stages": 4}, 1.0) and len(tried) == len(set(tried))
+    best, part = tune.descend({"rows": 32, "num_stages": 2}, clock)
+    assert best == {"rows": 128, "num_stages": 4} and part == 1 / 113 and len(tried) == len(set(tried))
+    assert (64, 3) in tried  # two gains of one round, together
 
 
 def test_block_sizes_are_tried_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     device, seen = torch.device("cpu"), []
     before = configs.CONFIGS["match"]
+    tune._prepared.cache_clear()
     assert tune.table_of("match", "float32") == "match_float32"
     assert tune.table_of("match", "bfloat16") == "match" and tune.table_of("max_min", "float32") == "diverse"
 
-    def made(op: str, provider: str, call: Any) -> Callable[[], None]:
-        def run() -> None:
+    def made(op: str, provider: str, call: Any) -> Callable[[], Tensor]:
+        def run() -> Tensor:
             config = configs.config("match", device)
             seen.append(config)
             if config["num_warps"] > 4:
                 raise RuntimeError("out of resources")
+            return torch.zeros(9) if config["columns"] == 64 else torch.ones(9)
 
         return run
 
     monkeypatch.setattr(tune, "caller", made)
-    monkeypatch.setattr(tune, "milliseconds", lambda run, device: 10.0 / configs.config("match", device)["rows"])
-    monkeypatch.setattr(tune, "neighbours", lambda c: [c | {"rows": min(256, 2 * c["rows"])}, c | {"num_warps": 8}])
-    best, fastest, start = tune.tune("match", Size(9, 4, 1, "bfloat16"), device)
-    assert best == before["default"] | {"rows": 256} and fastest < start and len(seen) > 3
-    assert configs.CONFIGS["match"] is before
+    cases = tune.cases_of("match", [(9, 4)], ["bfloat16"])
+    assert cases == [tune.Case("match", Size(9, 4, 1, "bfloat16"))]
+    clock = tune.Clock("match", cases, device, lambda run: (run(), 10.0 / configs.config("match", device)["rows"])[1])
+    start = before["default"]
+    assert clock(start | {"rows": 256}) == pytest.approx(start["rows"] / 256)
+    assert clock(start | {"num_warps": 8}) == clock(start | {"columns": 128}) == math.inf
+    assert sorted(why.partition(" in")[0] for why in clock.why.values()) == [
+        "RuntimeError: out of resources",
+        "other results",
+    ]
+    assert configs.CONFIGS["match"] is before and len(seen) > 3
+    tune._prepared.cache_clear()
+
+
+def test_every_table_of_block_sizes_has_cases() -> None:
+    for table in configs.CONFIGS:
+        cases = tune.cases_of(table, [(24, 16), (48, 16)], ["float32", "bfloat16"])
+        assert cases and all(tune.table_of(case.op, case.size.dtype) == table for case in cases)
+
+
+def test_results_alike_but_for_rounding() -> None:
+    picks, other = torch.arange(50)[None], torch.arange(50)[None].roll(1)
+    assert tune.alike([picks], [other], 100) and not tune.alike([picks], [other], 50)  # picks in another order; matches
+    assert not tune.alike([picks], [picks + 25], 100)
+    x = torch.linspace(0, 1, 200)
+    assert tune.alike([x + 1e-4], [x], 10) and not tune.alike([x + 0.1], [x], 10) and not tune.alike([x / 0], [x], 10)
+
+
+def test_the_table_of_block_sizes_is_written_as_it_stands() -> None:
+    """Formatted as ruff does; what is written into the source is there when it is read again, and nothing else differs."""
+    source = Path(configs.__file__).read_text()
+    assert tune.rendered(configs.CONFIGS) in source and tune.written(source, "hopper", {}) == source
+    found = {"match": {**configs.CONFIGS["match"]["default"], "rows": 128}, "diverse": {"side": 32}}
+    text = tune.written(source, "hopper", found)
+    there: dict[str, Any] = {}
+    exec(compile(text, "configs", "exec"), there)
+    for name, families in there["CONFIGS"].items():
+        assert families["default"] == configs.CONFIGS[name]["default"] and families.get("hopper") == found.get(name)
+    formatted = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--line-length", "120", "-"],
+        input=text,
+        capture_output=True,
+        text=True,
+    )
+    assert formatted.returncode or formatted.stdout == text  # where ruff is installed
+    with pytest.raises(ValueError, match="no table CONFIGS"):
+        tune.written("CONFIGS = {}", "hopper", {})

@@ -71,7 +71,7 @@ class Bench:
         """Bytes per second of a copy (read and written) and FLOPs per second of a matmul by type. A type's rate is at least
         that of float32, since its numbers can be converted."""
         where = torch.device(device)
-        x = torch.zeros((2**28 if where.type == "cpu" else 2**30) // 4, device=where)
+        x = torch.rand((2**28 if where.type == "cpu" else 2**30) // 4, device=where)
         y = torch.empty_like(x)
         copy = 2 * x.nbytes / _fastest(lambda: y.copy_(x), where)
         found = {dtype: _matmul_rate(DTYPES[dtype], where) for dtype in ("float32", *dtypes)}
@@ -82,7 +82,7 @@ def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOPs per second, of matrices that grow until one product takes a while."""
     rate, side, seconds = 0.0, 256, 0.0
     while side <= 8192 and seconds < 0.02:
-        a = torch.full((side, side), 0.01, dtype=dtype, device=device)
+        a = torch.randn(side, side, device=device).to(dtype)  # of equal numbers it may be faster
         seconds = _fastest(lambda a=a: a @ a, device)
         rate, side = max(rate, 2 * side**3 / seconds), 2 * side
     return rate
