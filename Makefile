@@ -71,9 +71,10 @@ results: $(READY)  ## measure again what the README shows (under two hours on tw
 bench: $(READY)  ## prefill, decode and memory on mid-size random models of every family
 	$(RUN) -m mmcompress bench all --out results/bench.json
 
-# The Python of the machine with its torch, triton and transformers, as it is: nothing is installed. A folder of links is the package.
+# Without an environment here: the machine's Python with its torch, triton and transformers as they are. Nothing is installed, a folder
+# of links is the package.
 GPU_SITE := .gpu-site
-GPU_PYTHON := $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+GPU_PYTHON := $(if $(wildcard $(READY)),$(abspath $(RUN)),$(PYTHON))
 GPU_OUT ?= results/gpu
 GPU_OPTIONS ?=
 gpu:  ## everything that wants a GPU, in nine minutes, into results/gpu (GPU_OPTIONS=--dry: on the CPU, measures nothing)

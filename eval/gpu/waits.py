@@ -146,6 +146,6 @@ def _plan(bench: Bench, name: str, plan: str) -> Iterator[dict[str, Any]]:
         yield {
             **row, "phase": phase, "waits": len(found), "ours": len(mine), "lines": sorted(set(mine)),
             "others": sorted({place for place, ours in found if not ours}),
-            "allowed": len(mine) <= 1 if phase == "prefill" else not mine and (error is None or not then),
+            "allowed": len(mine) <= 1 if phase == "prefill" else not mine and (error is None or bool(then)),
             "error": error if phase == "decode" else None,
         }  # fmt: skip

@@ -74,7 +74,7 @@ def using(name: str, family: str, config: Config) -> Iterator[None]:
         configs.CONFIGS[name] = before
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)
 def _prepared(case: Case, device: str) -> Callable[[], Any]:
     return caller(case.op, "triton", OPERATIONS[case.op].inputs(Draw(case.size, device)))
 

@@ -64,7 +64,7 @@ def _groups(layout: Layout, k: int, slots: Tensor | None, features: Tensor) -> t
         quotas = apportion(torch.tensor([[v.cells for v in views]]), k, largest)
         blocks = [_blocks(v, quota) for v, quota in zip(views, quotas[0].tolist(), strict=True)]
         inside, share = (of_cells(torch.cat(cells), None, features) for cells in zip(*blocks, strict=True))
-        quotas = quotas.to(features.device)
+        quotas = quotas.to(features.device, non_blocking=True)
     else:
         quotas = apportion(group_sizes(view, len(views)), k, largest)
         inside, share = torch.zeros_like(view), quotas.gather(1, view)

@@ -26,4 +26,5 @@ class Random(InputStage):
     def select(self, visuals: Visuals) -> Selection:
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randperm(visuals.n, generator=generator)[: visuals.k]
-        return Selection.of(drawn.to(visuals.features.device).expand(len(visuals.features), -1))
+        drawn = drawn.to(visuals.features.device, non_blocking=True)
+        return Selection.of(drawn.expand(len(visuals.features), -1))

@@ -85,7 +85,7 @@ def kept_of(features: Tensor, weight: Tensor | None, window: Sequence[int], k: i
         alike[len(places), share].append(places)
     kept = []
     for (size, share), group in alike.items():
-        index = torch.tensor(group, device=features.device)
+        index = torch.tensor(group).to(features.device, non_blocking=True)
         at = index.repeat(len(features), 1)
         if 0 < share < size:
             worth = None if weight is None else weight[:, index].flatten(0, 1)

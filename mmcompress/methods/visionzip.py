@@ -62,7 +62,7 @@ class VisionZip(InputStage):
         step = max(1, rest.shape[1] // context) if context else 1
         is_target = torch.zeros(rest.shape[1], dtype=torch.bool)
         is_target[: step * context : step] = True
-        order = is_target.to(torch.uint8).sort(descending=True, stable=True).indices.to(device)
+        order = is_target.to(torch.uint8).sort(descending=True, stable=True).indices.to(device, non_blocking=True)
         targets, others = rest[:, order[:context]], rest[:, order[context:]]
 
         place = torch.arange(k, device=device).expand(batch, -1)

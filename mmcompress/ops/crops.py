@@ -77,4 +77,4 @@ def _tiles(first: int, view: Grid, device: torch.device) -> Iterator[Tensor]:
         return
     numbers = view.tiles()
     cells = first + numbers.sort(stable=True).indices
-    yield from (tile.to(device) for tile in cells.split(numbers.bincount().tolist()) if len(tile))
+    yield from (tile.to(device, non_blocking=True) for tile in cells.split(numbers.bincount().tolist()) if len(tile))

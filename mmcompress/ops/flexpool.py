@@ -44,12 +44,12 @@ def columns_of(k: int, rows: int, columns: int) -> tuple[int, ...]:
 def flexible_pool(x: Tensor, columns: tuple[int, ...]) -> Tensor:
     """Pool grids x [U, H, W, C] to len(columns) rows of so many tokens, [U, sum(columns), C], in raster order; float32."""
     x = x.float()
-    down = window_weights(x.shape[1], len(columns)).to(x.device)
+    down = window_weights(x.shape[1], len(columns)).to(x.device, non_blocking=True)
     rows = torch.einsum("th,uhwc->utwc", down, x)
     parts, first = [], 0
     for width in dict.fromkeys(columns):  # at most two: rows that have one more come first
         count = columns.count(width)
-        across = window_weights(x.shape[2], width).to(x.device)
+        across = window_weights(x.shape[2], width).to(x.device, non_blocking=True)
         parts.append(torch.einsum("sw,utwc->utsc", across, rows[:, first : first + count]).flatten(1, 2))
         first += count
     return torch.cat(parts, 1)
