@@ -8,6 +8,7 @@ prefill and a decode step; and the whole prefill of a model whose plan merges, w
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cost.masses import ATTENTIONS, PLAN, mass_costs, there
 from ..cost.midsize import build, one_image_prompt
 from .bench import Bench, Item
 from .models import TINY
-from .waits import as_plan, prefill, step
 
 SHAPES = {
     "prefill 720": (720, 720),
@@ -77,19 +78,12 @@ def _attention(bench: Bench, name: str, batch: int, queries: int, keys: int) -> 
 
 
 def _model(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Prefill and decode step of a mid-size model whose plan merges, with masses and without."""
-    dtype = bench.pick(torch.bfloat16, torch.float32)
-    model = build(
-        "llava", dtype, **bench.pick({"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 5632}, TINY)
-    )
-    model = model.to(bench.device)
-    inputs = {name: x.to(bench.device) for name, x in one_image_prompt(model).items()}
-    for plan in ("prumerge(keep=0.25)", "plan(prumerge(keep=0.25), mass=True)"):
-        with as_plan(model, plan):
-            out = prefill(model, inputs)
-            yield {
-                "what": "model", "plan": plan, "hidden": model.config.text_config.hidden_size,
-                "layers": model.config.text_config.num_hidden_layers,
-                "prefill_ms": bench.wall(lambda: prefill(model, inputs), bench.pick(9, 1)),
-                "decode_ms": bench.wall(lambda out=out: step(model, out), bench.pick(9, 1)),
-            }  # fmt: skip
+    """A mid-size model without a plan, with one that merges, and with its masses in every way: `mmcompress bench mass`."""
+    sizes: dict[str, Any] = bench.pick({"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 5632}, TINY)
+    model = build("llava", bench.pick(torch.bfloat16, torch.float32), **sizes).to(bench.device)
+    repeats, warmup, new_tokens = bench.pick((9, 2, 16), (1, 0, 2))
+    attentions = there(model)
+    for row in mass_costs(model, one_image_prompt(model), PLAN, attentions, repeats, warmup, new_tokens):
+        yield {"what": "model", "plan": PLAN, **dataclasses.asdict(row)}
+    for name in sorted(set(ATTENTIONS) - set(attentions)):
+        yield {"what": "model", "plan": PLAN, "attention": name, "way": "not installed"}

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ... import records
+from ..cost.masses import MassCost
 from ..kernel_bench.measure import digits
 from .native import summed
 
 KIND = "`make gpu`"
 NONE = "Not measured on a GPU yet: `make gpu` measures all of this in nine minutes and fills this section."
 Rows = list[dict[str, Any]]
+NAMES = {field.name for field in dataclasses.fields(MassCost)}
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -157,7 +160,16 @@ def mass(rows: Rows) -> str:
     ways = ("plain", "additive mask", "extra channel")
     cases = dict.fromkeys((shape, batch) for shape, batch, _ in found)
     body = [[shape, str(batch), *(_ms(found.get((shape, batch, way))) for way in ways)] for shape, batch in cases]
-    return f"Attention of merged tokens, milliseconds on the device:\n\n{table(['shape', 'batch', *ways], body)}"
+    parts = [f"Attention of merged tokens, milliseconds on the device:\n\n{table(['shape', 'batch', *ways], body)}"]
+    whole = [
+        MassCost(**{k: v for k, v in r.items() if k in NAMES})
+        for r in rows
+        if r["what"] == "model" and "prefill_ms" in r
+    ]
+    if whole:
+        lines = table(MassCost.HEADINGS, [cost.cells() for cost in whole])
+        parts.append(f"A mid-size model with `{next(r['plan'] for r in rows if 'plan' in r)}`:\n\n{lines}")
+    return "\n\n".join(parts)
 
 
 def tome(rows: Rows) -> str:
