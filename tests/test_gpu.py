@@ -57,8 +57,10 @@ def test_every_step_runs_dry_and_says_so(name: str, tmp_path: Path) -> None:
     assert report.SHOWN[name](found["rows"])
     assert Path(configs.__file__).read_text() == source  # a dry run writes no block sizes
     for row in found["rows"]:
-        assert row.get("same_bits", True) and row.get("same_bits_in_streams", True) and row.get("allowed", True), row
-        assert row.get("captured") is None  # there was no graph
+        assert row.get("same_bits", True) and row.get("same_bits_in_streams", True), row
+        assert (
+            row.get("captured") is None and row.get("allowed") is None
+        )  # there was no graph, and no device to wait for
 
 
 @pytest.mark.slow
@@ -202,10 +204,13 @@ def test_a_prefill_that_waits_twice_is_not_allowed(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(waits, "prefill", ask("prefill"))
     monkeypatch.setattr(waits, "step", ask("step"))
-    for prefills, steps, allowed in ((2, 0, [False, True]), (1, 1, [True, False]), (1, 0, [True, True])):
+    for prefills, steps in ((2, 0), (1, 1)):
         reads |= {"prefill": prefills, "step": steps}
         rows = list(waits._plan(dry(tmp_path), "m", "p"))
-        assert [row["allowed"] for row in rows] == allowed and rows[0]["ours"] == prefills
+        assert [row["ours"] for row in rows] == [prefills, waits.STEPS * steps]
+    assert waits.allowed("prefill", ["a"], True, None) and not waits.allowed("prefill", ["a", "a"], True, None)
+    assert waits.allowed("decode", [], True, "of another") and not waits.allowed("decode", ["a"], True, None)
+    assert not waits.allowed("decode", [], False, "where nobody was told to wait")
 
 
 def test_bits() -> None:

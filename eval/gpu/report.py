@@ -69,7 +69,7 @@ def native(rows: Rows) -> str:
 def waits(rows: Rows) -> str:
     def count(phase: str) -> str:
         mine = [row for row in rows if row["phase"] == phase and row["plan"] != "stock"]
-        return f"{sum(row['allowed'] for row in mine)} of {len(mine)}"
+        return f"{sum(bool(row['allowed']) for row in mine)} of {len(mine)}"
 
     return (
         f"Of plans on the embedded models, {count('decode')} never wait for the device in a decode step, and {count('prefill')} at "

@@ -2,7 +2,8 @@
 """Step `waits`: what waits for the device in a prefill and in decode steps, by plan, and whose line it is.
 
 On a GPU torch itself says so (`torch.cuda.set_sync_debug_mode`, which knows copies from and to the host, also of a Python number,
-and everything that reads a value back). On the CPU the operations are watched that would. A prefill of ours may wait once more
+and everything that reads a value back). On the CPU the operations are watched that would, those on
+tensors of the host too, so that a dry run cannot tell what is allowed. A prefill of ours may wait once more
 than the stock one; a decode step may not wait at all, so that one runs under "error".
 """
 
@@ -125,6 +126,11 @@ def step(model: Any, out: Any, token: Any = None) -> Any:
     return model(input_ids=token, use_cache=True, **{CACHE: cache_of(out)})
 
 
+def allowed(phase: str, mine: list[str], waited: bool, error: str | None) -> bool:
+    """Whether a phase waits no more than it may. An error in a step where no place was told cannot be anyone else's."""
+    return len(mine) <= 1 if phase == "prefill" else not mine and (error is None or waited)
+
+
 def _plan(bench: Bench, name: str, plan: str) -> Iterator[dict[str, Any]]:
     model, inputs = loaded(bench, name)
     with as_plan(model, plan):
@@ -146,6 +152,6 @@ def _plan(bench: Bench, name: str, plan: str) -> Iterator[dict[str, Any]]:
         yield {
             **row, "phase": phase, "waits": len(found), "ours": len(mine), "lines": sorted(set(mine)),
             "others": sorted({place for place, ours in found if not ours}),
-            "allowed": len(mine) <= 1 if phase == "prefill" else not mine and (error is None or bool(then)),
+            "allowed": None if bench.dry else allowed(phase, mine, bool(found), error),
             "error": error if phase == "decode" else None,
         }  # fmt: skip
