@@ -4,12 +4,12 @@ prompt and for eight, with the attention of torch and with flash attention where
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from ..cost import released
 from ..cost.midsize import build as midsize
 from .bench import Bench, Item, Skip
 
@@ -23,10 +23,6 @@ HELD: dict[str, Any] = {}
 
 
 def models(bench: Bench) -> dict[str, Item]:
-    try:
-        released = importlib.import_module("..cost.released", __package__)
-    except ImportError:
-        return {"released shapes": _absent}
     names = bench.pick(released.NAMES, released.NAMES[:1])
     variants = [(batch, attention) for batch in bench.pick((1, 8), (2,)) for attention in ATTENTION]
     return {
@@ -36,13 +32,7 @@ def models(bench: Bench) -> dict[str, Item]:
     }
 
 
-def _absent() -> Iterator[dict[str, Any]]:
-    raise Skip("mmcompress.eval.cost.released is not there yet")
-    yield {}
-
-
 def _model(bench: Bench, name: str) -> Any:
-    released = importlib.import_module("..cost.released", __package__)
     if name not in HELD:
         HELD.clear()
         HELD[name] = midsize("llava", **TINY) if bench.dry else released.build(name, device="cuda")
@@ -54,11 +44,11 @@ def _measure(bench: Bench, name: str, batch: int, attention: str) -> Iterator[di
         raise Skip(
             "flash_attn is not installed (the attention of torch uses its own flash kernel where no mask is needed)"
         )
-    released = importlib.import_module("..cost.released", __package__)
     model = _model(bench, name)
     found = released.measure(
         name, bench.pick(PLANS, PLANS[:1]), batch=batch, attention=attention, model=model, device=bench.device.type,
         repeats=bench.pick(3, 1), warmup=bench.pick(1, 0), new_tokens=bench.pick(12, 2),
     )  # fmt: skip
+    about = {key: value for key, value in found.about.items() if key != "machine"}  # of the whole record
     for row in found.to_dict().pop("rows"):
-        yield {**found.about, "attention_of_run": attention, **row}
+        yield {**about, "attention_of_run": attention, **row}
