@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(
     not (has_triton() and interpreted()), reason="a dry run needs Triton's interpreter (tests/conftest.py)"
 )
 ROOT = Path(__file__).parent.parent
-IN_PROCESS = [name for name in STEPS if name != "native"]
+QUICK = ("device", "blocks", "waits", "selection", "tome")
+IN_PROCESS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STEPS if name != "native"]
 """The other one starts pytest."""
 
 
