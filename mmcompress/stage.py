@@ -48,7 +48,8 @@ class Stage:
 
     `needs` names the signals that `select` reads. `on` is what every stage has: the modalities that it acts on. `merging`:
     whether its selections say which tokens went into which (`assign`). `mass`: whether what it merges weighs in the language
-    model as much as the tokens that it stands for, where the plan does not say.
+    model as much as the tokens that it stands for, where the plan does not say. `calibrates`: whether attention in the prompt is
+    changed as RESTORE does it (see `runtime.calibration`).
     """
 
     name: ClassVar[str] = ""
@@ -57,6 +58,7 @@ class Stage:
     needs: ClassVar[tuple[Need, ...]] = ()
     merging: ClassVar[bool] = False
     mass: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     _: KW_ONLY
     on: str | tuple[str, ...] = _On()  # type: ignore[assignment]
 
@@ -376,6 +378,11 @@ class Pipeline:
     def weighs(self) -> bool:
         """Whether merged tokens weigh what they stand for."""
         return any(stage.mass for stage in self.parts) if self.mass is None else bool(self.mass)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether attention in the prompt is changed as RESTORE does it."""
+        return any(stage.calibrates for stage in self.parts)
 
     def position_policy(self) -> str:
         """The policy in force before the LLM: the plan's own, else that of its first stage there."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -21,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmcompress.eval.kernel_bench.worker import extra_bytes
 from mmcompress.kernels.diverse import blocked, expand, greedy_map, lazy, max_min, naive, rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmcompress.ops.cells import nearest_cells
+import mmcompress as mm
+from mmcompress.ops.cells import nearest_cells, numbered, outermost
 
 from .watch import NoWaiting, in_a_graph
 
@@ -243,6 +246,38 @@ def test_memory_is_linear() -> None:
         lazy.max_min(x, k, None, nearest=True)
         lazy.greedy_map(x, torch.zeros(1, n), k)
     assert largest <= n * max(rows.ROUND, d, k)
+
+
+def test_memory_of_cells_is_linear() -> None:
+    """All that torch and NumPy hold at the peak of voronoi, for each token: no more of it for more tokens."""
+    per_token = []
+    for n in (1500, 3000, 6000):
+        features = tokens("random", 1, n, 16)
+        seen = mm.Visuals(features, mm.Layout.raster(1, 50, n // 50), 64)
+
+        def run(seen: mm.Visuals = seen) -> Tensor:
+            return mm.Voronoi(keep=64).select(seen).apply(seen.features)
+
+        run()
+        tracemalloc.start()
+        torches = extra_bytes(run, torch.device("cpu"))
+        per_token.append((torches + tracemalloc.get_traced_memory()[1]) / n)
+        tracemalloc.stop()
+    assert max(per_token) == per_token[0] < 4 * 1500  # less than a row of a table
+
+
+def test_cells_wait_for_nothing() -> None:
+    features = tokens("together", 2, 40, 16)
+    with NoWaiting():
+        first = outermost(features)
+        picks, near = blocked.max_min(features, 7, None, first, True)
+        assign, weight = numbered(near, picks.sort(1).values)
+    unit = F.normalize(features.double(), dim=-1)
+    assert torch.equal(first, (unit - unit.mean(1, keepdim=True)).square().sum(2).argmax(1))
+    wanted, shares = nearest_cells(features, picks.sort(1).values)
+    assert torch.equal(assign, wanted) and torch.equal(weight, shares)
+    same = features[:, :1].expand(-1, 40, -1).half()
+    assert outermost(same).tolist() == [0, 0] and outermost(torch.zeros(1, 3, 4)).tolist() == [0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,13 +24,19 @@ class Restore(Absorb):
     "RESTORE: Rectifying Distortions of Visual Token Reduction", ICML 2026, arXiv 2606.01711; its merging, and kept positions.
     The anchors that others go to (largest cosine) are the tokens of largest density (sum of cosines) times distance to the
     nearest less dense one. A merged token is the mean of its members, stands at the lower median of their places, and weighs in
-    the language model what it stands for. `host`: see absorb. Departs from the reference in the calibration, which here is the
-    mass alone: in all layers alike, while decoding too, and without its term of distance.
+    the language model what it stands for. `host`: see absorb.
 
-    Cost: the host's, and N^2 D with a table of N^2.
+    calibrate: False weighs merged tokens by their mass, in all layers alike and while decoding too, which departs from the
+    reference. True is the reference: in the prompt alone, what merged tokens stand for (in the first layer the mean of their
+    visual), and for every pair of tokens log(2 - D), where D is the mean cosine of the angles that the rotary embedding puts
+    between them, 1 for none. D is taken from the tables of each layer: where positions are no count (M-RoPE) it is the mean over
+    axes, which the paper does not say, and layers without rotary embedding have none. Tokens of earlier turns get nothing added.
+
+    Cost: the host's, and N^2 D with a table of N^2; calibrated, a mask of S^2 numbers for the first layer and one for the others.
     """
 
     share: float = 0.5
+    calibrate: bool = False
     paper: ClassVar[str] = "arXiv 2606.01711"
 
     def __post_init__(self) -> None:
@@ -39,6 +45,16 @@ class Restore(Absorb):
             raise ValueError(
                 f"share={self.share}: give the part of the budget that the host fills, in [0, 1) (the paper: 0.5)"
             )
+        if not isinstance(self.calibrate, bool):
+            raise ValueError(f"calibrate={self.calibrate!r}: give True (the reference's bias) or False (mass)")
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return self.calibrate
+
+    @property
+    def mass(self) -> bool:  # type: ignore[override]
+        return not self.calibrate
 
     @torch.no_grad()
     def select(self, visuals: Visuals) -> Selection:

@@ -31,6 +31,7 @@ from .adapter import Adapter, Encoded
 from .around import Around, pixels_in
 from .attention import GIVEN, keep_notes, rewriters
 from .cache import CACHE, Ledger, book, cache_of, held_bytes, is_pruned, ledger_of, lengths
+from .calibration import calibrated_mask, check_calibration
 from .call import Call, Sight, alike, locate, placeholder_masks
 from .channel import BIAS, Wide
 from .clip import Clip
@@ -118,6 +119,8 @@ class Engine(Following):
         check_causal(self.language_model, plan)
         self.windows = windows_of(self.language_model.config, sees_behind(self.language_model))
         check_positions(adapter, plan)
+        if plan.calibrates:
+            check_calibration(self.language_model, plan)
         self.clip = Clip.of(adapter, plan, self.clip)
         self.around = Around.of(self)
         self.forms = Forms(self.language_model, adapter.model) if forms is None else forms
@@ -515,8 +518,10 @@ class Engine(Following):
             call.text_counts[span.row] = len(span.text)
         scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
         prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds), scores, leading(kwargs))
-        if self.plan.weighs:
+        if self.plan.weighs or self.plan.calibrates:
             prompt.mass = torch.ones(places.shape, device=device)
+        if self.plan.calibrates:
+            prompt.mean = torch.ones(places.shape, device=device)
         tap = None
         if self.inputs.of_prompt:
             tap = PromptTap(self.adapter, self.forms, call, kwargs, self._given_positions(call, kwargs, embeds), valid)
@@ -547,6 +552,10 @@ class Engine(Following):
             0, length, physical, counts, packed.valid, packed.source, packed.place, tail=tail, positions=positions, gone=gone,
             mass=None if prompt.mass is None else prompt.mass.gather(1, packed.source),
         )  # fmt: skip
+        if prompt.mean is not None:
+            assert group.mass is not None
+            group.calibration = torch.stack([prompt.mean.gather(1, packed.source), group.mass], 1)
+            group.mass = None
         call.groups = call.record.groups = [group]
         told: list[Any] = call.cache.layers if call.cache is not None else []
         for layer in told:
@@ -706,6 +715,10 @@ class Engine(Following):
         if weighs(call, group, index):
             if index not in self.stateful:
                 weigh(kwargs, call.config, self.wide, call, group, index, hidden)
+        elif group.calibration is not None:
+            if index not in self.stateful:
+                tables = kwargs.get("position_embeddings")
+                kwargs["attention_mask"] = calibrated_mask(call.config, call, group, index, hidden, tables)
         elif group.from_base is not None or mine is not first or cuts_off(call, index, group.logical):
             kwargs["attention_mask"] = mask_of(call.config, call, group, index, hidden)
         mask = kwargs.get("attention_mask")

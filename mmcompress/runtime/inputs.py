@@ -31,7 +31,8 @@ class Prompt:
     levels  DeepStack levels [B, S, H] by layer, merged like the embeddings; where a method makes its tokens anew, those of the
             slots that they stand for.
     scores  [B, S] of the last stage, where a later one reads them.
-    mass    [B, S] float32: how many tokens a slot's token stands for; None where the plan does not weigh them.
+    mass    [B, S] float32: how many tokens a slot's token stands for; None where the plan does not weigh them. mean: the mean of
+            its visual.
     lead    the level that methods are shown on top of the embeddings, and which takes what they make of both; None: none.
     """
 
@@ -41,6 +42,7 @@ class Prompt:
     scores: Tensor | None
     lead: int | None = None
     mass: Tensor | None = None
+    mean: Tensor | None = None
 
     def shown(self, rows: Tensor, at: Tensor) -> Tensor:
         """What methods see of the tokens `at` [U, N] of the batch rows `rows` [U, 1]: [U, N, H]."""
@@ -122,6 +124,8 @@ class InputStages:
         prompt.places = prompt.places.index_put(at_slots, slots.sort(dim=1).values)
         if prompt.mass is not None:
             prompt.mass = prompt.mass.index_put(at_slots, sizes)
+        if prompt.mean is not None:
+            prompt.mean = prompt.mean.index_put(at_slots, sizes.mean(1, keepdim=True).expand_as(sizes))
         if prompt.scores is not None and given is not None:
             prompt.scores = prompt.scores.index_put(at_slots, given)
         if remade:

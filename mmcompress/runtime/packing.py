@@ -118,6 +118,8 @@ class Group:
     from_previous      [B, physical] slot of the group before (after cuts in layers only).
     tail               how many tokens at the end no row has dropped.
     mass               [B, physical] float32: how many tokens each stands for; None: one each.
+    calibration        [B, 2, physical] float32: how many tokens each stands for in the first layer and in the others, in this call
+                       alone; None: nothing is calibrated.
     positions          [..., B or 1, physical] position ids, before what earlier calls have shifted; gone [B]: by how much this
                        call has shifted them in each row so far; None: not at all.
     merges             what a cut merges: rows [U, 1] of the batch, slots [U, N] in the group before, and the selection.
@@ -140,6 +142,7 @@ class Group:
     stage: str = ""
     scores: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     mass: Tensor | None = None
+    calibration: Tensor | None = None
 
     def enter(self, hidden: Tensor) -> Tensor:
         """Hidden states of the group before, [B, S, H], as those of this one: merged and gathered, [B, physical, H]."""

@@ -9,6 +9,7 @@ import torch
 from mmcompress.kernels.diverse import max_min
 
 import mmcompress as mm
+from mmcompress.ops.calibration import distance_bias
 from mmcompress.ops.relevance import direction
 from mmcompress.visuals import View
 
@@ -143,6 +144,17 @@ def restore(arrays: Arrays, params: dict[str, Any]) -> Results:
     prefix, end = params["prefix"], params["prefix"] + params["N"]
     suffix = torch.arange(end, end + params["suffix"])
     yield "positions", torch.cat([torch.arange(prefix), prefix + found.keep[0], suffix])
+    positions, theta = (
+        arrays["positions"],
+        params["rope_base"] ** -(torch.arange(0, params["rope_dim"], 2) / params["rope_dim"]),
+    )
+    angles = (positions[:, None] * torch.cat([theta, theta]))[None]
+    apart = distance_bias(angles.cos(), angles.sin())[0].tril()
+    sizes = torch.ones(params["S"])
+    sizes[prefix : prefix + k] = params["N"] / k
+    yield "bias_layer0", (apart + sizes.log()).tril()
+    sizes[prefix : prefix + k] = found.sizes(torch.ones(1, params["N"]))[0]
+    yield "bias", (apart + sizes.log()).tril()
     holov = mm.Restore("holov(strips=16)", k, params["n_kept"] / k)
     found = holov.select(visuals(features, k, cls_attention=arrays["holov_attention"]))
     yield "holov_tokens", found.apply(features)[0]
