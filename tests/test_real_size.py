@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -54,7 +53,7 @@ def test_a_released_model_is_measured(name: str, narrow: None) -> None:
     assert found.about["batch"] == 2 and found.about["dtype"] == "bfloat16" and found.about["random_weights"]
     assert (found.about["layers"], found.about["layers_released"]) == (4, real.depth_of(released()[name]["config"]))
     tokens = stock.counts.visual
-    assert diverse.counts.layers == [12 + math.ceil(tokens / 4)] * 4 and cut.counts.layers[:2] == [12 + tokens] * 2
+    assert diverse.counts.layers == [12 + round(tokens / 4)] * 4 and cut.counts.layers[:2] == [12 + tokens] * 2
     assert stock.reached == stock.reached_behind_vision == 1.0
     record = found.to_dict()["rows"][1]
     assert record["reached"] == pytest.approx(record["speedup"] * record["flops_ratio"])
