@@ -8,13 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .kernels.gather import gather as gather
 from .kernels.merge import merge
-
-
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of `x` [U, N, ...] at `index` [U, k]: [U, k, ...]."""
-    index = index.to(x.device)
-    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
 
 
 @dataclass(frozen=True)

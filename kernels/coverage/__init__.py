@@ -56,7 +56,7 @@ def max_coverage(
     All gains are sums in one order (`naive.LANES`): equal columns have equal gains wherever they stand, and of one table all
     implementations make exactly the picks of computing all gains again for each pick ("naive", k R N and a second table).
     CPU: R N once, then only tokens that can be the next. GPU: k R N, one launch per pick; nothing waits for the device. Memory
-    beside the table O(R + N) and a block.
+    beside the table: its transpose on the CPU, on a GPU O(R + N) and a block.
     """
     if table.dim() != 3 or not table.is_floating_point():
         raise ValueError(f"table is {table.dtype} {tuple(table.shape)}: give a floating-point tensor [U, R, N]")

@@ -3,8 +3,8 @@
 
 A gain can only shrink (coverage is submodular), rounding included, since it is a sum of the same terms in the same order, none
 of them larger: an old gain is an upper bound, and the picks are those of the plain greedy loop (Minoux 1978). The columns of
-the tokens with the largest bounds are held side by side. The control flow reads values, which only waits where there is a
-device: use `blocked.py` there.
+all tokens are held as rows of a second table, and only the tokens with the largest bounds are looked at. The control flow reads
+values, which only waits where there is a device: use `blocked.py` there.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocked import gains
 from .naive import LANES
 
 POOL = 128
-"""Tokens whose columns are held."""
+"""Tokens that are looked at, until another can be the next."""
 BATCH = 16
 """Gains that are computed together."""
 
@@ -31,22 +30,19 @@ def max_coverage(table: Tensor, k: int, last: Tensor | None, weight: Tensor | No
 
 
 def _pick(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None) -> Tensor:
-    rows, count = table.shape
-    bound = gains(table[None], table.new_zeros(1, rows))[0]
+    (rows, count), columns = table.shape, table.T.contiguous().numpy()
+    bound = _add_up(columns)  # nothing is covered
     factor = None if weight is None else weight.numpy()
-    if weight is not None:
-        bound *= weight
+    if factor is not None:
+        bound = bound * factor
     if last is not None:
-        bound.masked_fill_(last, -1.0)
-    bound = bound.numpy()
+        bound[last.numpy()] = -1.0
     picks, done, size = np.zeros(k, np.int64), 0, min(POOL, count)
-    padded = -(-rows // LANES) * LANES
-    best, columns = table.new_zeros(padded), table.new_zeros(size, padded)
+    best = np.zeros(rows, columns.dtype)
     while done < k:
         order = np.argsort(-bound, kind="stable")[: size + 1]
         limit = (bound[order[size]], -order[size]) if size < count else (-np.inf, 1)
         pool = np.sort(order[:size])
-        columns[:, :rows] = table[:, torch.from_numpy(pool)].T
         gain, fresh = bound[pool], np.zeros(size, bool)
         while done < k:
             place = gain.argmax()  # the first of equals
@@ -55,13 +51,14 @@ def _pick(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None) -> 
             if fresh[place]:
                 picks[done] = pool[place]
                 done += 1
-                torch.maximum(best, columns[place], out=best)
+                np.maximum(best, columns[pool[place]], out=best)
                 gain[place] = -np.inf
                 fresh[:] = False
                 continue
             some = np.argsort(np.where(fresh, np.inf, -gain), kind="stable")[:BATCH]
-            more = (columns[torch.from_numpy(some)] - best).relu_()
-            found = _add_up(more.numpy())
+            more = columns[pool[some]]
+            more -= best
+            found = _add_up(np.maximum(more, 0, out=more))
             found = found if factor is None else found * factor[pool[some]]
             gain[some] = np.minimum(gain[some], found)  # what comes last stays there, and what is taken
             fresh[some] = True
@@ -70,10 +67,12 @@ def _pick(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None) -> 
 
 
 def _add_up(x: Any) -> Any:
-    """Sums of the rows of `x` [n, R], R a multiple of LANES, in the order of `naive.LANES`."""
-    lanes = np.add.reduce(
-        x.reshape(len(x), x.shape[1] // LANES, LANES), 1
-    )  # one after the other: the axis is not the last
+    """Sums of the rows of `x` [n, R] in the order of `naive.LANES`."""
+    whole = x.shape[1] // LANES * LANES
+    lanes = np.zeros((len(x), LANES), x.dtype)
+    if whole:  # one after the other: the axis is not the last
+        np.add.reduce(x[:, :whole].reshape(len(x), -1, LANES), 1, out=lanes)
+    lanes[:, : x.shape[1] - whole] += x[:, whole:]
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]

@@ -34,9 +34,9 @@ def density_peaks(
     [total] bool: tokens that count; others may hold anything and get spread inf and gap 0. Where there are fewer than `k`
     tokens, all of them are neighbours. No gradient.
 
-    Cost n^2 C / 2 in float64 on the CPU, on a GPU n^2 C in float32, by differences; memory O(n) and a block of 2^22 (GPU: 2^24)
-    distances: where the table is larger, it is made one and a half times, and `x` is copied. On a GPU nothing waits, if
-    `max_seqlen`, the length of the longest segment, is given with ragged tokens (which are filled up to it there).
+    Cost n^2 C / 2 in float64 on the CPU, on a GPU n^2 C in float32, by differences. Memory O(n) and 2^24 distances, on the CPU
+    also 2^24 numbers of `x` in float64: where the table is larger, it is made one and a half times, and `x` is copied. On a GPU
+    nothing waits, if `max_seqlen`, the length of the longest segment, is given with ragged tokens (which are filled up to it).
     """
     _check(x, cu_seqlens)
     check_mask("mask", mask, x)

@@ -11,10 +11,14 @@ from torch import Tensor
 from ..match.blocked import COLUMNS, ROWS, first_max, group_width, round_up
 from ..ragged import segments
 
-ELEMENTS = 1 << 22
-"""Distances in a block: as long as the whole table is no more it is made once, else twice (the second time half of it)."""
+ELEMENTS = 1 << 24
+"""Distances in a block: as long as the whole table is no more (4,096 tokens) it is made once, else one and a half times."""
+DEEP = 1 << 24
+"""Numbers of the float64 copy of the tokens that is held at a time."""
+LOW = 128
+"""Rows of a strip at least: products of fewer are slower."""
 _SAME = 1e-13
-"""Squared distances up to this part of the squared norms (of what lies around the mean) are rounding: they are 0."""
+"""Squared norms (of what lies around the mean) count so much less, so that the distance of equal tokens is 0 and not rounding."""
 
 
 class Squares(Protocol):
@@ -57,42 +61,48 @@ def nearest(
 
 def products(x: Tensor, y: Tensor | None = None) -> Tensor:
     """`Squares` by matrix products in float64 of what is left of the tokens without their mean (of `y`), so that distances which
-    are small beside the norms are exact to float32. Of a table of tokens with themselves one half is made."""
+    are small beside the norms are exact to float32. Of a table of tokens with themselves one half is made, a strip of rows at a
+    time, and mirrored in float32."""
     other = x if y is None else y
     (groups, rows, width), columns = x.shape, other.shape[1]
-    shape = groups, round_up(rows, ROWS), round_up(columns, COLUMNS)
-    table = torch.zeros(shape, dtype=torch.float64, device=x.device)
-    own, norms = table.new_zeros(shape[:2]), table.new_zeros(groups, shape[2])
-    deep = max(64, ELEMENTS // max(1, groups * shape[2]))
-    step = rows if y is not None else max(64, round_up(rows // 8, ROWS))
-    for first in range(0, width, deep):
-        right = table.new_zeros(groups, shape[2], min(deep, width - first))
-        right[:, :columns].copy_(other[..., first : first + deep])
-        middle = right[:, :columns].mean(1, keepdim=True)
-        right[:, :columns].sub_(middle)
-        norms.add_(torch.linalg.vector_norm(right, dim=2).square_())
-        left = right
-        if y is not None:
-            left = table.new_zeros(groups, shape[1], right.shape[2])
-            torch.sub(x[..., first : first + deep], middle, out=left[:, :rows])
-            own.add_(torch.linalg.vector_norm(left, dim=2).square_())
-        for r in range(0, rows, step):
-            begin = 0 if y is not None else r
-            part = table[:, r : r + step, begin:]
-            part.baddbmm_(left[:, r : r + part.shape[1]], right[:, begin:].transpose(1, 2), alpha=2)
-    own = norms[:, : shape[1]] if y is None else own
-    out = torch.empty(shape, device=x.device)
-    high = max(1, (1 << 17) // max(1, groups * shape[2]))
-    for r in range(0, rows, high):
-        begin = 0 if y is not None else r // step * step
-        part, total = table[:, r : r + high, begin:], own[:, r : r + high, None] + norms[:, None, begin:]
-        part.sub_(total)
-        part.masked_fill_(part >= total.mul_(-_SAME), 0)
-        out[:, r : r + high, begin:].copy_(part.clamp_(min=-torch.finfo(torch.float32).max))
-    for r in range(step, rows if y is None else 0, step):
-        out[:, r : r + step, :r].copy_(out[:, :r, r : r + step].transpose(1, 2)[:, : shape[1] - r])
+    out = torch.empty(groups, round_up(rows, ROWS), round_up(columns, COLUMNS), device=x.device)
+    norms = torch.zeros(groups, out.shape[2], dtype=torch.float64, device=x.device)
+    deep = max(64, DEEP // max(1, groups * out.shape[2]))
+    chunks = [slice(first, first + deep) for first in range(0, width, deep)]
+    for chunk in chunks:
+        right, middle = _centred(other[..., chunk], out.shape[2])
+        norms.add_(torch.linalg.vector_norm(right, dim=2).square_(), alpha=1 - _SAME)
+    step = out.shape[1] if y is not None else max(LOW, round_up(rows // 16, COLUMNS))
+    strip = norms.new_empty(groups * min(step, out.shape[1]) * out.shape[2])
+    for r in range(0, rows, step):
+        end = min(r + step, out.shape[1])
+        begin, own = (0, norms.new_zeros(groups, end - r)) if y is not None else (r, norms[:, r:end])
+        part = strip[: groups * (end - r) * (out.shape[2] - begin)].view(groups, end - r, -1)
+        torch.add(own[..., None], norms[:, None, begin:], out=part).neg_()
+        for chunk in chunks:
+            if len(chunks) > 1:
+                right, middle = _centred(other[..., chunk], out.shape[2])
+            left = right[:, r:end]
+            if y is not None:
+                left = norms.new_zeros(groups, end - r, right.shape[2])
+                torch.sub(x[:, r:end, chunk], middle, out=left[:, : rows - r])
+                part.sub_(torch.linalg.vector_norm(left, dim=2).square_()[..., None], alpha=1 - _SAME)
+            part.baddbmm_(left, right[:, begin:].transpose(1, 2), alpha=2)
+        out[:, r:end, begin:].copy_(part)
+        out[:, r:end, begin:].clamp_(-torch.finfo(torch.float32).max, 0)
+        if y is None:
+            out[:, end:, r:end].copy_(out[:, r:end, end : out.shape[1]].transpose(1, 2))
     out[..., columns:] = float("-inf")
     return out
+
+
+def _centred(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """What is left of x [G, n, c] without its mean, filled up to `rows` with zeros, and the mean [G, 1, c], float64."""
+    middle = x.mean(1, keepdim=True, dtype=torch.float32).double()  # any centre does
+    found = middle.new_empty(len(x), rows, x.shape[2])
+    torch.sub(x, middle, out=found[:, : x.shape[1]])
+    found[:, x.shape[1] :] = 0
+    return found, middle
 
 
 @torch.no_grad()

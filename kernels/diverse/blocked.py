@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..gather import gather
 from .naive import SPENT, first_largest, own_part
 
 _BLOCK = 2**24
@@ -31,7 +32,7 @@ def nearest_distance(unit: Tensor) -> Tensor:
 
 def _row(unit: Tensor, pick: Tensor) -> Tensor:
     """Cosines of all tokens to the pick [U, 1] of each visual, [U, N]."""
-    own = unit.gather(1, pick[..., None].expand(-1, 1, unit.shape[2]))
+    own = gather(unit, pick)
     return (unit @ own.transpose(1, 2))[..., 0]
 
 
@@ -79,9 +80,9 @@ def expand(
         done += count
         free = free.scatter(1, pick, False)
         if table is not None:
-            rows = table.gather(1, pick[..., None].expand(-1, -1, table.shape[2]))
+            rows = gather(table, pick)
         else:
-            own = unit.gather(1, pick[..., None].expand(-1, -1, unit.shape[2]))
+            own = gather(unit, pick)
             rows = own @ unit.transpose(1, 2)
         least = torch.minimum(least, 1 - rows.amax(1))
     return torch.cat(picks, 1)

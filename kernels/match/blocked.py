@@ -6,6 +6,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ragged import segments
@@ -16,6 +17,8 @@ _TILE = 1 << 22
 _COLUMNS = 2048
 _COPY = 1 << 23
 """Numbers in a block of `b`, where it has to be copied."""
+_SMALL = 1 << 17
+"""Up to so many scores the time of the calls counts, and not that of a `max` with an index."""
 ROWS, COLUMNS = 8, 32
 """Sides of tiles are multiples of these (filled up with zeros): there the matrix products of MKL do not depend on the place in
 the tile or on its size, so that equal tokens have equal scores and a batch gives what its members give alone."""
@@ -30,12 +33,14 @@ def match(
     cu_a: Tensor | None = None,
     cu_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    value = a.new_full((*a.shape[:-1], rule.m), float("-inf"), dtype=torch.float32)
-    index = torch.full(value.shape, -1, device=a.device)
     left = right = None
     if rule.normalize:
         left, right = inverse_norms(a), inverse_norms(b)
         a, b = without_huge(a, left), without_huge(b, right)
+    if cu_a is None and rule.m == 1 and not rule.same_cell and 0 < a.shape[:-1].numel() * b.shape[1] <= _SMALL:
+        return _whole(a, b, left, right, rule, query_mask, key_mask)
+    value = a.new_full((*a.shape[:-1], rule.m), float("-inf"), dtype=torch.float32)
+    index = torch.full(value.shape, -1, device=a.device)
     search = _same_cell if rule.same_cell else _search
     if cu_a is None or cu_b is None:
         search(a, b, right, rule, key_mask, value, index)
@@ -48,6 +53,40 @@ def match(
         value.mul_(left[..., None])
     value.masked_fill_(none, float("-inf"))
     return value if rule.largest else value.neg_(), index
+
+
+def _whole(
+    a: Tensor,
+    b: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    rule: Rule,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`match` for m = 1 in one small table, with few calls; `left`, `right`: factors of rows and columns. The products are those of
+    `_search`."""
+    rows, columns = a.shape[1], b.shape[1]
+    high, wide = round_up(rows, ROWS) - rows, round_up(columns, COLUMNS) - columns
+    table = torch.bmm(F.pad(a.float(), (0, 0, 0, high)), F.pad(b.float(), (0, 0, 0, wide)).transpose(1, 2))
+    scores = table[:, :rows, :columns]
+    if right is not None:
+        scores = scores * right[:, None]
+    if not rule.largest:
+        scores = -scores
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None], float("-inf"))
+    if rule.exclude_self or rule.low is not None or rule.high is not None:
+        number = torch.arange(max(rows, columns), device=a.device)
+        scores = scores.masked_fill(~rule.allowed(number[:rows, None], number[:columns]), float("-inf"))
+    value, index = scores.max(2, keepdim=True)  # the first of equals
+    none = value == float("-inf")
+    if query_mask is not None:
+        none |= ~query_mask[..., None]
+    if left is not None:
+        value = value * left[..., None]
+    value = value.masked_fill(none, float("-inf"))
+    return value if rule.largest else -value, index.masked_fill_(none, -1)
 
 
 def _search(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..gather import gather
 
 
 def merge(
@@ -88,13 +89,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total = share.new_zeros(len(share), ctx.count).scatter_add(1, target, share)
         scale = torch.where(total == 0, 1, total).reciprocal().gather(1, target)
         share = share * scale
-    mine = grad.gather(1, target[..., None].expand(-1, -1, grad.shape[2]))
+    mine = gather(grad, target)
     to_x = (mine * share[..., None]).to(grad.dtype) if ctx.needs_input_grad[0] else None
     to_weight = None
     if x is not None and ctx.needs_input_grad[3]:
         away = x.float().masked_fill(gone[..., None], 0)
         if output is not None:
-            away = away - output.float().gather(1, target[..., None].expand_as(x))
+            away = away - gather(output.float(), target)
         to_weight = (away * mine.float()).sum(2).masked_fill(gone, 0)
         to_weight = (to_weight if scale is None else to_weight * scale).to(weight.dtype)
     return to_x, None, None, to_weight, None, None

@@ -98,7 +98,7 @@ class PruneSID(InputStage):
         steps = torch.arange(k + 1, device=sizes.device)[:, None]
         grown = torch.minimum(most[:, None] + steps, sizes[:, None])
         enough = (grown.sum(2) >= k).long().argmax(1)
-        most = grown.gather(1, enough[:, None, None].expand(-1, 1, count))[:, 0]
+        most = gather(grown, enough[:, None])[:, 0]
         other = (k - first - low.sum(1, keepdim=True)).clamp_min(0)
         ends = (left.cumsum(1) / left.sum(1, keepdim=True).clamp_min(1) * other).round().long()
         taken = torch.minimum(ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])) + low, most)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import density
+from ..kernels.gather import gather
 
 
 @torch.no_grad()
@@ -23,6 +24,6 @@ def density_peaks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     spread, gap = density.density_peaks(x, count)
     centres = (gap.log() - spread).sort(dim=1, descending=True, stable=True).indices[:, :count]
-    into = density.nearest(x, x.gather(1, centres[..., None].expand(-1, -1, x.shape[2])))[1]
+    into = density.nearest(x, gather(x, centres))[1]
     order = torch.arange(count, device=x.device).expand_as(centres)
     return centres, into.scatter(1, centres, order)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.gather import gather
+
 
 def exit_features(states: Tensor, text: Tensor | None = None) -> Tensor:
     """What an exit router reads of the text behind the visuals: the mean of all its tokens but the last, and the last one, [U, 2D].
@@ -19,7 +21,7 @@ def exit_features(states: Tensor, text: Tensor | None = None) -> Tensor:
         text = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     place = torch.arange(text.shape[1], device=text.device)
     end = torch.where(text, place, -1).amax(1, keepdim=True)
-    last = states.gather(1, end[..., None].expand(-1, -1, states.shape[-1]))[:, 0]
+    last = gather(states, end)[:, 0]
     others = (text & (place != end)).to(states.dtype)
     count = others.sum(1, keepdim=True)
     mean = (others[:, None] @ states)[:, 0] / count.clamp_min(1)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.gather import gather
 from ..kernels.merge import merge
 from .groups import group_sizes
 from .precision import wide
@@ -27,7 +28,7 @@ def cosine_kmeans(x: Tensor, seeds: Tensor, rounds: int = 10) -> Tensor:
     empty. At least float32; the same in every run, also on a GPU. Cost rounds n M C.
     """
     unit = F.normalize(wide(x), dim=-1)
-    centres = unit.gather(1, seeds[..., None].expand(-1, -1, unit.shape[2]))
+    centres = gather(unit, seeds)
     number = torch.arange(seeds.shape[1], device=x.device)
     step = max(1, _ELEMENTS // max(1, seeds.shape[1]))
     labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.gather import gather
 from .precision import wide
 from .ties import argmax_first
 
@@ -39,13 +40,13 @@ def take_in(
     for first in range(0, count, step):
         mine, centre = own[:, first : first + step], is_centre[:, first : first + step, None]
         can = (free[:, None] & centre).scatter(2, mine[..., None], False)
-        liking = unit.gather(1, mine[..., None].expand(-1, -1, unit.shape[2])) @ unit.transpose(1, 2)
+        liking = gather(unit, mine) @ unit.transpose(1, 2)
         if bonus is not None:
             liking = liking + bonus[:, None]
         liking = liking.masked_fill(~can, float("-inf"))
         order = liking.sort(dim=2, descending=True, stable=True).indices
         near = torch.zeros_like(can).scatter(2, order[..., :neighbours], True) & can
-        rows.append(values.gather(1, mine[..., None].expand(-1, -1, x.shape[2])) + (near * weight[:, None]) @ values)
+        rows.append(gather(values, mine) + (near * weight[:, None]) @ values)
         liking = liking.masked_fill(~near, float("-inf"))
         most = liking.amax(1)
         into = torch.where(most > best, first + argmax_first(liking.transpose(1, 2)), into)

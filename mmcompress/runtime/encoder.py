@@ -493,11 +493,17 @@ def _taken(name: str, value: Any, index: Tensor, tokens: int) -> Any:
     if "mask" not in name:
         dims = dims[:1]
     for dim in dims:
-        if value.dim() == -dim:
-            value = value.index_select(0, index[0]) if len(index) == 1 else value[index]
+        if len(index) == 1:
+            value = value.index_select(dim, index[0])
             continue
-        if len(index) > 1 and len(value) == 1:
+        if value.dim() == -dim:
+            value = value[index]
+            continue
+        if len(value) == 1:
             value = value.expand(len(index), *value.shape[1:])
+        if value.dim() + dim == 1:
+            value = gather(value, index)
+            continue
         at = index.view(len(index), *[-1 if d == dim else 1 for d in range(1 - value.dim(), 0)])
         value = value.gather(dim, at.expand(*value.shape[:dim], index.shape[1], *value.shape[value.dim() + dim + 1 :]))
     return value

@@ -172,4 +172,4 @@ class Group:
         own, last = at(self.source), at(self.place).cummax(1).values
         index = torch.where((own == 0) | ends.to(device), last, own)
         shown = torch.cat([hidden.new_zeros(len(hidden), 1, hidden.shape[2]), hidden], 1)
-        return shown.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+        return gather(shown, index)
