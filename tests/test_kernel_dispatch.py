@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mmcompress.eval.cost import plain
+from mmcompress.eval.cost.peers import Race, race
 from mmcompress.eval.cost.selection import Sizes, selection_times
 from mmcompress.eval.kernel_bench.operations import OPERATIONS, Draw, Size, caller
+from mmcompress.kernels.coverage import max_coverage
 from mmcompress.kernels.dispatch import IMPLEMENTATIONS, choose, has_triton, preferring
 from torch.utils._pytree import tree_leaves
+
+from mmcompress.ops.density import density_peaks
 
 from .watch import in_a_graph
 
@@ -52,6 +57,22 @@ def test_naive_times_stand_beside_the_methods_that_call_kernels() -> None:
     found = {row.method: row for row in selection_times(["divprune", "fastv"], repeats=2, sizes=sizes, side=4)}
     assert found["divprune"].naive_ms > 0
     assert found["fastv"].naive_ms is None
+
+
+def test_methods_race_against_plain_pytorch() -> None:
+    sizes = ((64, 16), (72, 16))
+    rows = list(race(Race(sizes, repeats=1), ["divprune", "fastv", "dpc_knn", "max_coverage"]))
+    raced = {(row.name, row.n) for row in rows if row.ratio is not None}
+    assert raced == {(name, n) for name in ("divprune", "dpc_knn", "max_coverage") for n, _ in sizes}
+    assert all(row.cpu > 0 and row.peer_cpu > 0 and row.rounds >= 3 for row in rows if row.ratio)
+
+
+def test_plain_peers_choose_the_same() -> None:
+    x = torch.randn(1, 90, 24, generator=torch.Generator().manual_seed(0))
+    for ours, theirs in zip(density_peaks(x, 7), plain.density_peaks(x, 7), strict=True):
+        assert torch.equal(ours, theirs)
+    table = (x @ x.transpose(1, 2)).softmax(-1)
+    assert torch.equal(max_coverage(table, 20), plain.max_coverage(table, 20))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ...assets import checkpoint
 from ...records import read, update
-from . import Command, Load, OpenImage, OutFile, check_least, cost, kernels, real
+from . import Command, Load, OpenImage, OutFile, check_least, cost, kernels, peers, real
 
 PLANS = (
     "uniform(keep=0.25)",
@@ -30,7 +30,7 @@ KIND = "`mmcompress bench`"
 LISTED = {
     "memory": "peak memory of a 20,480-token video", "selection": "every method alone, or each --plan in turn, 2,880 tokens to 288",
     "mass": "merged tokens that weigh what they stand for, in every way of adding it",
-    "kernels": "every kernel alone (not part of all)",
+    "kernels": "every kernel alone (not part of all)", "peers": "every method against plain PyTorch (not part of all)",
     "real": "released models at their real size, random weights (not part of all)",
 }  # fmt: skip
 
@@ -47,7 +47,7 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
         nargs="*",
         default=["llava"],
         help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), 'mass' (merged "
-        "tokens that weigh), or 'all' of these; or 'kernels', 'real', or one checkpoint (see below)",
+        "tokens that weigh), or 'all' of these; or 'kernels', 'peers', 'real', or one checkpoint (see below)",
     )
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
     bench.add_argument("--repeats", type=int, help="rounds (default 12; real: 3)")
@@ -79,6 +79,9 @@ def run(
         options.repeats = 3 if whole else 12
     if "kernels" in options.what:
         kernels.run(options, console)
+        return
+    if "peers" in options.what:
+        peers.run(options, console)
         return
     alien = [name for name in kernels.OPTIONS if getattr(options, name)]
     one = not whole and cost.is_checkpoint(options.what, models)

@@ -149,3 +149,10 @@ def selection_times(
 def _whole(stage: Selecting, visuals: mm.Visuals) -> Tensor:
     chosen = stage.select(visuals)
     return chosen.rows if chosen.rows is not None else chosen.apply(visuals.features)
+
+
+def whole(stage: Selecting, visuals: mm.Visuals, implementation: str = "auto") -> bool:
+    """A selection with making the output tokens. Returns whether it asked for a kernel."""
+    with preferring(implementation) as preference:
+        _whole(stage, visuals)
+    return preference.used
