@@ -29,9 +29,10 @@ from .journal import Journal, answers_in, file_name, fingerprint
 from .machine import machine, synchronize
 from .metrics import Protocol, check_protocol
 from .prompts import new_tokens
-from .synthetic import Item, items
+from .synthetic import items
 from .synthetic.benchmark import takes_any_shape
-from .synthetic.pages import PageItem, page_items
+from .synthetic.pages import page_items
+from .synthetic.videos import video_items
 from .tasks import Row, Task, by_kind, known, task_of
 from .team import Team
 
@@ -77,11 +78,18 @@ def shapes_questions(count: int, model: Any, start: int = 1_000_000) -> list[Que
 
 
 def drawn_questions(task: str, count: int, model: Any, start: int = 1_000_000) -> list[Question]:
-    """An embedded benchmark as questions; pictures are drawn when their turn comes. start: as of `items`."""
+    """An embedded benchmark as questions; pictures and videos are drawn when their turn comes. start: as of `items`."""
     kinds = len(task_of(task).drawn)
     if count < kinds:
         raise ValueError(f"{count} questions: at least {kinds}, one of each type")
-    found: Sequence[Item | PageItem] = (
+    if task == "videos":
+        return [
+            Question(
+                str(one.seed), one.question.text, (), (one.question.answer,), kind=one.question.kind, videos=(one.clip,)
+            )
+            for one in video_items(count, start)
+        ]
+    found: Sequence[Any] = (
         page_items(count, start) if task == "pages" else items(count, start, stretched=takes_any_shape(model))
     )
     return [
@@ -241,13 +249,12 @@ def bucketed(questions: Sequence[Question], texts: Sequence[str], size: int, any
     """
 
     def length(i: int) -> tuple[int, int, int, int]:
-        images = questions[i].images
-        pixels = sum(w * h for w, h in map(picture_size, images)) if any_shape and size > 1 else 0
-        return (-len(images), -pixels, -len(texts[i]), i)
+        pixels = sum(w * h for w, h in map(picture_size, questions[i].images)) if any_shape and size > 1 else 0
+        return (-len(questions[i].visuals), -pixels, -len(texts[i]), i)
 
     order = sorted(range(len(questions)), key=length)
     batches = [order[first : first + size] for first in range(0, len(order), size)]
-    parts = [[[i for i in b if questions[i].images], [i for i in b if not questions[i].images]] for b in batches]
+    parts = [[[i for i in b if questions[i].visuals], [i for i in b if not questions[i].visuals]] for b in batches]
     return [part for pair in parts for part in pair if part]  # text alone makes no mixed batch
 
 
@@ -374,10 +381,11 @@ def _generate(model: Any, processor: Any, inputs: Any, most: int) -> _Replies:
 
 
 def _visual_tokens(model: Any, ids: Tensor) -> list[list[float]]:
-    token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
-    if token is None:
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    tokens = [token for name in names if (token := getattr(model.config, name, None)) is not None]
+    if not tokens:
         return [[] for _ in ids]
-    full = (ids == token).sum(1).tolist()
+    full = torch.isin(ids, torch.tensor(tokens, device=ids.device)).sum(1).tolist()
     if "_mmcompress_engine" not in model.__dict__ or not any(full):
         return [[n, n, n] for n in full]
     last = mm.trace(model)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ..pictures import PictureError
+from ..videos import VideoError, video_arguments
 from .data import Question
-from .data.question import PictureError, open_picture
+from .data.question import open_clip, open_picture
 from .prompts import conversation, question_text
 from .tasks import Task
 
@@ -26,7 +28,7 @@ def texts_of(
     for question in questions:
         try:
             said = question_text(task, question, protocol, suffix)
-            texts.append(conversation(processor, said, len(question.images), template))
+            texts.append(conversation(processor, said, len(question.images), template, len(question.videos)))
         except Exception as error:  # of the checkpoint's template
             texts.append("")
             wrong[question.id] = told("the chat template", error)
@@ -36,23 +38,24 @@ def texts_of(
 def inputs_of(
     model: Any, processor: Any, questions: Sequence[Question], texts: Sequence[str], batch: Sequence[int]
 ) -> tuple[list[int], Any, dict[str, str]]:
-    """Inputs of the questions of a batch that can be asked, their numbers, and why the others cannot, by their ids: a picture that
-    cannot be read, what the processor refuses, a prompt longer than the context of the model."""
-    pictures: dict[int, list[Any]] = {}
+    """Inputs of the questions of a batch that can be asked, their numbers, and why the others cannot, by their ids: a picture or
+    video that cannot be read, what the processor refuses, a prompt longer than the context of the model."""
+    pictures: dict[int, tuple[list[Any], list[Any]]] = {}
     wrong: dict[str, str] = {}
     for i in batch:
         if any("\ud800" <= letter <= "\udfff" for letter in texts[i]):
             wrong[questions[i].id] = "its text has half a character in it (a lone surrogate)"
             continue
         try:
-            pictures[i] = [open_picture(image) for image in questions[i].images]
-        except PictureError as error:
+            pictures[i] = [*map(open_picture, questions[i].images)], [*map(open_clip, questions[i].videos)]
+        except (PictureError, VideoError) as error:
             wrong[questions[i].id] = str(error)
 
     def processed(some: Sequence[int]) -> Any:
-        shown = [picture for i in some for picture in pictures[i]]
+        shown = [picture for i in some for picture in pictures[i][0]]
+        more = video_arguments(processor, [clip for i in some for clip in pictures[i][1]])
         asked = [texts[i] for i in some]
-        return processor(images=shown or None, text=asked, padding=True, return_tensors="pt") if asked else None
+        return processor(images=shown or None, text=asked, padding=True, return_tensors="pt", **more) if asked else None
 
     def lengths(inputs: Any) -> list[int]:
         return [] if inputs is None else inputs["attention_mask"].sum(1).tolist()

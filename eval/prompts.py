@@ -80,17 +80,19 @@ def question_text(task: Task, question: Question, protocol: Protocol, suffix: st
     return text + ending
 
 
-def conversation(processor: Any, text: str, images: int, template: str = "chat") -> str:
+def conversation(processor: Any, text: str, images: int, template: str = "chat", videos: int = 0) -> str:
     """The prompt string. chat: the checkpoint's own template; vicuna: as LLaVA-1.5's scripts write it."""
     if template not in TEMPLATES:
         raise ValueError(f"template={template!r}: choose one of {', '.join(TEMPLATES)}")
+    if template == "vicuna" and videos:
+        raise ValueError("--template vicuna has no place for videos: leave it out")
     if template == "vicuna":
         return f"{VICUNA} USER: {(processor.image_token + chr(10)) * images}{text} ASSISTANT:"
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
             "the checkpoint has no chat template, so there is no way to know its prompt format; or --template vicuna"
         )
-    return chat_prompt(processor, text, images)
+    return chat_prompt(processor, text, images, videos)
 
 
 def unknown_words(processor: Any, texts: Iterable[str]) -> str:

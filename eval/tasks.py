@@ -16,6 +16,7 @@ from .data import Question
 from .metrics import Protocol
 from .synthetic.pages import CHANCE as PAGES_CHANCE
 from .synthetic.questions import CHANCE as SHAPES_CHANCE
+from .synthetic.videos import CHANCE as VIDEOS_CHANCE
 
 
 @dataclass(frozen=True)
@@ -376,6 +377,7 @@ TASKS = {
         Task("hallusionbench", "HallusionBench by rule, without a judge", _hallusion, "aAcc", protocols=("lmms",)),
         Task("shapes", "the embedded synthetic benchmark", _words, drawn=SHAPES_CHANCE),
         Task("pages", "the embedded benchmark of pages of text", _words, drawn=PAGES_CHANCE),
+        Task("videos", "the embedded benchmark of moving scenes", _words, drawn=VIDEOS_CHANCE),
         Task("exact", "a table: equal to a gold answer after normalisation", _exact, own=True),
         Task("soft", "a table: soft accuracy over several human answers", _soft, own=True),
         Task("anls", "a table: edit similarity", _anls, "anls", own=True),

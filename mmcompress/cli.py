@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cli_check, cli_explain, cli_learn, cli_models
-from .assets import CLIP, MODELS, PAGES, checkpoint, split
+from .assets import CLIP, MODELS, PAGES, VIDEO, checkpoint, split
 from .eval import explain_train
 from .eval.cli import OutFile, OutFolder, OutPicture, add_load_options, bench, check_least, evaluate, tune
 from .eval.machine import check_device
@@ -25,6 +25,9 @@ from .eval.machine import check_device
 WIDTH = 160
 """Columns of what goes into a file or a pipe, where nothing says how wide it may be: tables are readable there too."""
 
+
+MOST_FRAMES = 16
+"""Frames of a video that `run` shows a model where nothing says how many."""
 
 ON = "the same command goes on where it was"
 STOPPED = {
@@ -179,13 +182,16 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", nargs="+", default=["50%", "25%", "10%"], help="ratios as 0.25 or 25%% (default 50%% 25%% 10%%)"
     )
 
-    run = command("run", _run, "ask a checkpoint about images, with and without compression")
+    run = command("run", _run, "ask a checkpoint about images or a video, with and without compression")
     run.add_argument(
         "model",
         help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}; NAME@8x4: a copy of it that answers "
         "the same with a language model 8 and a vision encoder 4 times as wide (also for bench, sweep, eval)",
     )
     run.add_argument("--image", type=Path, action="append", default=[], help="picture; may be given several times")
+    run.add_argument("--video", type=Path, metavar="FILE", help="a video; needs the extra 'video'")
+    run.add_argument("--frames", type=int, metavar="N", help=f"exactly so many of it (default: at most {MOST_FRAMES})")
+    run.add_argument("--fps", type=float, help="so many frames of it a second")
     run.add_argument("--question", required=True)
     run.add_argument(
         "--plan",
@@ -208,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_commands(command, _load, MODELS)
 
     train = command("train", _train, "train an embedded model on the synthetic benchmark (restartable)")
-    trained = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes", CLIP, PAGES)
+    trained = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shapes", CLIP, PAGES, VIDEO)
     train.add_argument("model", choices=trained, help="all but llava-shapes start from one in the package")
     train.add_argument("--out", type=OutFolder, help="default: runs/MODEL")
     train.add_argument("--device", default=None)
@@ -252,6 +258,18 @@ def _open_image(path: Path) -> Any:
     return open_picture(path, f"--image {path}")
 
 
+def _open_video(options: argparse.Namespace) -> tuple[Any, ...]:
+    """The frames of --video that are asked for, if there is one."""
+    from .videos import read_video
+
+    if options.video is None:
+        if given := [name for name in ("frames", "fps") if getattr(options, name) is not None]:
+            raise UserError(f"--{given[0]} chooses frames of a video: give --video FILE")
+        return ()
+    most = MOST_FRAMES if options.frames is None and options.fps is None else None
+    return (read_video(options.video, options.frames, options.fps, most=most, name=f"--video {options.video}"),)
+
+
 def _load(options: argparse.Namespace) -> tuple[Any, Any, str]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -287,21 +305,29 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from .eval.prompts import unknown_words
     from .eval.synthetic.benchmark import takes_any_shape
     from .plan import as_pipeline
+    from .videos import check_frames
     from .visualize import Panel, encoded_view, kept_figure, kept_overlay
 
     pictures = [_open_image(path) for path in options.image]
+    clips = _open_video(options)
     plan = as_pipeline(options.plan, positions=options.positions)
     check_least(options, max_new_tokens=1)
+    if options.out and clips:
+        raise UserError(
+            "--out draws what is kept of pictures; for a video: mmcompress explain MODEL --video FILE --plan PLAN"
+        )
     model, processor, _ = _load(options)
     if unknown := unknown_words(processor, [options.question]):
         warnings.warn(unknown, UserWarning, stacklevel=1)
-    question = Question("--question", options.question, tuple(pictures))
-    _, inputs, wrong = inputs_of(
-        model, processor, [question], [prompt_text(processor, options.question, len(pictures))], [0]
-    )
+    question = Question("--question", options.question, tuple(pictures), videos=clips)
+    said = prompt_text(processor, options.question, len(pictures), len(clips))
+    _, inputs, wrong = inputs_of(model, processor, [question], [said], [0])
     if wrong:
         raise UserError(f"--question cannot be asked: {wrong[question.id]}")
     inputs = inputs.to(model.device, model.dtype)
+    for clip in clips:
+        check_frames(plan, model, inputs)
+        console.print(f"{len(clip)} of {clip.total} frames, {clip.span}", highlight=False, markup=False)
 
     def answer() -> str:
         with torch.no_grad():
@@ -311,8 +337,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.print(f"stock       {answer()}", markup=False)
     api.compress(model, plan, timing=True)
     console.print(f"compressed  {answer()}", markup=False)
-    if not pictures:
-        console.print("no --image: nothing to compress, the stock model ran")
+    if not pictures and not clips:
+        console.print("no --image and no --video: nothing to compress, the stock model ran")
         return
     console.print(str(api.report(model, inputs)), highlight=False, markup=False)
     if options.out:
@@ -350,12 +376,15 @@ def _train(options: argparse.Namespace, console: Console) -> None:
     from .eval.synthetic.pages.train import GO_ON, PageTrainer
     from .eval.synthetic.train import Trainer
     from .eval.synthetic.transfer import RECIPES, Transfer
+    from .eval.synthetic.videos.train import VideoRecipe, VideoTrainer
 
     out = options.out or Path("runs") / options.model
     if options.model == CLIP:
         ClipTrainer(out, device=options.device).run()
     elif options.model == PAGES:
         PageTrainer(out, GO_ON, options.device).run()
+    elif options.model == VIDEO:
+        VideoTrainer(out, VideoRecipe(), options.device).run()
     elif options.model in FAMILIES:
         Transfer(out, FAMILIES[options.model](), RECIPES[options.model], options.device).run()
     else:

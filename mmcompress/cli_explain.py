@@ -15,6 +15,10 @@ from .eval.cli import Command, Load, OpenImage, OutFolder, add_load_options, che
 
 NAMES = ("token-activation-map", "attention-rollout", "last-layer-attention", "gradient-relevance", "grad-cam")
 """What `--method` takes, in the order of `mmcompress.explain.EXPLANATIONS`."""
+FRAMES = Path()
+"""What --video without a file stands for."""
+MOST = 16
+"""Frames of a video where nothing says how many."""
 WORDS, GRADIENTS = "token-activation-map", "gradient-relevance"
 """The map of words; and what stands beside it wherever a backward pass is affordable."""
 
@@ -27,10 +31,12 @@ def add(command: Command, load: Load, open_image: OpenImage) -> None:
         "show what a model looked at and which tokens were kept: an HTML page and pictures",
     )
     explain.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")
+    explain.add_argument("--image", type=Path, action="append", default=[], help="picture; may be given several times")
     explain.add_argument(
-        "--image", type=Path, action="append", required=True, help="picture; may be given several times"
-    )
-    explain.add_argument("--video", action="store_true", help="the pictures are the frames of one video, in order")
+        "--video", type=Path, nargs="?", const=FRAMES, metavar="FILE",
+        help="a video (needs the extra 'video'); without FILE, the pictures are the frames of one, in order",
+    )  # fmt: skip
+    explain.add_argument("--frames", type=int, metavar="N", help=f"exactly so many of FILE (default: at most {MOST})")
     explain.add_argument("--question", required=True)
     explain.add_argument("--plan", help="also with this compression, side by side: e.g. 'divprune(keep=0.25)'")
     explain.add_argument(
@@ -58,13 +64,13 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
 
     check_least(options, max_new_tokens=1)
     need_jinja2()
-    pictures = [open_image(path) for path in options.image]
+    pictures = visuals_of(options, open_image)
     plan = as_pipeline(options.plan) if options.plan else None
     model, processor, _ = load(options)
     methods = options.method or ([WORDS] if options.no_gradients else None)
     unknown = unknown_words(processor, [options.question])
     notes = [unknown] if unknown else []
-    how = {"video": options.video, "max_new_tokens": options.max_new_tokens}
+    how = {"video": options.video is not None, "max_new_tokens": options.max_new_tokens}
     found = explained(
         model, processor, pictures, options.question, plan, methods, options.same_answer, notes.append, **how
     )
@@ -80,10 +86,25 @@ def run(options: argparse.Namespace, console: Console, load: Load, open_image: O
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def visuals_of(options: argparse.Namespace, open_image: OpenImage) -> Any:
+    """Pictures, or the frames of a video."""
+    from .videos import read_video
+
+    path = options.video if options.video != FRAMES else None
+    if bool(path) == bool(options.image):
+        raise ValueError("give --image, --video FILE, or --video with the frames as --image")
+    if options.frames is not None and not path:
+        raise ValueError(f"--frames {options.frames} chooses frames of a file: give --video FILE")
+    if path:
+        most = MOST if options.frames is None else None
+        return read_video(path, options.frames, most=most, name=f"--video {path}")
+    return [open_image(one) for one in options.image]
+
+
 def explained(
     model: Any,
     processor: Any,
-    pictures: list[Any],
+    pictures: Any,
     question: str,
     plan: Any = None,
     methods: Any = None,
@@ -112,7 +133,7 @@ def explained(
 def _explained(
     model: Any,
     processor: Any,
-    pictures: list[Any],
+    pictures: Any,
     question: str,
     methods: Sequence[str] | None,
     say: Callable[[str], object],

@@ -19,7 +19,7 @@ import torch
 from mmcompress.assets import MODELS, model_path
 from mmcompress.eval.comparison import compare
 from mmcompress.eval.evaluator import STOCK, load_record
-from mmcompress.eval.lmms import CompressedModel, base, model_arguments, plan_digest, read_plan, run_lmms, video
+from mmcompress.eval.lmms import CompressedModel, base, model_arguments, plan_digest, read_plan, run_lmms
 from mmcompress.eval.lmms import run as command_run
 from mmcompress.eval.lmms.records import reply_of
 from mmcompress.eval.synthetic import Item, items
@@ -108,24 +108,6 @@ def test_without_lmms_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (lambda: run_lmms("llava-shapes", [PLAN], ["gqa"], "out"), lambda: CompressedModel("llava-shapes")):
         with pytest.raises(ImportError, match=r"pip install 'mmcompress\[lmms\]'.*No module named"):
             call()
-
-
-def test_frames_of_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
-
-    def decode(video: str, backend: str, sample_indices_fn: Any) -> Any:
-        found = sample_indices_fn(SimpleNamespace(total_num_frames=100, fps=10.0))
-        asked.append(found.tolist())
-        return found, "metadata"
-
-    monkeypatch.setattr("transformers.video_utils.load_video", decode)
-    monkeypatch.setattr(video, "_DECODERS", (("pyav", "torch"),))
-    assert video.read_video("x.mp4", 4)[1] == "metadata"
-    video.read_video("x.mp4", 4, start=5.0, end=7.0)
-    video.read_video("x.mp4", 40, fps=0.5)
-    video.read_video("x.mp4", 4, start=99.0)
-    assert asked == [[0, 33, 66, 99], [50, 57, 63, 70], [0, 25, 50, 74, 99], [99]]
-    assert video.read_video(["frame"], 4) == (["frame"], None)
 
 
 # ---------------------------------------------------------------------- with lmms-eval

@@ -36,7 +36,7 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
         "--tasks",
         default="shapes",
         help="vqav2, gqa, textvqa, pope, mme, mmbench, scienceqa, chartqa, docvqa, ...; for a table of your own exact, soft, "
-        "anls, relaxed, letter, yesno or contains; shapes (default) and pages are the embedded benchmarks. With --harness lmms "
+        "anls, relaxed, letter, yesno or contains; shapes (default), pages, videos: the embedded benchmarks. With --harness lmms "
         "names of its tasks between commas, NAME=FOLDER for one whose data lie in a folder, or task files",
     )
     measure.add_argument(
@@ -47,7 +47,7 @@ def add_commands(command: Command, load: Load, models: tuple[str, ...]) -> None:
     )
     measure.add_argument("--split", help="part of the benchmark, where the folder has several")
     measure.add_argument(
-        "--questions", type=int, metavar="N", help="only the first N (shapes, pages: how many, default 210)"
+        "--questions", type=int, metavar="N", help="only the first N (shapes, pages, videos: how many, default 210)"
     )
     measure.add_argument(
         "--protocol", default="official", help="whose prompts and metric: official (default), llava or lmms"

@@ -36,10 +36,10 @@ def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
     sweep.add_argument(
         "--task",
         action="append",
-        help="shapes (default), pages, or NAME=FOLDER or NAME=FILE as of `mmcompress eval`; several allowed",
+        help="shapes (default), pages, videos, or NAME=FOLDER or NAME=FILE as of `mmcompress eval`; several allowed",
     )
     sweep.add_argument(
-        "--questions", type=int, metavar="N", help="only the first N of each task (shapes, pages: default 210)"
+        "--questions", type=int, metavar="N", help="only the first N of each task (shapes, pages, videos: default 210)"
     )
     sweep.add_argument(
         "--protocol", default="official", help="whose prompts and metric: official (default), llava or lmms"

@@ -152,13 +152,13 @@ def giga(value: float) -> str:
     )
 
 
-def prompt_text(processor: Any, question: str, pictures: int = 1) -> str:
-    """The prompt of a question about pictures, in the checkpoint's chat format."""
+def prompt_text(processor: Any, question: str, pictures: int = 1, videos: int = 0) -> str:
+    """The prompt of a question about pictures and videos, in the checkpoint's chat format."""
     from ..synthetic.benchmark import prompt
 
     if getattr(processor, "chat_template", None) is None:
         raise ValueError("the checkpoint has no chat template, so there is no way to know its prompt format")
-    return prompt(processor, question, pictures)
+    return prompt(processor, question, pictures, videos)
 
 
 def prompt_inputs(model: Any, processor: Any, picture: Any, question: str) -> Any:

@@ -12,16 +12,29 @@ from typing import TypeAlias
 from PIL import Image
 
 from ...pictures import PictureError, open_picture, picture_size
+from ...videos import Clip, read_video
 
-__all__ = ["Picture", "PictureError", "Question", "check_questions", "digest", "open_picture", "picture_size"]
+__all__ = [
+    "Picture",
+    "PictureError",
+    "Question",
+    "Video",
+    "check_questions",
+    "digest",
+    "open_clip",
+    "open_picture",
+    "picture_size",
+]
 
 Picture: TypeAlias = "Path | bytes | Callable[[], Image.Image]"
 """A file, the bytes of one, or what draws it."""
+Video: TypeAlias = "Path | bytes | Clip | Callable[[], Clip]"
+"""A file, the bytes of one, frames that are there already, or what draws them."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about pictures.
+    """One question about pictures and videos.
 
     text: as the file has it, without the instruction that a protocol adds; answers: all that are right (of a multiple
     choice its letter), none if they are not known; options: (letter, text); kind: for the breakdown by question type;
@@ -38,6 +51,17 @@ class Question:
     group: str = ""
     extra: Mapping[str, str] = field(default_factory=dict, hash=False)
     place: str = field(default="", repr=False, compare=False)
+    videos: tuple[Video, ...] = field(default=(), repr=False)
+
+    @property
+    def visuals(self) -> tuple[Picture | Video, ...]:
+        return (*self.images, *self.videos)
+
+
+def open_clip(video: Video) -> Clip:
+    """All frames of a file, or those that are there already. Raises VideoError as `read_video`."""
+    found = video() if callable(video) else video
+    return found if isinstance(found, Clip) else read_video(found)
 
 
 def check_questions(questions: Sequence[Question], where: Path | str) -> Sequence[Question]:
@@ -60,7 +84,7 @@ def digest(questions: Iterable[Question]) -> str:
     for question in questions:
         words = [question.id, question.text, *question.answers, *map(str, question.options), question.hint]
         words += [f"{k}={v}" for k, v in sorted(question.extra.items())]
-        for image in question.images:
+        for image in question.visuals:
             if isinstance(image, Path):
                 words.append(f"{image.name} {image.stat().st_size}")
             elif isinstance(image, bytes):

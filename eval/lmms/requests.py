@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...pictures import open_picture
+from ...videos import Clip, read_video, video_arguments
 from .base import Interface
-from .video import read_video
 
 GENERATION = ("temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "length_penalty", "min_new_tokens")
 """What a task may say about generation beside do_sample, max_new_tokens and until."""
@@ -81,22 +81,21 @@ class Reader(Interface):  # type: ignore[misc, valid-type]
                     fetched = isinstance(part.url, str) and part.url.startswith(("http://", "https://"))
                     images.append(open_picture(load_image(part.url) if fetched else part.url))
                 else:
-                    videos.append(read_video(part.url, self.frames, self.fps, part.start_time, part.end_time))
+                    videos.append(self._clip(part))
             turns.append({"role": message.role, "content": content})
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False), images, videos
+
+    def _clip(self, part: Any) -> Clip:
+        """The frames of a video: of a file at most so many as the settings say, all of those that are there already."""
+        if not isinstance(part.url, str):
+            return read_video(part.url)
+        return read_video(part.url, fps=self.fps, most=self.frames, start=part.start_time, end=part.end_time)
 
     def _inputs(self, part: Sequence[tuple[int, str, list[Any], list[Any]]]) -> Any:
         images = [image for *_, shown, _ in part for image in shown]
         videos = [video for *_, shown in part for video in shown]
         more: dict[str, Any] = {"images": images} if images else {}
-        if videos:
-            if getattr(self.processor, "video_processor", None) is None:
-                raise NotImplementedError(
-                    f"{type(self.processor).__name__} takes no videos: choose another task or checkpoint"
-                )
-            more |= {"videos": [frames for frames, _ in videos], "do_sample_frames": False}
-            if all(metadata is not None for _, metadata in videos):
-                more["video_metadata"] = [metadata for _, metadata in videos]
+        more |= video_arguments(self.processor, videos)
         texts = [text for _, text, *_ in part]
         return self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **more)
 

@@ -160,18 +160,19 @@ def sweep(
 
 
 def _prompt(model: Any, processor: Any, works: Sequence[Work]) -> Any:
-    """Inputs of the first question with a picture that can be asked: what plans are tried and timed on."""
+    """Inputs of the first question with a picture or video that can be asked: what plans are tried and timed on."""
     wrong: dict[str, str] = {}
-    for question in (question for work in works for question in work.questions if question.images):
-        one = replace(question, images=question.images[:1])
-        _, inputs, failed = inputs_of(model, processor, [one], [prompt_text(processor, question.text)], [0])
+    for question in (question for work in works for question in work.questions if question.visuals):
+        one = replace(question, images=question.images[:1], videos=() if question.images else question.videos[:1])
+        said = prompt_text(processor, question.text, len(one.images), len(one.videos))
+        _, inputs, failed = inputs_of(model, processor, [one], [said], [0])
         if inputs is not None:
             return inputs.to(model.device, model.dtype)
         wrong |= failed
     if wrong:
         name, reason = next(iter(wrong.items()))
-        raise AskError(f"none of the {len(wrong)} questions with pictures can be asked; {name!r}: {reason}")
-    raise ValueError("no question has a picture: there is nothing to compress")
+        raise AskError(f"none of the {len(wrong)} questions with pictures or videos can be asked; {name!r}: {reason}")
+    raise ValueError("no question has a picture or video: there is nothing to compress")
 
 
 def _about(record: Mapping[str, Any]) -> dict[str, Any]:

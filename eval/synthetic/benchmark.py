@@ -104,11 +104,19 @@ def takes_any_shape(model: Any) -> bool:
     return model.config.model_type != "llava"
 
 
-def prompt(processor: Any, text: str, images: int = 1) -> str:
+def prompt(processor: Any, text: str, images: int = 1, videos: int = 0) -> str:
     """A single-turn prompt in the chat format of the model."""
-    content: list[dict[str, str]] = [{"type": "image"}] * images
+    content: list[dict[str, str]] = [*[{"type": "image"}] * images, *[{"type": "video"}] * videos]
+    from jinja2 import TemplateError  # which chat templates need
+
     message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-    return processor.apply_chat_template([message], add_generation_prompt=True)
+    try:
+        return processor.apply_chat_template([message], add_generation_prompt=True)
+    except TemplateError as error:
+        kinds = " and ".join(kind for kind, count in (("images", images), ("videos", videos)) if count)
+        raise ValueError(
+            f"the checkpoint's chat template has no place for {kinds} ({error}): choose another one"
+        ) from error
 
 
 def encode(processor: Any, batch: Sequence[Asked]) -> Any:

@@ -31,7 +31,7 @@ from ...records import update, write_text
 from ...weights import fingerprint
 from ..machine import machine
 from .benchmark import Item, items, load, same, takes_any_shape
-from .scenes import COLORS, SCALE, SHAPES, Scene, _draw_thing
+from .scenes import COLORS, SCALE, SHAPES, Scene, draw_thing
 
 NOUNS = frozenset({"color", "shape", "shapes", "sign", "picture"})
 """Nouns of the questions that name no object of the scene."""
@@ -41,7 +41,7 @@ def thing_box(scene: Scene, number: int) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of an object in pixels of the picture, as it is drawn."""
     width, height = (round(side * SCALE) for side in scene.size)
     canvas = Image.new("RGB", (width, height))
-    _draw_thing(ImageDraw.Draw(canvas), scene.things[number], np.random.default_rng(0))
+    draw_thing(ImageDraw.Draw(canvas), scene.things[number], np.random.default_rng(0))
     box = canvas.getbbox()
     assert box is not None
     return box

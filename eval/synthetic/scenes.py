@@ -177,16 +177,16 @@ def full_of_signs(scene: Scene) -> Scene:
 def draw(scene: Scene) -> Image.Image:
     """The picture of a scene: RGB, `SCALE` pixels for each drawing unit."""
     rng = np.random.default_rng((7002, scene.seed))
-    image = _background(rng, round(scene.size[0] * SCALE), round(scene.size[1] * SCALE))
+    image = background(rng, round(scene.size[0] * SCALE), round(scene.size[1] * SCALE))
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
-        _draw_thing(pen, thing, rng)
+        draw_thing(pen, thing, rng)
     for sign in (scene.sign, *scene.more_signs):
-        _draw_sign(pen, sign, rng)
+        draw_sign(pen, sign, rng)
     return image
 
 
-def _draw_sign(pen: ImageDraw.ImageDraw, sign: Sign, rng: np.random.Generator) -> None:
+def draw_sign(pen: ImageDraw.ImageDraw, sign: Sign, rng: np.random.Generator) -> None:
     first, last = sign.boxes[0], sign.boxes[-1]
     pen.rounded_rectangle(_scaled((first[0], first[1], last[2], last[3])), radius=2 * SCALE, fill=(240, 236, 220))
     ink = tuple(int(v) for v in rng.integers(0, 50, size=3))
@@ -195,7 +195,7 @@ def _draw_sign(pen: ImageDraw.ImageDraw, sign: Sign, rng: np.random.Generator) -
         pen.text(middle, character, fill=ink, font=_FONT, anchor="mm")
 
 
-def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+def background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """A muted texture: a smooth colour field, fine grain, and sometimes stripes."""
     base = rng.integers(70, 130, size=3)
     coarse = rng.normal(0, 14, size=(5, 5, 3)) + base
@@ -219,7 +219,7 @@ def _scaled(box: tuple[float, float, float, float]) -> tuple[float, float, float
     return tuple(v * SCALE for v in box)  # type: ignore[return-value]
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, rng: np.random.Generator) -> None:
+def draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, rng: np.random.Generator) -> None:
     jitter = rng.integers(-14, 15, size=3)
     fill = tuple(int(v) for v in np.clip(np.array(COLORS[thing.color]) + jitter, 0, 255))
     (x, y), r = thing.center, thing.radius

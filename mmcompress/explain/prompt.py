@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..pictures import is_picture, open_picture
 from ..runtime.adapter import Adapter
+from ..videos import Clip, read_video, video_arguments
 from ..visuals import Layout
+
+_NOTHING = "no image to explain: give an image, a list of images, or a video or its frames with video=True"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +41,8 @@ def make_prompt(
     counted from the end of the prompt, and the pictures."""
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question={question!r}: give the text that the model is to answer")
-    pictures = _pictures(visuals, video)
+    clip = _clip(visuals) if video else None
+    pictures = [tuple(clip.pictures)] if clip else _pictures(visuals)
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
             "the processor has no chat template to write the prompt with: give what it makes of yours as inputs="
@@ -55,28 +59,35 @@ def make_prompt(
             f"the processor's chat template has no place for {kind}s ({error}): this model may know none; if it does, give what "
             f"the processor makes of your own prompt as inputs="
         ) from error
-    if video:
-        frames = [np.stack([np.asarray(frame) for frame in pictures[0]])]
-        inputs = processor(videos=frames, text=[text], do_sample_frames=False, return_tensors="pt")
+    if clip:
+        inputs = processor(text=[text], return_tensors="pt", **video_arguments(processor, [clip]))
     else:
         inputs = processor(images=[one for (one,) in pictures], text=[text], return_tensors="pt")
     return inputs, _places_from_end(processor.tokenizer, text, question), pictures
 
 
-def _pictures(visuals: Any, video: bool) -> list[tuple[Any, ...]]:
-    """Every visual as the tuple of its pictures."""
+def _clip(visuals: Any) -> Clip:
+    """A video: what `read_video` gives or takes, or one picture for a video of one frame."""
+    if isinstance(visuals, Clip):
+        return visuals
+    if visuals is None or (hasattr(visuals, "__len__") and not len(visuals)):
+        raise ValueError(_NOTHING)
+    file = isinstance(visuals, (str, os.PathLike, bytes)) or hasattr(visuals, "read")
+    return read_video([visuals] if is_picture(visuals) and not file else visuals)
+
+
+def _pictures(visuals: Any) -> list[tuple[Any, ...]]:
+    """Every visual as the tuple of its one picture."""
     if is_picture(visuals):
         visuals = [visuals]
-    if hasattr(visuals, "ndim") and visuals.ndim == 4 and not video:
+    if hasattr(visuals, "ndim") and visuals.ndim == 4:
         raise ValueError(
             "an array of four dimensions: say video=True if these are the frames of one video, or give a list of images"
         )
     found = [] if visuals is None else [open_picture(one) for one in visuals]
     if not found:
-        raise ValueError(
-            "no image to explain: give an image, a list of images, or the frames of a video with video=True"
-        )
-    return [tuple(found)] if video else [(one,) for one in found]
+        raise ValueError(_NOTHING)
+    return [(one,) for one in found]
 
 
 def _places_from_end(tokenizer: Any, text: str, question: str) -> list[int]:

@@ -6,8 +6,7 @@
    what the encoder knows, and a few heads are taught where to look: names in a question at what stands in their line, and the
    answer at the names. Without that the model learned headings and counts in 1,000 steps, and to look something up not at all.
 
-All questions about a page share its visual tokens in one sequence. A mask keeps them apart and each one begins at the position
-behind the page, so that every answer is computed as if its question were alone.
+All questions about a page share its visual tokens in one sequence (`packed.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from transformers import AttentionInterface
 from .... import assets
 from ..loop import Loop
 from ..model import HIDDEN
+from ..packed import Packed, half_attention, pack, right_answers
 from ..questions import Question
 from .content import COLUMNS, SPLITS
 from .labels import LABELS, token_labels, tokens_asked_about
@@ -75,25 +75,6 @@ GO_ON = PageRecipe(start="qwen3-vl-pages")
 whose language model does not yet look up words, codes and cells well. `PageRecipe()` begins from nothing."""
 
 
-def half_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention with its softmax in the precision of the values: on a CPU twice as fast as the others in bfloat16, backward too."""
-    logits = (query * scaling) @ key.transpose(-1, -2)
-    if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
-    weights = logits.softmax(-1)
-    if hasattr(module, "looked"):
-        module.looked = weights
-    return (weights @ value).transpose(1, 2), None
-
-
 def questions_of(page: Page, most: int, rng: np.random.Generator) -> list[Question]:
     """At most so many different questions about a page: kinds in turn, those of each kind in random order."""
     piles = [[*found(page.content, rng)] for found in KINDS.values()]
@@ -105,18 +86,6 @@ def questions_of(page: Page, most: int, rng: np.random.Generator) -> list[Questi
         asked += [pile.pop() for pile in piles]
         piles = [pile for pile in piles if pile]
     return asked[:most]
-
-
-@dataclass
-class Packed:
-    """Conversations about a batch of pages, padded on the right. input_ids, labels (-100: none), turn (-1: none) [batch, length];
-    position_ids [3, batch, length]; mask: who sees whom [batch, 1, length, length]."""
-
-    input_ids: Tensor
-    labels: Tensor
-    turn: Tensor
-    position_ids: Tensor
-    mask: Tensor
 
 
 class PageTrainer(Loop):
@@ -189,41 +158,11 @@ class PageTrainer(Loop):
 
     def pack(self, made: dict[str, Any], asked: list[list[Question]]) -> Packed:
         """All questions about each page behind its visual tokens."""
-        begin = made["attention_mask"].sum(1).tolist()
         places, _ = self.model.model.get_rope_index(
             made["input_ids"], mm_token_type_ids=made["mm_token_type_ids"], image_grid_thw=made["image_grid_thw"],
             attention_mask=made["attention_mask"],
         )  # fmt: skip
-        rows = []
-        for questions in asked:
-            turns = []
-            for question in questions:
-                prompt, answer = [*question.text.split(), "ASSISTANT:"], [*question.answer.split(), "</s>"]
-                turns.append([(self.vocabulary[w], i >= len(prompt)) for i, w in enumerate([*prompt, *answer])])
-            rows.append(turns)
-        lengths = [first + sum(map(len, turns)) for first, turns in zip(begin, rows, strict=True)]
-        shape = (len(asked), max(lengths))
-        ids, labels, turn = torch.full(shape, self.vocabulary["<pad>"]), torch.full(shape, -100), torch.full(shape, -1)
-        position = torch.zeros(3, *shape, dtype=torch.long)
-        number = torch.full(shape, -2)  # -2: padding, -1: the page, then the turns
-        for b, (first, turns) in enumerate(zip(begin, rows, strict=True)):
-            ids[b, :first] = made["input_ids"][b, :first].cpu()
-            position[:, b, :first] = places[:, b, :first].cpu()
-            number[b, :first] = -1
-            at, after = first, int(places[:, b, :first].max()) + 1
-            for i, words in enumerate(turns):
-                span = slice(at, at + len(words))
-                ids[b, span] = torch.tensor([word for word, _ in words])
-                said = torch.tensor([answer for _, answer in words])
-                labels[b, span] = ids[b, span].masked_fill(~said, -100)
-                turn[b, span] = torch.full((len(words),), i).masked_fill(~said, -1)
-                position[:, b, span] = after + torch.arange(len(words))
-                number[b, span] = i
-                at += len(words)
-        same = (number[:, :, None] == number[:, None]) | (number[:, None] == -1)
-        causal = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
-        mask = (same & causal)[:, None]
-        return Packed(*(t.to(self.device) for t in (ids, labels, turn, position, mask)))
+        return pack(self.vocabulary, made, places, asked)
 
     # ------------------------------------------------------------------ stage 1
     def label_loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -331,21 +270,14 @@ class PageTrainer(Loop):
     def answer_scores(self) -> dict[str, float]:
         """Share of whole answers that greedy decoding would get right, per question type, on dev pages."""
         rng = np.random.default_rng(99)
-        right: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         pages = self.dev()
         for first in range(0, len(pages), 16):
             batch = pages[first : first + 16]
             asked = [questions_of(page, 12, rng) for page in batch]
             logits, packed, _ = self.answers(batch, asked, augment=False)
-            there = packed.labels >= 0
-            wrong = logits.argmax(-1) != packed.labels[:, 1:][there[:, 1:]]
-            row = torch.arange(len(batch), device=self.device)[:, None].expand_as(there)[there]
-            for b, i, bad in zip(row.tolist(), packed.turn[there].tolist(), wrong.tolist(), strict=True):
-                if bad:
-                    asked[b][i] = Question(asked[b][i].kind, "", "")
-            for questions in asked:
-                for question in questions:
-                    right[question.kind].append(float(bool(question.text)))
+            for kind, good in right_answers(logits, packed, asked):
+                right[kind].append(good)
         scores = {kind: float(np.mean(values)) for kind, values in right.items()}
         return {**scores, "mean": float(np.mean(list(scores.values())))}
 
