@@ -23,7 +23,7 @@ FOLDERS = {
 FLOORS = [
     ("kernels",),
     ("ops",),
-    ("budget", "visuals", "selection", "stage", "plan", "weights", "pictures", "records"),
+    ("budget", "visuals", "selection", "stage", "plan", "weights", "pictures", "videos", "decoders", "records"),
     ("methods",),
     ("runtime",),
     ("adapters",),
