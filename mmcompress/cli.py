@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_check, cli_explain, cli_learn, cli_models
+from . import cli_check, cli_explain, cli_learn, cli_models, cli_serve
 from .assets import CLIP, MODELS, PAGES, VIDEO, checkpoint, split
 from .eval import explain_train
 from .eval.cli import OutFile, OutFolder, OutPicture, add_load_options, bench, check_least, evaluate, tune
@@ -69,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape"):  # printing ends no run
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and "rest" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = _Console(width=None if known else WIDTH)
     handlers = _listen()
@@ -207,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_check.add(command, _load)
     cli_models.add(command)
+    cli_serve.add(command)
     command("methods", _methods, "all methods with kind, paper and options; `sweep MODEL --plan all` measures them")
 
     tune.add_command(command, _load, _open_image, MODELS)

@@ -42,6 +42,7 @@ FLOORS = [
         "check",
         "cli_check",
         "cli_models",
+        "cli_serve",
         "__main__",
     ),
 ]

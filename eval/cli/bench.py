@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ...assets import checkpoint
 from ...records import read, update
-from . import Command, Load, OpenImage, OutFile, check_least, cost, kernels, peers, real
+from . import Command, Load, OpenImage, OutFile, check_least, cost, kernels, peers, real, serving
 
 PLANS = (
     "uniform(keep=0.25)",
@@ -47,7 +47,7 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
         nargs="*",
         default=["llava"],
         help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), 'mass' (merged "
-        "tokens that weigh), or 'all' of these; or 'kernels', 'peers', 'real', or one checkpoint (see below)",
+        "tokens that weigh), or 'all' of these; or 'kernels', 'peers', 'real', or one checkpoint, or 'serving' and one (see below)",
     )
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
     bench.add_argument("--repeats", type=int, help="rounds (default 12; real: 3)")
@@ -56,6 +56,7 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
     cost.add_options(bench)
     real.add_options(bench)
     kernels.add_options(bench)
+    serving.add_options(bench)
 
 
 def run(
@@ -74,6 +75,11 @@ def run(
         for name, text in {**FAMILIES, **LISTED}.items():
             console.print(f"{name:<12}{text}", highlight=False)
         return
+    if options.what[:1] == ["serving"]:
+        serving.run(options, console)
+        return
+    if given := [name for name in serving.ONLY if getattr(options, name) is not None]:
+        raise ValueError(f"--{given[0]} belongs to `mmcompress bench serving MODEL`")
     whole = "real" in options.what
     if options.repeats is None:
         options.repeats = 3 if whole else 12

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from ..visuals import Visuals
 from .adapter import Adapter
 from .call import Call
 from .clip import CLIP_TEXT, Clip
-from .cuts import choose
 from .needs import TEXT_SIGNALS
+from .passage import Passage
 from .prompt import PROMPT_SIGNALS, PromptTap
-from .record import Decision, Span
+from .record import Span
 from .signals import kind_of
 
 
@@ -87,49 +87,26 @@ class InputStages:
         signals |= self._of_text(call, spans, rows, at, prompt.embeds, tap)
         features, layout = prompt.shown(rows, at), spans[0].layout
         visuals = Visuals(features, layout, spans[0].kept, signals, road=self.adapter.project)
-        levels = {i: level[rows, at] for i, level in prompt.levels.items()}
-        tokens = visuals.n
-        total = Selection(torch.arange(tokens, device=device).expand(len(spans), -1))
-        decisions: list[Decision] = []
-        remade, given = False, None
-        sizes = torch.ones(len(spans), tokens, device=device)
+        passage = Passage(visuals, {i: level[rows, at] for i, level in prompt.levels.items()})
         if first.clusters is not None:
             clusters = torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]).to(device)
-            chosen = Selection.of_clusters(clusters, first.left[number])
             early = (*self.plan.pixel_stages, *self.plan.encoder_stages)
-            decisions.append(Decision(" >> ".join(map(repr, early)), total, chosen))
-            visuals, total, sizes = visuals.take(chosen), chosen, chosen.sizes(sizes)
-            levels = {i: chosen.apply(level) for i, level in levels.items()}
-        stages = self.stages(spans[0].modality)
-        for stage in stages:
-            k = stage.budget(visuals.n)
-            read = prompt.scores is not None and stage is stages[-1]
-            if k == visuals.n and not read:
-                continue
-            chosen = choose(stage, replace(visuals, k=k))
-            if read:
-                if chosen.scores is None:
-                    raise NotImplementedError(f"{stage!r} gives no scores, which a later stage of the plan reads")
-                given = gather(chosen.scores.float(), chosen.keep)
-            before, total, sizes = total, total.then(chosen, tokens), chosen.sizes(sizes)
-            by = None if chosen.scores is None else chosen.scores.detach()
-            decisions.append(Decision(repr(stage), before, total, by))
-            visuals = visuals.take(chosen)
-            levels = {i: chosen.apply(level) for i, level in levels.items()}
-            remade = remade or chosen.merges
+            passage.follow(Selection.of_clusters(clusters, first.left[number]), " >> ".join(map(repr, early)))
+        passage.through(self.stages(spans[0].modality), prompt.scores is not None)
+        total = passage.total
         for i, span in enumerate(spans):
-            span.selection, span.selection_row, span.decisions = total, i, decisions
+            span.selection, span.selection_row, span.decisions = total, i, passage.decisions
         slots = gather(at, total.keep)
         at_slots = (rows.expand_as(slots), slots)
         prompt.places = prompt.places.index_put(at_slots, slots.sort(dim=1).values)
         if prompt.mass is not None:
-            prompt.mass = prompt.mass.index_put(at_slots, sizes)
+            prompt.mass = prompt.mass.index_put(at_slots, passage.sizes)
         if prompt.mean is not None:
-            prompt.mean = prompt.mean.index_put(at_slots, sizes.mean(1, keepdim=True).expand_as(sizes))
-        if prompt.scores is not None and given is not None:
-            prompt.scores = prompt.scores.index_put(at_slots, given)
-        if remade:
-            made = visuals.features.to(prompt.embeds.dtype)
+            prompt.mean = prompt.mean.index_put(at_slots, passage.sizes.mean(1, keepdim=True).expand_as(passage.sizes))
+        if prompt.scores is not None and passage.scores is not None:
+            prompt.scores = prompt.scores.index_put(at_slots, passage.scores)
+        if passage.remade:
+            levels, made = passage.levels, passage.visuals.features.to(prompt.embeds.dtype)
             if prompt.lead is None:
                 prompt.embeds = prompt.embeds.index_put(at_slots, made)
             else:

@@ -136,7 +136,7 @@ class VisionTap:
         """Signals of every patch of the tower, from queries and keys [n, T, heads, d]: [n, P] or [n, P, d]."""
         q, k, scale = q.transpose(1, 2), k.transpose(1, 2), self.adapter.blocks[index].scale
         mask = self._recorded(f"arguments {index}")[1].get("attention_mask")
-        found = {name: _of_rows(name, q, k, scale, mask, self.adapter.prefix) for name in names}
+        found = {name: of_rows(name, q, k, scale, mask, self.adapter.prefix) for name in names}
         spread = self.facade.spread(index) if self.facade else None
         if spread is not None:
             found = {name: gather(x, spread) for name, x in found.items()}
@@ -229,7 +229,7 @@ class VisionTap:
             seen.setdefault("features", []).append(features)
 
 
-def _of_rows(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:
+def of_rows(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:
     """A signal of attention from queries and keys [n, heads, T, d], each row by itself: [n, T], of keys [n, T, d]."""
     kind = kind_of(name)
     if kind == "cls_attention":
@@ -246,7 +246,7 @@ def _of_rows(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None,
 def _of_parts(name: str, part: Heard, prefix: int) -> Tensor:
     """A signal of attention [n, T] of tokens that see each other in parts: those that the mask allows; 0 for padding."""
     if part.mask is None:
-        return _of_rows(name, part.q, part.k, part.scale, None, prefix).float()
+        return of_rows(name, part.q, part.k, part.scale, None, prefix).float()
     n, _, tokens, _ = part.q.shape
     mask = part.mask.expand(n, -1, tokens, -1)[:, 0]
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -268,7 +268,7 @@ def _of_parts(name: str, part: Heard, prefix: int) -> Tensor:
         if mask.dtype != torch.bool:
             bias = mask[rows[:, None], places[:, :1], places][:, None, None]
             bias = bias if bool(bias.any()) else None
-        found[rows[:, None], places] = _of_rows(name, q, k, part.scale, bias, prefix).float()
+        found[rows[:, None], places] = of_rows(name, q, k, part.scale, bias, prefix).float()
     return found
 
 
