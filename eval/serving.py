@@ -24,8 +24,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from ..adapters.vllm import vllm
+from ..adapters.vllm.twin import overrides
 from ..assets import checkpoint
-from ..cli_serve import overrides
 from .synthetic.benchmark import Item, same
 
 STOCK = "stock"
@@ -110,7 +111,7 @@ def server(model: str, plan: str | None, options: Sequence[str] = (), seconds: f
         "--port", str(port), *options,
     ]  # fmt: skip
     if plan is not None:
-        command += ["--hf-overrides", json.dumps(overrides(model, plan))]
+        command += ["--hf-overrides", json.dumps(overrides(model, vllm(plan)))]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
         try:

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from importlib.util import find_spec
-from typing import Any
 
 from rich.console import Console
 
@@ -37,26 +36,13 @@ def add(command: Command) -> None:
         parser.add_argument("--text", action="store_true", help="stages may read the question; caches help less then")
 
 
-def overrides(model: str, plan: Any, **options: Any) -> dict[str, Any]:
-    """What has to be overridden in the config of a checkpoint, once it is known that the plan can serve it."""
-    from transformers import AutoConfig
-
-    from .adapters.vllm import vllm
-    from .adapters.vllm.twin import Twin
-
-    settings = vllm(plan, **options)
-    try:
-        config = AutoConfig.from_pretrained(checkpoint(model))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load the config of {model!r}: {str(error).splitlines()[0]}") from error
-    found = settings.overrides(config.architectures or [config.model_type])
-    Twin(config, settings)
-    return found
-
-
 def _asked(options: argparse.Namespace) -> str:
-    names = ("plan", "positions", "structural", "text")
-    return json.dumps(overrides(options.model, **{name: getattr(options, name) for name in names}))
+    from .adapters.vllm import vllm
+    from .adapters.vllm.twin import overrides
+
+    names = ("positions", "structural", "text")
+    settings = vllm(options.plan, **{name: getattr(options, name) for name in names})
+    return json.dumps(overrides(checkpoint(options.model), settings))
 
 
 def _overrides(options: argparse.Namespace, console: Console) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ...runtime.adapter import Adapter, Encoded, Run
 from ...runtime.needs import TEXT_SIGNALS, VISION_SIGNALS, check_positions, names_of, resolve_needs
@@ -166,6 +166,18 @@ class _Key:
 @functools.lru_cache(4)
 def _twin(key: _Key) -> Twin:
     return Twin(key.config, key.settings)
+
+
+def overrides(checkpoint: str, settings: Settings) -> dict[str, Any]:
+    """What has to be overridden in the config of a checkpoint, once it is known that the plan can serve it. Raises ValueError for
+    what is no checkpoint, NotImplementedError for what cannot serve."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load the config of {checkpoint!r}: {str(error).splitlines()[0]}") from error
+    found = settings.overrides(config.architectures or [config.model_type])
+    Twin(config, settings)
+    return found
 
 
 def sliced(arguments: dict[str, Any], first: int, last: int, pictures: int) -> dict[str, Any]:
