@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,11 +47,13 @@ class ServedTap(VisionTap):
                 before = functools.partial(self._keep_before, index, self.adapter.blocks[index].heads)
                 handles.append(rotary.register_forward_pre_hook(before))
         if "encoder_features" in self.names:
-            handles.append(self.adapter.tap_features(self._keep_features))
+            _listen(self.adapter.projector, lambda given, made: self._keep_features(given))
         for index in self.adapter.feature_blocks if "cls_feature" in self.names else ():
-            output = functools.partial(self._keep_output, f"output {index}")
-            handles.append(self.layers[index].register_forward_hook(output))
+            _listen(self.layers[index], functools.partial(self._keep_made, f"output {index}"))
         return handles
+
+    def _keep_made(self, name: str, given: Any, made: Any) -> None:
+        self._keep_output(name, None, (), made)
 
     def _keep_handed(self, index: int, heads: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         q, k = (kwargs[name] if name in kwargs else args[place] for place, name in enumerate(("query", "key")))
@@ -95,6 +98,19 @@ def _all_heads(x: Tensor, width: int, heads: int) -> Tensor:
     """Queries or keys [n, T, heads here * d] or [n, T, heads here, d] with all heads: [n, T, heads, d]."""
     x = x.unflatten(-1, (-1, width)) if x.dim() == 3 else x
     return x if x.shape[2] == heads else tensor_model_parallel_all_gather(x.contiguous(), dim=2)
+
+
+def _listen(module: nn.Module, record: Callable[[Any, Any], None]) -> None:
+    """Call `record` with the first argument and the result of a module. Modules that vLLM may compile run no hooks."""
+    original = module.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        made = original(*args, **kwargs)
+        record(args[0] if args else next(iter(kwargs.values())), made)
+        return made
+
+    module.forward = forward  # type: ignore[method-assign]
 
 
 def _one(layer: nn.Module, kind: type) -> Any:
