@@ -123,14 +123,16 @@ def _onevision(tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _scattered(model: Any) -> Any:
-    """Random weights so large that the most likely token is clear."""
+    """Random weights: so large in the language model that the most likely token is clear, and smaller in the tower, which else
+    makes of the last bit of a number another answer."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2:
                 fan_in = parameter.shape[1] if parameter.dim() == 3 and "experts" in name else parameter[0].numel()
-                parameter.copy_(noise * (1.0 if "embed_tokens" in name else 3.0 / fan_in**0.5))
+                scale = 1.0 if "vision" in name or "visual" in name else 3.0
+                parameter.copy_(noise * (1.0 if "embed_tokens" in name else scale / fan_in**0.5))
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * noise)
             else:
