@@ -233,7 +233,7 @@ def test_text_keeps_its_positions_and_what_is_kept_gets_its_own() -> None:
 
     def rows(index: int, dtype: torch.dtype) -> torch.Tensor:
         layout = Layout.raster(1, *((4, 6), (300, 2))[index])
-        return marked(torch.zeros(len(kept[index]), 8, dtype=dtype), Kept(kept[index], kept[index]), layout)
+        return marked(torch.zeros(len(kept[index]), 8, dtype=dtype), Kept(kept[index]), layout)
 
     for dtype in (torch.float32, torch.bfloat16):
         embeds = [rows(0, dtype), marked(torch.zeros(6, 8, dtype=dtype), None, None), rows(1, dtype)]
@@ -250,8 +250,7 @@ def test_text_keeps_its_positions_and_what_is_kept_gets_its_own() -> None:
 
 # ---------------------------------------------------------------------- what is remembered
 def test_the_memo_forgets_the_longest_unused() -> None:
-    slots = torch.arange(4)
-    one = Kept(slots, slots)
+    one = Kept(torch.arange(4))
     memo = Memo(limit=3 * one.bytes)
     for i in range(3):
         memo.put((i, 0), one)

@@ -13,16 +13,15 @@ BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Kept:
-    """slots [m]: the places among the tokens of a picture that are taken in the language model, ascending; source [m]: by which
-    token; rows [m, D], on the host: what that was, where a stage made it anew, else None."""
+    """source [m]: the tokens of a picture that enter the language model, in the order in which they do; rows [m, D], on the host:
+    what they were, where a stage made them anew, else None."""
 
-    slots: Tensor
     source: Tensor
     rows: Tensor | None = None
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.slots, self.source, self.rows) if x is not None)
+        return sum(x.numel() * x.element_size() for x in (self.source, self.rows) if x is not None)
 
 
 class Memo:

@@ -128,13 +128,13 @@ class Compressor:
         passage = Passage(visuals, dict(enumerate(parts[1:])))
         passage.through(self.twin.stages)
         source = cells[passage.total.keep[0]]
-        slots, order = torch.cat([source.sort().values, beside]).sort()
+        order = torch.cat([source.sort().values, beside]).argsort()
         source = torch.cat([source, beside])[order]
         if not passage.remade:
-            return Kept(slots, source), None
+            return Kept(source), None
         made = torch.cat([passage.visuals.features, *passage.levels.values()], -1)[0].to(x.dtype)
         rows = torch.cat([made, x[beside]])[order]
-        return Kept(slots, source, rows.cpu()), rows
+        return Kept(source, rows.cpu()), rows
 
 
 class Compressed:

@@ -27,7 +27,8 @@ def marked(rows: Tensor, kept: Kept | None, layout: Layout | None) -> Tensor:
     """Tokens [m, D] with their places in the grid of their picture: [m, D + AXES]; -1: leave the positions as they are."""
     if layout is None:
         return torch.cat([rows, rows.new_full((len(rows), AXES), -1)], 1)
-    slots = kept.slots if kept is not None else torch.arange(len(rows), device=rows.device)
+    # each keeps the position of its own token, also where tokens do not stand in the order of the picture
+    slots = kept.source if kept is not None else torch.arange(len(rows), device=rows.device)
     y, x = slots // layout.views[0].grid[1], slots % layout.views[0].grid[1]
     return torch.cat([rows, torch.stack([y // BASE, y % BASE, x // BASE, x % BASE], 1).to(rows.dtype)], 1)
 
