@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded model that watches videos: a Qwen3-VL of the sizes of `qwen3-vl-shapes`, which it starts from."""
+"""The model that watches videos: a Qwen3-VL of the sizes of `qwen3-vl-shapes`, which it starts from."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the embedded model of videos, in two stages that can be stopped and restarted at any time.
+"""Training of the model of videos, in two stages that can be stopped and restarted at any time.
 
 1. see: the encoder, that of the embedded model of shapes, learns to tell what each token of a pair of small frames shows;
 2. answer: the language model learns to answer all questions about a video; the encoder's blocks stay as they are. Its first layers
