@@ -73,7 +73,7 @@ class GridAdapter(GridTower):
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         if self.grouped and (index := self._windows(arguments)) is not None:
-            rows = rows[torch.argsort(index).to(rows.device)]
+            rows = rows[torch.argsort(index).to(rows.device, non_blocking=True)]
         return list(rows.split([layout.cells for layout in encoded.layouts]))
 
     def feature_rows(self, features: Tensor, arguments: dict[str, Any]) -> Tensor:

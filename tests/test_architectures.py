@@ -18,7 +18,8 @@ from torch import nn
 
 import mmcompress as mm
 from mmcompress.runtime.adapter import Encoded
-from mmcompress.runtime.call import Call, locate
+from mmcompress.runtime.call import Call
+from mmcompress.runtime.locate import locate
 from mmcompress.visuals import Layout
 
 from .architectures import (

@@ -17,7 +17,7 @@ from torch import Tensor
 import mmcompress as mm
 from mmcompress.methods.seats import farthest
 from mmcompress.plan import as_pipeline
-from mmcompress.runtime.call import _runs
+from mmcompress.runtime.locate import _runs
 
 from .architectures import OLDEST, build, config, prompts
 from .exactness import close, extended, masked, shortened, visual_in
@@ -276,8 +276,8 @@ def test_placeholders_without_sound_are_refused() -> None:
 def test_a_sound_in_turns_with_its_video_is_one() -> None:
     text, video, sound = 0, 1, 2
     row = torch.tensor([[text, video, video, sound, sound, video, sound, text, sound, sound, text, sound]])
-    assert [run.length for run in _runs(row == sound)] == [2, 1, 2, 1]
-    assert [run.length for run in _runs(row == sound, (row == sound) | (row == video))] == [3, 2, 1]
+    assert [run.length for run in _runs((row == sound).numpy())] == [2, 1, 2, 1]
+    assert [run.length for run in _runs((row == sound).numpy(), ((row == sound) | (row == video)).numpy())] == [3, 2, 1]
 
 
 @models

@@ -25,12 +25,20 @@ PLANS = (
     "uniform(keep=0.998)",
 )
 MEMORY_PLANS = ("random(keep=0.1)", "uniform(keep=0.1)", "visionzip(keep=0.1)", "divprune(keep=0.1)", "tome(keep=0.25)")
-OTHERS = ("memory", "selection", "mass")
+OVERHEAD_PLANS = (
+    "uniform(keep=0.25)",
+    "divprune(keep=0.25)",
+    "visionzip(keep=0.25)",
+    "fastv(layer=2, keep=0.25)",
+    "pyramiddrop",
+)
+OTHERS = ("memory", "selection", "mass", "overhead")
 KIND = "`mmcompress bench`"
 LISTED = {
     "memory": "peak memory of a 20,480-token video", "selection": "every method alone, or each --plan in turn, 2,880 tokens to 288",
     "mass": "merged tokens that weigh what they stand for, in every way of adding it",
     "kernels": "every kernel alone (not part of all)", "peers": "every method against plain PyTorch (not part of all)",
+    "overhead": "ATen calls and processor time that a plan adds to a prefill of 32 tiny layers",
     "real": "released models at their real size, random weights (not part of all)",
 }  # fmt: skip
 
@@ -47,7 +55,8 @@ def add_command(command: Command, load: Load, open_image: OpenImage, models: tup
         nargs="*",
         default=["llava"],
         help="families (see --list), 'memory' (a 20,480-token video), 'selection' (each method without a model), 'mass' (merged "
-        "tokens that weigh), or 'all' of these; or 'kernels', 'peers', 'real', or one checkpoint, or 'serving' and one (see below)",
+        "tokens that weigh), 'overhead' (calls and Python of a prefill), or 'all' of these; or 'kernels', 'peers', 'real', or "
+        "one checkpoint, or 'serving' and one (see below)",
     )
     bench.add_argument("--plan", action="append", help="plan to time; may be given several times")
     bench.add_argument("--repeats", type=int, help="rounds (default 12; real: 3)")
@@ -116,7 +125,7 @@ def run(
         read(options.out, KIND, _fits)
     for family in (name for name in wanted if name not in OTHERS):
         _keep(options.out, family, _family(family, options, console))
-    for name, measure in (("memory", _memory), ("selection", _selection), ("mass", _mass)):
+    for name, measure in (("memory", _memory), ("selection", _selection), ("mass", _mass), ("overhead", _overhead)):
         if name in wanted:
             _keep(options.out, name, measure(options, console))
     console.print(
@@ -208,6 +217,26 @@ def _mass(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "machine": here,
         "plan": plan,
         "dtype": dtype,
+        "repeats": options.repeats,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+def _overhead(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Calls and processor time of plans where there is next to nothing to compute."""
+    from ..cost.overhead import LAYERS, Overhead, embedded
+    from ..machine import machine
+
+    rows = list(embedded(cost.scene(), options.repeats, options.plan or OVERHEAD_PLANS))
+    table = Table(title=f"what a plan adds to a prefill of {LAYERS} tiny layers, batch 1, float32, one thread")
+    for heading in Overhead.HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("model", "plan") else "right")
+    for row in rows:
+        table.add_row(*row.cells())
+    console.print(table)
+    return {
+        "machine": machine(),
+        "layers": LAYERS,
         "repeats": options.repeats,
         "rows": [dataclasses.asdict(row) for row in rows],
     }

@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..runtime.adapter import Adapter
 from ..runtime.cache import book, cache_of, is_pruned, ledger_of
-from ..runtime.call import Call, placeholder_masks
+from ..runtime.call import Call
+from ..runtime.locate import placeholder_masks
 from ..runtime.masks import layer_mask, layers_differ, validity
 from ..runtime.needs import check_language_model
 from ..runtime.packing import Group, Packed, pack, renumbered

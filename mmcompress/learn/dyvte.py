@@ -15,7 +15,8 @@ from ..adapters import Adapter, adapter_for
 from ..api import _stock, compressed
 from ..methods.dyvte import ExitRouters
 from ..ops.exits import agreement, answer_losses, exit_features, exit_is_safe
-from ..runtime.call import Call, instruction_of, placeholder_masks
+from ..runtime.call import Call
+from ..runtime.locate import instruction_of, placeholder_masks
 from ..stage import ExitStage
 from ..visuals import Visuals
 
@@ -58,7 +59,7 @@ def prompt_text(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     mask = inputs.get("attention_mask")
     behind = (labels >= 0).long().cumsum(1) > 0  # the answer, and what comes after it
     kinds[behind if mask is None else behind | ~mask.cpu().bool()] = -1
-    return instruction_of(kinds, adapter)
+    return torch.from_numpy(instruction_of(kinds.numpy(), adapter))
 
 
 @torch.no_grad()

@@ -96,5 +96,5 @@ class CMAI(AttentionStage):
         kept = max(0, past - known.shape[2] + known.shape[1])  # fewer than there are, if the cache was cropped
         known = widened(known[:, :kept, :past], kept + between)
         if any(rows.fresh):
-            known = known.masked_fill(torch.tensor(rows.fresh, device=known.device)[:, None, None], 0)
+            known = known.masked_fill(torch.tensor(rows.fresh).to(known.device, non_blocking=True)[:, None, None], 0)
         return widened(known.transpose(1, 2), past + rows.stream.shape[1]).transpose(1, 2)

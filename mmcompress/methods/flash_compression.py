@@ -79,4 +79,4 @@ class FlashCompression(InputStage):
             raise ValueError(
                 f"queries={self.queries!r} holds {tuple(queries.shape)}, but {k} queries of width {width} are needed"
             )
-        return queries[:k].to(features.device)
+        return queries[:k].to(features.device, non_blocking=True)

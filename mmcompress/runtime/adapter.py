@@ -373,7 +373,9 @@ class Adapter(Encoder):
         order = self.order(len(patches), arguments)
         # patch after patch; the projector takes a unit at a time
         return (
-            (patches if order is None else patches[order.to(patches.device)]).unflatten(0, (-1, self.unit)).flatten(1)
+            (patches if order is None else patches[order.to(patches.device, non_blocking=True)])
+            .unflatten(0, (-1, self.unit))
+            .flatten(1)
         )
 
     def project(self, rows: Tensor) -> Tensor:

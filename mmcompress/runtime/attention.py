@@ -214,7 +214,7 @@ class Columns:
         old, past = state.get("visual", visual[:, :0]), int(self.past)
         state["visual"] = torch.cat([widened(old, past), visual], 1)
         source = self.group.source
-        here = torch.arange(self.length).expand(self.call.batch, -1) if source is None else source
+        here = torch.arange(self.length, device=self.device).expand(self.call.batch, -1) if source is None else source
         old = self.place(self.noted)[:, :past].expand(self.call.batch, -1)
         state["place"] = torch.cat([old, int(self.call.past) + here.to(self.device)], 1)
         return state

@@ -204,7 +204,9 @@ def cache_of(given: Any) -> Any:
 
 
 def is_pruned(cache: Cache | None) -> bool:
-    return cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
+    """Whether tokens of a cache were dropped, by its first attention layer: all of them change together."""
+    layers = [] if cache is None else cache.layers
+    return isinstance(next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None), PrunedLayer)
 
 
 def is_plain(layer: Any) -> bool:
@@ -236,14 +238,20 @@ class Held:
     states: int = 0
 
 
-def held_bytes(cache: Cache | None) -> Held:
-    """What a cache holds, from its tensors. Of a static one, the part that is filled. Waits for the device if it is static."""
+def held_bytes(cache: Cache | None, fed: int | None = None) -> Held:
+    """What a cache holds, from its tensors. Of a static one, the part that is filled; without `fed`, how many tokens all calls have
+    passed, that waits for the device."""
     now = full = states = 0
     layers: list[Any] = [] if cache is None else cache.layers
     for layer in layers:
-        states += sum(_bytes(layer.__dict__.get(name)) for name in STATES)
-        whole = sum(_bytes(value) for name, value in layer.__dict__.items() if name not in (*STATES, "ledger", "state"))
-        stored, logical = _lengths(layer)
+        if _stock_class(layer) is DynamicLayer:  # the common one, which has nothing else
+            whole = _bytes(layer.keys) + _bytes(layer.values)
+        else:
+            states += sum(_bytes(layer.__dict__.get(name)) for name in STATES)
+            whole = sum(
+                _bytes(value) for name, value in layer.__dict__.items() if name not in (*STATES, "ledger", "state")
+            )
+        stored, logical = _lengths(layer, fed)
         if not stored:
             continue
         if isinstance(layer, StaticLayer):
@@ -275,9 +283,12 @@ def reach(layer: Any, most: int) -> int:
     return size - 1 + (getattr(layer, "prefill_length", None) or 0)  # some keep their first call for ever
 
 
-def _lengths(layer: Any) -> tuple[int, int]:
-    logical = int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0
-    return int(layer.physical) if isinstance(layer, PrunedLayer) else logical, logical
+def _lengths(layer: Any, fed: int | None = None) -> tuple[int, int]:
+    """How many tokens a cache layer holds, and how many it was passed."""
+    if not isinstance(layer, CacheLayerMixin):
+        return 0, 0
+    logical = int(layer.get_seq_length()) if fed is None or not isinstance(layer, StaticLayer) else fed
+    return logical - (layer.ledger.dropped if isinstance(layer, PrunedLayer) else 0), logical
 
 
 def _bytes(value: Any) -> int:
@@ -298,12 +309,14 @@ def book(
     batch: int,
     hidden: int = 0,
     windowed: bool = False,
+    fed: int | None = None,
 ) -> None:
     """Write down, after a forward pass that dropped or padded tokens, what each layer now holds.
 
     group_of(i): the tokens of this call that layer i received. past_valid [B, P]: validity of what an unpruned cache held
     before. hidden: how many tokens of the call there are up to the last one that the caller's mask hides in any row.
-    windowed: whether the model has layers that look back only so far.
+    windowed: whether the model has layers that look back only so far. fed: how many tokens all calls have passed; without it the
+    layers are asked, and a static one waits for the device.
     """
     books: dict[tuple[int, int], Ledger] = {}
     shifts: dict[tuple[int, int], Tensor | None] = {}
@@ -317,7 +330,10 @@ def book(
         key = (id(old), id(group))
         leads = key not in books
         if leads:
-            stored = int(layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length())
+            if fed is None:
+                stored = int(layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length())
+            else:
+                stored = fed - group.logical - (old.dropped if old is not None else 0) + group.physical
             before = old.shift if old is not None else None
             pair = (id(before), id(group.gone))
             if pair not in shifts:  # layers that are shifted alike share the tensor, and so rotary tables
@@ -346,14 +362,16 @@ def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor |
             return torch.ones(batch, count, dtype=torch.bool, device=device)
 
         past = old.valid.to(device) if old.valid is not None else ones(0)
-        past = torch.cat([past, ones(stored - group.physical - past.shape[1])], 1)
-        new.valid = past if group.valid is None else torch.cat([past, group.valid], 1)
+        past = torch.cat([past, ones(stored - group.physical - past.shape[1])], 1) if stored > group.physical else past
+        new.valid = past if group.valid is None else torch.cat([past, group.valid], 1) if past.shape[1] else group.valid
     gone = group.logical - group.physical
     fed = stored - group.physical + old.dropped
     if gone:
         assert group.place is not None
-        before = old.places(stored - group.physical, batch, group.place.device)
-        new.place = torch.cat([before, (group.place + fed).masked_fill(group.place < 0, -1)], 1)
+        new.place = group.place
+        if fed:
+            before = old.places(stored - group.physical, batch, group.place.device)
+            new.place = torch.cat([before, (group.place + fed).masked_fill(group.place < 0, -1)], 1)
         new.floor = fed + group.logical - group.tail
         new.dropped = old.dropped + gone
     if group.mass is not None:

@@ -9,19 +9,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..stage import MODALITIES, Pipeline
-from ..visuals import Layout, View
-from .adapter import Adapter, Encoded, Run
-from .packing import Group
+from .adapter import Encoded
+from .packing import Array, Group, sent
 from .record import CallRecord, Span
 from .scope import Scope
-
-HIDDEN, BROKEN = 32, 64
-"""Added to the kind of a visual token that the attention mask hides; of one whose embedding is not finite."""
 
 
 @dataclass
@@ -40,20 +37,20 @@ class Sight:
     counts: tuple[int, int]
 
     @staticmethod
-    def of(valid: Tensor, spans: list[Span], past: int, device: torch.device) -> Sight:
-        """valid [B, S] bool on the host; past: length of the cache."""
+    def of(valid: Array, spans: list[Span], past: int, device: torch.device) -> Sight:
+        """valid [B, S] bool; past: length of the cache."""
         length = valid.shape[1]
-        visual, ends = torch.zeros_like(valid), [0 if past else length] * len(valid)
+        visual, ends = np.zeros_like(valid), np.full(len(valid), 0 if past else length)
         fresh = [False] * len(valid)
         for span in spans:
-            visual[span.row, span.patches] = True
+            visual[span.row, span.patches.numpy()] = True
             trailing = span.layout.tokens - span.layout.patch_tokens()[-1]  # of structural tokens behind the last patch
             end = int(span.patches[-1]) + trailing
             ends[span.row] = max(ends[span.row], end) if fresh[span.row] else end
             fresh[span.row] = True
-        behind = valid & (torch.arange(length) >= torch.tensor(ends)[:, None])
-        open_, packed = int(behind.any(0).long().argmax()) if behind.any() else length, int(behind.sum(1).max())
-        return Sight(visual.to(device), behind.to(device), tuple(fresh), (length - open_, packed))
+        behind = valid & (np.arange(length) >= ends[:, None])
+        open_, packed = int(behind.any(0).argmax()) if behind.any() else length, int(behind.sum(1).max())
+        return Sight(sent(visual, device), sent(behind, device), tuple(fresh), (length - open_, packed))
 
 
 @dataclass(eq=False)
@@ -67,6 +64,7 @@ class Call(Scope):
     ready             the masks of who sees whom that came ready-made, over the tokens that the caller passed; see `masks`.
     config, windows   of the language model, and of each of its layers (see `windows`).
     samples           [B, S] number of the sample that each token belongs to, where a row holds several; else None.
+    caches            whether the language model works with a cache: it was given one, or makes one itself.
     past, past_valid  logical length of the cache before the call, and which tokens of an unpruned cache are real.
     hidden            how many tokens there are up to the last one that the caller's mask hides in any row.
     groups            the tokens of the call, from the first layer on and after each cut.
@@ -96,6 +94,7 @@ class Call(Scope):
     windows: Sequence[Any] = ()
     samples: Tensor | None = None
     cache: Cache | None = None
+    caches: bool = False
     batch: int = 0
     past: int = 0
     past_valid: Tensor | None = None
@@ -116,6 +115,7 @@ class Call(Scope):
     masks: dict[tuple[int, ...], Any] = field(default_factory=dict)
     tables: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict)
     step: bool = False
+    taken: dict[tuple[int, int], tuple[Group, tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
     record: CallRecord | None = None
     start: float | None = None
 
@@ -129,8 +129,8 @@ class Call(Scope):
     def patches(self, pools: Collection[int]) -> Tensor:
         """Which slots of the last group hold patch tokens of some pools, [B, physical] bool."""
         assert self.pools is not None
-        numbers = [self.pools == number for number in pools]
-        return functools.reduce(torch.logical_or, numbers, torch.zeros_like(self.pools, dtype=torch.bool))
+        masks = [self.pools == number for number in pools]
+        return functools.reduce(torch.logical_or, masks) if masks else torch.zeros_like(self.pools, dtype=torch.bool)
 
     def patch_counts(self, pools: Collection[int]) -> list[int]:
         """How many there are in each row."""
@@ -156,167 +156,6 @@ def pools_of(plan: Pipeline) -> dict[str, int]:
     return {modality: numbers[key] for modality, key in wanted.items()}
 
 
-def placeholder_masks(call: Call, adapter: Adapter) -> dict[str, Tensor]:
-    """Where the visual tokens of each modality stand, [B, S] bool."""
-    masks = {modality: _where(call, adapter, token) for modality, token in adapter.placeholders.items()}
-    return {modality: mask for modality, mask in masks.items() if mask is not None}
-
-
-def _where(call: Call, adapter: Adapter, token: int) -> Tensor | None:
-    """Where a token stands, [B, S] bool; None where the call has neither ids nor embeddings."""
-    if call.input_ids is not None:
-        return call.input_ids == token
-    if call.inputs_embeds is None:
-        return None
-    embedding = adapter.model.get_input_embeddings()  # embeddings were given: the same rule as transformers'
-    wanted = embedding(torch.tensor(token, device=call.inputs_embeds.device))
-    return (call.inputs_embeds == wanted).all(-1)
-
-
-def _inside(call: Call, adapter: Adapter, modality: str) -> Tensor | None:
-    """What stands between the start and the end tokens of a modality, [B, S] bool on the host; None where it has none."""
-    marks = [getattr(adapter.config, f"{modality}_{end}_token_id", None) for end in ("start", "end")]
-    if any(mark is None for mark in marks):
-        return None
-    opened, closed = (_where(call, adapter, int(mark)) for mark in marks if mark is not None)
-    if opened is None or closed is None:
-        return None
-    return (opened.long().cumsum(1) > closed.long().cumsum(1)).cpu()
-
-
-def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, text: bool) -> tuple[Tensor, list[Span]]:
-    """Which tokens are real, [B, S] on the host, and where each visual lies; with `text`, also where its instruction is. Visuals
-    that the mask hides are left out. The one wait for the device of a prefill. Raises ValueError if `embeds` [B, S, D] are not
-    finite at a visual token, or a mask hides a part of a visual."""
-    device = embeds.device
-    masks = placeholder_masks(call, adapter)
-    for modality, mask in masks.items():
-        if mask.shape != embeds.shape[:2]:
-            raise ValueError(
-                f"{mask.shape[1]} tokens became {embeds.shape[1]} embeddings inside the model, so it cannot be told where the "
-                f"{modality} features are: let the processor put one placeholder for each of them into the prompt"
-            )
-    kinds = torch.zeros(next(iter(masks.values())).shape, dtype=torch.int8, device=device)
-    for code, mask in enumerate(masks.values(), start=1):
-        kinds[mask.to(device)] = code
-    broken = (kinds > 0) & ~embeds.isfinite().all(-1)
-    if valid is not None:
-        hidden = ~valid.to(device)
-        broken &= ~hidden
-        kinds = torch.where(hidden, torch.where(kinds > 0, kinds + HIDDEN, -1), kinds)
-    kinds = torch.where(broken, kinds + BROKEN, kinds).cpu()
-    for row in (kinds > BROKEN).any(1).nonzero()[:, 0].tolist():
-        raise ValueError(
-            f"visual features of batch row {row} are not finite (NaN or Inf), so nothing can be chosen among them: look at the "
-            f"picture's pixel values, and run a vision encoder that overflows in float16 in bfloat16 or float32"
-        )
-    hidden, call.visual = kinds > HIDDEN, kinds > 0
-    spans: list[Span] = []
-    places = {m: (kinds == code) | (kinds == code + HIDDEN) for code, m in enumerate(masks, start=1)}
-    there = {modality for modality, mask in places.items() if bool(mask.any())}
-    given = {encoded.modality for encoded in call.encoded}
-    for modality in sorted(given, key=lambda m: (m in there, m)):
-        # frames of a video may stand on the placeholders of pictures
-        others = there - given - {"audio"} if modality != "audio" else set()
-        standing = [m for m in (modality, *others) if m in there]
-        if (
-            not standing
-            and modality == "video"
-            and "image" in there
-            and (inside := _inside(call, adapter, "video")) is not None
-        ):
-            places["video"], places["image"] = places["image"] & inside, places["image"] & ~inside
-            standing = ["video"] if bool(places["video"].any()) else []
-        if not standing:
-            raise NotImplementedError(
-                f"{modality} features were encoded, but no {modality} placeholder stands in the prompt, so it cannot be told where "
-                f"they are (some models put pictures and videos on the same one): give pictures and videos in prompts of their "
-                f"own, or uncompress the model"
-            )
-        encoded, mask = [e for e in call.encoded if e.modality == modality], places[standing[0]]
-        if modality == "audio":
-            # features come packed, padded or in pieces of one length: only the prompt says how long each one is; a video that is
-            # shown in turns with its sound does not end it
-            beside = mask | places["video"] if "video" in places else mask
-            encoded[0].layouts = [Layout((View((1, run.length), role="audio"),)) for run in _runs(mask, beside)]
-        spans += _deal(modality, encoded, mask, adapter)
-    spans = [span for span in spans if not _hidden(span, hidden)]
-    if text:
-        samples = torch.zeros_like(kinds) if call.samples is None else call.samples
-        for sample in samples.unique().tolist():
-            mine = samples == sample
-            instruction = instruction_of(kinds.masked_fill(~mine | hidden, -1), adapter)
-            for span in spans:
-                if mine[span.row, span.patches[0]]:
-                    span.text = instruction[span.row].nonzero()[:, 0]
-    return (kinds >= 0) & ~hidden, spans
-
-
-def _hidden(span: Span, hidden: Tensor) -> bool:
-    """Whether `hidden` [B, S] hides a visual."""
-    part = int(hidden[span.row, span.patches].sum())
-    if part not in (0, len(span.patches)):
-        raise ValueError(
-            f"the attention mask hides {part} of the {len(span.patches)} tokens of a {span.modality} in batch row {span.row}: "
-            f"hide all of a visual, or none of it"
-        )
-    return part > 0
-
-
-def instruction_of(kinds: Tensor, adapter: Adapter) -> Tensor:
-    """The text after the last visual of each row, [B, S] bool; all text of rows that have none there.
-
-    kinds [B, S]: 0 for text, above 0 for visual tokens. Where the adapter says so, the tokens beside those are no text.
-    """
-    visual, words = kinds > 0, kinds == 0
-    if adapter.delimited:
-        beside = torch.nn.functional.pad(visual, (1, 1))
-        words &= ~(beside[:, :-2] | beside[:, 2:]) if adapter.opened else ~beside[:, :-2]
-    after = words & visual.long().flip(1).cumsum(1).flip(1).eq(0)
-    return torch.where(after.any(1, keepdim=True), after, words)  # where the question came before the picture
-
-
-def _deal(modality: str, encoded: list[Encoded], mask: Tensor, adapter: Adapter) -> list[Span]:
-    """Deal the visuals of one modality, in encoding order, to the placeholders in `mask` [B, S] (host).
-
-    `generate` may have repeated every row after encoding (beams, several return sequences).
-    """
-    total, features = int(mask.sum()), sum(layout.tokens for e in encoded for layout in e.layouts)
-    copies, rest = divmod(total, features)
-    if rest or mask.shape[0] % max(copies, 1):
-        raise ValueError(
-            f"the prompt has {total} {modality} placeholders, but {features} {modality} features were encoded: give one "
-            f"{modality} for each of its place in the prompt"
-        )
-    if len(encoded) == 1 and modality != "audio":
-        adapter.assemble(encoded[0], _runs(mask[::copies]))
-    layouts = [layout for e in encoded for layout in e.layouts]
-    spans: list[Span] = []
-    index = 0
-    for row in range(0, mask.shape[0], copies):
-        places = mask[row].nonzero()[:, 0]
-        first = 0
-        while first < len(places):
-            layout = layouts[index]
-            mine = places[first : first + layout.tokens]
-            parts = mine[layout.patch_tokens()], mine[list(layout.structural)]
-            spans += [Span(row + copy, index, modality, layout, parts[0], 0, parts[1]) for copy in range(copies)]
-            first += layout.tokens
-            index += 1
-    return spans
-
-
-def _runs(mask: Tensor, beside: Tensor | None = None) -> list[Run]:
-    """The runs of True in the rows of `mask` [B, S], row after row; `beside`: those of that one, with what `mask` has in them."""
-    edges = torch.nn.functional.pad((mask if beside is None else beside).long(), (1, 1)).diff(dim=1)
-    starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()[:, 1]
-    found = [
-        Run(row, start, int(mask[row, start:end].sum()))
-        for (row, start), end in zip(starts.tolist(), ends.tolist(), strict=True)
-    ]
-    return [run for run in found if run.length]
-
-
 def alike(spans: list[Span]) -> list[list[Span]]:
     """Spans in batches that can be decided as one dense tensor."""
     batches: dict[Any, list[Span]] = defaultdict(list)
@@ -338,10 +177,13 @@ def rows_alike(
             members[tokens, budget(row), call.text_counts[row]].append(row)
     found = {}
     for (tokens, k, words), numbers in members.items():
-        rows = torch.tensor(numbers, device=patches.device)
-        at, text = (
-            mask[rows].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
-            for mask, count in ((patches, tokens), (call.texts, words))
-        )
-        found[tokens, k, words] = rows[:, None], at, text
+        rows = sent(np.array(numbers)[:, None], patches.device)
+
+        def places(mask: Tensor, count: int, rows: Tensor = rows, some: bool = len(numbers) < call.batch) -> Tensor:
+            if not count:
+                return rows.new_empty(len(rows), 0)
+            mask = mask[rows[:, 0]] if some else mask
+            return mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+        found[tokens, k, words] = rows, places(patches, tokens), places(call.texts, words)
     return found

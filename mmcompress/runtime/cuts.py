@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -21,7 +22,7 @@ from .cache import ledger_of
 from .call import Call, pools_of, rows_alike
 from .layers import AROUND, CHANGES, LISTENS, WANTS, Cut, Heads, LayerTap, TransitionTap
 from .needs import names_of
-from .packing import Group, pack, renumbered
+from .packing import Group, pack, renumbered, sent
 from .probe import Forms, attention_in, final_norm, mlp_in
 from .rotary import Tables, layer_tables, shifted
 from .scope import current
@@ -215,9 +216,9 @@ class Cutter:
         places = torch.arange(before.physical, device=device).expand(call.batch, -1)
         if before.valid is not None:
             places = places.masked_fill(~before.valid, -1)
-        leaves = torch.zeros(call.batch, 1, dtype=torch.bool)
+        leaves = np.zeros((call.batch, 1), bool)
         leaves[gone] = True
-        places = places.masked_fill(call.patches(pools) & leaves.to(device), -1)
+        places = places.masked_fill(call.patches(pools) & sent(leaves, device), -1)
         for row in gone:
             counts[row] -= left[row]
             left[row] = 0

@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -32,7 +33,7 @@ from .around import Around, pixels_in
 from .attention import GIVEN, keep_notes, rewriters
 from .cache import CACHE, Ledger, book, cache_of, held_bytes, is_pruned, ledger_of, lengths
 from .calibration import calibrated_mask, check_calibration
-from .call import Call, Sight, alike, locate, placeholder_masks
+from .call import Call, Sight, alike
 from .channel import BIAS, Wide
 from .clip import Clip
 from .cuts import Cutter, of_words, words_meant
@@ -40,7 +41,9 @@ from .deepstack import NAMES, give_levels, leading, levels_of
 from .encoder import RESTS, EncoderFacade
 from .hooks import Following
 from .inputs import InputStages, Prompt
+from .labels import VISUAL, loss
 from .layers import OF_TEXT
+from .locate import locate, on_host, placeholder_masks
 from .masks import (
     carried,
     check_masks,
@@ -65,7 +68,7 @@ from .needs import (
     sees_behind,
     stateful,
 )
-from .packing import Group, follow, pack, renumbered, take
+from .packing import Array, Group, follow, pack, renumbered, sent, take
 from .pixels import PixelFacade
 from .probe import Forms, attention_in
 from .prompt import PromptTap
@@ -199,7 +202,7 @@ class Engine(Following):
             yield module.register_forward_hook(functools.partial(self._heard, modality))
         model = self.adapter.model
         if hasattr(model, "loss_function"):
-            self.replace(model, "_loss_function", functools.partial(self._loss, model.loss_function))
+            self.replace(model, "_loss_function", functools.partial(loss, self, model.loss_function))
 
     def remove(self) -> None:
         super().remove()
@@ -259,7 +262,7 @@ class Engine(Following):
             kept = notes(self)
             kept.clear()
             if call.groups and call.groups[-1].source is not None:
-                kept["visual"] = call.visual
+                kept[VISUAL] = call.visual
                 if self.around is not None:
                     self.around.note(call.groups[-1])
 
@@ -291,6 +294,7 @@ class Engine(Following):
         start = self._now()
         try:
             output = original(*args, **kwargs)
+            arguments = on_host(arguments)
             if modality == "audio":
                 return self._note(Encoded(modality, [], seconds=self._since(start)), output)
             features = adapter.features(output, arguments)
@@ -327,36 +331,6 @@ class Engine(Following):
             notes(self)[encoded.modality] = encoded
         return output
 
-    def _loss(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of the model, without labels that are visual tokens: those may be gone, or are means of several."""
-        visual = notes(self).pop("visual", None)
-        if visual is None:
-            return original(*args, **kwargs)
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        shown = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        ignored = shown.get("ignore_index", -100)
-        for name, at in (("labels", visual), ("shift_labels", torch.nn.functional.pad(visual, (0, 1))[:, 1:])):
-            labels = shown.get(name)
-            if labels is None or labels.shape != at.shape:
-                continue
-            at = at.to(labels.device)
-            self._tell_labels(labels, at, ignored)
-            labels = labels.masked_fill(at, ignored)
-            if name in bound.arguments:
-                bound.arguments[name] = labels
-            else:
-                bound.arguments["kwargs"][name] = labels
-        return original(*bound.args, **bound.kwargs)
-
-    def _tell_labels(self, labels: Tensor, visual: Tensor, ignored: int) -> None:
-        if "labels" not in self.told and bool((labels.ne(ignored) & visual).any()):
-            warnings.warn(
-                "labels hold visual tokens, which compression may drop: they do not count in the loss of a compressed model "
-                f"(set them to {ignored})",
-                stacklevel=2,
-            )
-        self.told |= {"labels"}  # looked at once: it waits for the device
-
     # ------------------------------------------------------------------ language model, before
     def _language_pre(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         call = self.call
@@ -369,6 +343,7 @@ class Engine(Following):
             self._check_text(call)
             return None  # no visuals in call or cache: the stock path, untouched
         kwargs = dict(kwargs)
+        call.caches = call.cache is not None or _makes_cache(self.language_model, kwargs)
         call.batch, length, _ = kwargs["inputs_embeds"].shape
         # + 0: a copy, for static caches count in place
         call.past = call.cache.get_seq_length() + 0 if call.cache is not None else 0
@@ -445,19 +420,21 @@ class Engine(Following):
             return
         if call.input_ids.shape[1] == 1:
             return
-        for modality, mask in placeholder_masks(call, self.adapter).items():
-            if (modality != "audio" or "audio" in self.plan.modalities) and bool(mask.any()):
-                raise ValueError(
-                    f"the prompt has {modality} placeholders, but no {modality} came with it: pass its "
-                    f"{'sound' if modality == 'audio' else 'pixels'}. "
-                    f"generate(prefill_chunk_size=...), which loses them, is not supported"
-                )
+        masks = placeholder_masks(call, self.adapter)
+        asked = [m for m in masks if m != "audio" or "audio" in self.plan.modalities]
+        there = torch.stack([masks[m].any() for m in asked]).tolist() if asked else []
+        for modality in (m for m, found in zip(asked, there, strict=True) if found):
+            raise ValueError(
+                f"the prompt has {modality} placeholders, but no {modality} came with it: pass its "
+                f"{'sound' if modality == 'audio' else 'pixels'}. "
+                f"generate(prefill_chunk_size=...), which loses them, is not supported"
+            )
 
     def _compress(self, call: Call, kwargs: dict[str, Any], valid: Tensor | None) -> bool:
         """Run the stages before the LLM and pack what is left; False (and nothing changed) if no stage drops anything."""
         call.start = self._now()
         embeds: Tensor = kwargs["inputs_embeds"]
-        device = embeds.device
+        device, length = embeds.device, embeds.shape[1]
         config = self.language_model.config
         call.ready = ready_made(kwargs.get("attention_mask"))
         call.samples, packed_mask = packed_samples(call, kwargs, config)
@@ -467,8 +444,8 @@ class Engine(Following):
         for span in spans:
             span.kept = self.inputs.budget(call, span)
         counts = host_valid.sum(1).tolist()
-        call.hidden = int((~host_valid * torch.arange(1, embeds.shape[1] + 1)).max())
-        call.record = self.last = CallRecord(call.batch, embeds.shape[1], list(counts), spans, signals=self.substitutes)
+        call.hidden = int((~host_valid * np.arange(1, length + 1)).max())
+        call.record = self.last = CallRecord(call.batch, length, list(counts), spans, signals=self.substitutes)
         remember(self, call.record)
         call.record.seconds = {"vision": 0.0, "select": 0.0}
         for encoded in call.encoded:
@@ -482,8 +459,8 @@ class Engine(Following):
             shown = [span for span in spans if span.modality in looked_at]
             call.sight = Sight.of(host_valid, shown, int(call.past), device)
         if not self._drops_anything(spans):
-            known = None if call.sight is None or bool(host_valid.all()) else host_valid.to(device)
-            call.record.groups = [Group(0, embeds.shape[1], embeds.shape[1], counts, known)]
+            known = None if call.sight is None or host_valid.all() else sent(host_valid, device)
+            call.record.groups = [Group(0, length, length, counts, known)]
             return False
         check_masks(kwargs)
         if self.plan.weighs:
@@ -494,30 +471,34 @@ class Engine(Following):
                 f"{config._attn_implementation} takes gaps in position ids for packed sequences, and the layers of "
                 f"{type(self.language_model).__name__} read position ids: use attn_implementation='sdpa'"
             )
-        self._check_ends(host_valid, spans)
+        last = (host_valid * np.arange(length)).max(1)  # real token of each row
+        self._check_ends(last, spans)
         if call.samples is not None:
             self._check_packed()
 
         start = self._now()
-        places = torch.arange(embeds.shape[1]).masked_fill(~host_valid, -1)
-        pools, texts = torch.zeros(host_valid.shape, dtype=torch.int8), torch.zeros_like(host_valid)
+        places = np.where(host_valid, np.arange(length), -1)
+        pools, texts = np.zeros(places.shape, np.int8), np.zeros(places.shape, bool)
         call.pool_counts = {pool: [0] * call.batch for pool in sorted(set(self.cutter.pools.values()))}
         call.text_counts = [0] * call.batch
+        last_patch = -1
         for span in spans:
+            row, patches, structural = span.row, span.patches.numpy(), span.structural.numpy()
+            last_patch = max([last_patch, *patches[-1:].tolist(), *structural[-1:].tolist()])
             if self._loses_structural(span):
-                places[span.row, span.structural] = -1
-                counts[span.row] -= len(span.structural)
+                places[row, structural] = -1
+                counts[row] -= len(structural)
             else:
-                call.structural += len(span.structural)
+                call.structural += len(structural)
             pool = self.cutter.pools[span.modality]
-            pools[span.row, span.patches] = pool
-            texts[span.row, span.text] = True
-            places[span.row, span.patches] = -1
-            counts[span.row] += span.kept - len(span.patches)
-            call.pool_counts[pool][span.row] += span.kept
-            call.text_counts[span.row] = len(span.text)
+            pools[row, patches] = pool
+            texts[row, span.text.numpy()] = True
+            places[row, patches] = -1
+            counts[row] += span.kept - len(patches)
+            call.pool_counts[pool][row] += span.kept
+            call.text_counts[row] = len(span.text)
         scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
-        prompt = Prompt(places.to(device), embeds, levels_of(kwargs, embeds), scores, leading(kwargs))
+        prompt = Prompt(sent(places, device), embeds, levels_of(kwargs, embeds), scores, leading(kwargs))
         if self.plan.weighs or self.plan.calibrates:
             prompt.mass = torch.ones(places.shape, device=device)
         if self.plan.calibrates:
@@ -534,14 +515,11 @@ class Engine(Following):
         packed = pack(prompt.places, counts)
         call.record.seconds["select"] = self._since(start)
 
-        length, physical = embeds.shape[1], packed.source.shape[1]
-        last_patch = max(
-            (max(int(p[-1]) for p in (span.patches, span.structural) if len(p)) for span in spans), default=-1
-        )
-        padded = length - int((host_valid.flip(1).cumsum(1) > 0).sum(1).min())  # padding on the right of any row
-        tail = min(length - 1 - last_patch, physical) if padded == 0 else 0
+        physical = packed.source.shape[1]
+        padded = not host_valid[:, -1].all()  # on the right of any row
+        tail = 0 if padded else min(length - 1 - last_patch, physical)
         positions, gone = renumbered(
-            self._given_positions(call, kwargs, embeds),
+            call.past if kwargs.get("position_ids") is None else kwargs["position_ids"],
             prompt.places,
             packed,
             valid,
@@ -563,11 +541,17 @@ class Engine(Following):
                 layer.prefill_length -= length - physical
         for name in kwargs.keys() - BY_THEMSELVES - (NAMES if prompt.levels else frozenset()):
             kwargs[name] = follow(kwargs[name], packed.source, length, name)
-        assert call.visual is not None
-        given = [prompt.embeds, *(mask.to(device) for mask in (pools, texts, call.visual)), *prompt.levels.values()]
-        moved = compact(given, packed.source, packed.valid)
-        kwargs["inputs_embeds"], call.pools, call.texts, visual, *rest = moved
-        levels = dict(zip(prompt.levels, rest, strict=True))
+        marks: list[Tensor] = []
+        if self.cutter.first is not None:
+            marks += [sent(pools, device), sent(texts, device)]
+        if prompt.levels:
+            assert call.visual is not None
+            marks += [sent(call.visual, device)]
+        moved = compact([prompt.embeds, *marks, *prompt.levels.values()], packed.source, packed.valid)
+        kwargs["inputs_embeds"], marks = moved[0], moved[1 : 1 + len(marks)]
+        levels = dict(zip(prompt.levels, moved[1 + len(marks) :], strict=True))
+        if self.cutter.first is not None:
+            call.pools, call.texts = marks[:2]
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
         if prompt.scores is not None:
             call.kept["input_scores"] = prompt.scores.gather(1, packed.source)
@@ -577,7 +561,7 @@ class Engine(Following):
                 lead = levels.get(prompt.lead, 0) if prompt.lead is not None else 0
                 call.kept[of_words(read)] = words_meant(call, read, kwargs["inputs_embeds"] + lead)
         if levels:
-            give_levels(call, kwargs, levels, visual, self.cutter.first)
+            give_levels(call, kwargs, levels, marks[-1], self.cutter.first)
         self._give_mask(call, kwargs, group)
         self.cutter.arm()
         return True
@@ -586,7 +570,10 @@ class Engine(Following):
         """The mask of the tokens that enter the language model."""
         embeds = kwargs["inputs_embeds"]
         if call.ready is None:
-            kwargs["attention_mask"] = logical_mask(call, group, 0, embeds.device)
+            mask = logical_mask(call, group, 0, embeds.device)
+            if mask is None and not call.caches:  # then gaps in position ids would be taken for packed sequences
+                mask = torch.ones(call.batch, group.physical, dtype=torch.bool, device=embeds.device)
+            kwargs["attention_mask"] = mask
         else:
             kwargs["attention_mask"] = carried(call.config, call, group, 0, call.ready, embeds)
 
@@ -599,15 +586,13 @@ class Engine(Following):
                 f"signals of the language model are decided per row; give one sample per row, or a stage before the language model"
             )
 
-    def _check_ends(self, valid: Tensor, spans: list[Span]) -> None:
+    def _check_ends(self, last: Array, spans: list[Span]) -> None:
         """The answer begins at the last token of a prompt, so that one must not be dropped."""
-        last = (valid * torch.arange(valid.shape[1])).amax(1).tolist()
         for span in spans:
-            drops = self._loses_structural(span)
-            if span.modality in self.plan.modalities and last[span.row] in (
-                int(span.patches[-1]),
-                *(span.structural[-1:].tolist() if drops else []),
-            ):
+            if span.modality not in self.plan.modalities:
+                continue
+            ends = [int(span.patches[-1]), *(span.structural[-1:].tolist() if self._loses_structural(span) else [])]
+            if last[span.row] in ends:
                 raise ValueError(
                     f"the prompt in batch row {span.row} ends with {span.modality} tokens, which compression may drop, and nothing "
                     f"could follow: put text behind the {span.modality}, as chat templates do"
@@ -666,23 +651,32 @@ class Engine(Following):
             raise self._passed(f"layer {index} of the language model")
         held = compressed or call.sight is not None or any(group.valid is not None for group in call.groups)
         if cache is not None and held:
-            book(cache, call.group_of, call.past_valid, call.batch, call.hidden, any(self.windows))
+            book(
+                cache,
+                call.group_of,
+                call.past_valid,
+                call.batch,
+                call.hidden,
+                any(self.windows),
+                _fed(call, last.logical),
+            )
         if cache is not None:
             keep_notes(cache, call)
         self._weigh(call, cache)
         # else the last tokens alone were asked for
         if compressed and output.last_hidden_state.shape[1] == last.physical:
             assert call.visual is not None
-            ends = call.visual & ~torch.nn.functional.pad(call.visual, (0, 1))[:, 1:]
+            visual = call.visual.numpy()
+            ends = visual & ~np.pad(visual, ((0, 0), (0, 1)))[:, 1:]
             if self.around is not None:  # nothing is generated: each token shows its own
-                ends = torch.zeros_like(ends)
+                ends = np.zeros_like(ends)
             output.last_hidden_state = last.restore(output.last_hidden_state, ends)
         return output
 
     @staticmethod
     def _weigh(call: Call, cache: Any) -> None:
         if call.record is not None:
-            call.record.held = held_bytes(cache)
+            call.record.held = held_bytes(cache, _fed(call, call.record.length))
 
     # ------------------------------------------------------------------ decoder layers
     def _layer_pre(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -766,6 +760,27 @@ class Engine(Following):
         """Seconds since `start`, nan where that is not measured."""
         now = self._now() if start is not None else None
         return now - start if now is not None and start is not None else float("nan")
+
+
+def _fed(call: Call, length: int) -> int | None:
+    """How many tokens all calls have passed, the `length` of this one included; None where only the device knows."""
+    return call.past + length if isinstance(call.past, int) else None
+
+
+def _makes_cache(language_model: Any, given: dict[str, Any]) -> bool:
+    """Whether a language model that is given no cache makes one, as most do. Training with checkpoints does without."""
+    asked = given.get("use_cache")
+    if language_model.training and getattr(language_model, "is_gradient_checkpointing", False):
+        return False
+    wanted = getattr(language_model.config, "use_cache", False) if asked is None else asked
+    return bool(wanted) and "DynamicCache" in _names_in(type(language_model))
+
+
+@functools.cache
+def _names_in(kind: type) -> tuple[str, ...]:
+    """The names that the forward pass of a class uses."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)  # type: ignore[attr-defined]
+    return code.co_names if code is not None else ()
 
 
 def _counts(layer: Any) -> bool:

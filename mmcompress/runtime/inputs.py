@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from .adapter import Adapter
 from .call import Call
 from .clip import CLIP_TEXT, Clip
 from .needs import TEXT_SIGNALS
+from .packing import sent
 from .passage import Passage
 from .prompt import PROMPT_SIGNALS, PromptTap
 from .record import Span
@@ -77,8 +79,8 @@ class InputStages:
     def select(self, call: Call, spans: list[Span], prompt: Prompt, tap: PromptTap | None) -> None:
         """Run everything on visuals of one layout, write it into `prompt`, and what was decided into the spans."""
         device = prompt.embeds.device
-        rows = torch.tensor([span.row for span in spans], device=device)[:, None]
-        at = torch.stack([span.patches for span in spans]).to(device)
+        rows = sent(np.array([[span.row] for span in spans]), device)
+        at = sent(np.stack([span.patches.numpy() for span in spans]), device)
         origin = [call.origin(span) for span in spans]
         first, number = origin[0]
         signals = {
@@ -89,7 +91,7 @@ class InputStages:
         visuals = Visuals(features, layout, spans[0].kept, signals, road=self.adapter.project)
         passage = Passage(visuals, {i: level[rows, at] for i, level in prompt.levels.items()})
         if first.clusters is not None:
-            clusters = torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]).to(device)
+            clusters = sent(torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]), device)
             early = (*self.plan.pixel_stages, *self.plan.encoder_stages)
             passage.follow(Selection.of_clusters(clusters, first.left[number]), " >> ".join(map(repr, early)))
         passage.through(self.stages(spans[0].modality), prompt.scores is not None)
@@ -97,7 +99,7 @@ class InputStages:
         for i, span in enumerate(spans):
             span.selection, span.selection_row, span.decisions = total, i, passage.decisions
         slots = gather(at, total.keep)
-        at_slots = (rows.expand_as(slots), slots)
+        at_slots = (rows, slots)
         prompt.places = prompt.places.index_put(at_slots, slots.sort(dim=1).values)
         if prompt.mass is not None:
             prompt.mass = prompt.mass.index_put(at_slots, passage.sizes)
@@ -120,7 +122,7 @@ class InputStages:
         """Signals of visuals at the slots `at` [V, N] of `rows` [V, 1] that depend on the text beside them."""
         signals: dict[str, Tensor] = {}
         if self.reads_text:
-            text = torch.stack([span.text for span in spans]).to(embeds.device)
+            text = sent(np.stack([span.text.numpy() for span in spans]), embeds.device)
             signals["text_embeddings"] = embeds[rows, text]
             if tap is not None:
                 signals |= {name: tap.signal(name, rows, at, text).to(embeds.device) for name in self.of_prompt}

@@ -19,7 +19,7 @@ from ..ops import attention_received
 from ..ops.attention import capped_rows
 from ..ops.pagerank import attention_pagerank
 from ..ops.transitions import transition, transition_value
-from .cache import PrunedLayer, is_plain
+from .cache import PrunedLayer, is_plain, ledger_of
 from .call import Call
 from .masks import who_sees
 from .mass import mass_of
@@ -205,15 +205,13 @@ class Heads:
 
     @property
     def _stored(self) -> int:
-        layer = self._cache_layer
-        return int(layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length())
+        return self.past + (self.hidden.shape[1] if self.ran else 0)
 
     @functools.cached_property
     def past(self) -> int:
         """How many keys the cache held before this call."""
-        if self.call.cache is None:
-            return 0
-        return self._stored - (self.hidden.shape[1] if self.ran else 0)
+        ledger = ledger_of(self.call.cache, self.index)
+        return int(self.call.past) - (0 if ledger is None else ledger.dropped)
 
     def attention_of(self, rows: Tensor, at: Tensor) -> Tensor:
         """Causal softmax attention of the tokens `at` [U, Q] of the batch rows `rows` [U, 1] over everything before them, as

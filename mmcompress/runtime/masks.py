@@ -60,11 +60,8 @@ def packed_samples(call: Call, given: dict[str, Any], config: Any) -> tuple[Tens
     """Where position ids start again within rows, and there is neither mask nor cache, transformers keeps the samples apart: their
     number for each token [B, S] on the host, and the mask that it would make. Waits for the device."""
     positions = given.get("position_ids")
-    keeps = given.get("use_cache")
-    if positions is None or call.cache is not None or given.get("attention_mask") is not None:
-        return None, None
-    if keeps or (keeps is None and getattr(config, "use_cache", False)):
-        return None, None  # the language model makes a cache, and then looks at no positions
+    if positions is None or call.caches or given.get("attention_mask") is not None:
+        return None, None  # with a cache it looks at no positions
     counted = positions if positions.dim() == 2 else positions[0] if len(positions) == 4 else None
     samples = None if counted is None else find_packed_sequence_indices(counted)
     if samples is None:
@@ -138,7 +135,7 @@ def validity(call: Call, length: int) -> tuple[Tensor | None, Tensor | None]:
             past = past[:, :0]  # later tokens may see what these do not
     else:
         new, past = mask[:, -length:].bool(), mask[:, :-length].bool()
-    if pruned or not past.shape[1] or bool(past.all()):
+    if pruned or not past.shape[1]:
         return new, None
     return new, past
 
@@ -146,8 +143,7 @@ def validity(call: Call, length: int) -> tuple[Tensor | None, Tensor | None]:
 def logical_mask(call: Call, group: Group, layer: int, device: torch.device) -> Tensor | None:
     """2-D mask of logical width for a layer: [zeros for what its cache dropped | what it holds | the new tokens].
 
-    None where all are real, except without a cache: with neither mask nor cache, transformers takes gaps in position ids
-    for packed sequences.
+    None where all are real.
     """
     ledger = ledger_of(call.cache, layer)
     past = ledger.valid if ledger is not None else call.past_valid
@@ -156,7 +152,7 @@ def logical_mask(call: Call, group: Group, layer: int, device: torch.device) -> 
         return torch.ones(call.batch, count, dtype=torch.bool, device=device)
 
     if past is None and group.valid is None:
-        return None if call.cache is not None else ones(group.physical)
+        return None
     dropped = ledger.dropped if ledger is not None else 0
     if ledger is not None and group.valid is None:  # a static layer tells its width without waiting for its length
         assert call.cache is not None
@@ -302,13 +298,16 @@ def layer_mask(config: Any, call: Call, group: Group, layer: int, embeds: Tensor
     kind = -1 if window is None else call.windows.index(window)
     key = (id(group), id(ledger_of(call.cache, layer)), kind)
     if key not in call.masks:  # with its group, as above
-        if window is not None:
-            made = window_mask(config, call, group, layer, embeds)
+        padding = None if window is not None else logical_mask(call, group, layer, embeds.device)
+        if window is not None or (padding is not None and config._attn_implementation == "sdpa"):
+            made = window_mask(
+                config, call, group, layer, embeds
+            )  # transformers would look whether any padding is there
         else:
             made = create_causal_mask(
                 config=config,
                 inputs_embeds=embeds,
-                attention_mask=logical_mask(call, group, layer, embeds.device),
+                attention_mask=padding,
                 position_ids=None,
                 layer_idx=layer,
                 **{CACHE: call.cache},

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels.compact import compact
 from ..selection import Selection, gather
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+"""What is known on the host: small, and without a launch for each step."""
+
+
+def sent(x: Array | Tensor, device: torch.device) -> Tensor:
+    """What is known on the host, on `device`, without waiting: the values are taken over before this returns."""
+    return (x if isinstance(x, Tensor) else torch.from_numpy(x)).to(device, non_blocking=True)
 
 
 def take(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
@@ -25,6 +34,8 @@ def take(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 def take_last(x: Tensor, index: Tensor) -> Tensor:
     """Columns of `x` [..., B or 1, S] at `index` [B, M]: [..., B, M], on the device of x."""
     index = index.to(x.device)
+    if x.shape[-2] == index.shape[0] and x.dim() == 2:
+        return x.gather(-1, index)
     x = x.expand(*x.shape[:-2], index.shape[0], x.shape[-1])
     return x.gather(-1, index.expand(*x.shape[:-2], *index.shape))
 
@@ -78,7 +89,7 @@ def pack(places: Tensor, counts: list[int]) -> Packed:
 
 
 def renumbered(
-    positions: Tensor,
+    positions: Tensor | Any,
     places: Tensor,
     packed: Packed,
     valid: Tensor | None,
@@ -87,21 +98,28 @@ def renumbered(
 ) -> tuple[Tensor, Tensor | None]:
     """Position ids of packed tokens, [..., B, M], and how many ids have gone in each row, [B].
 
-    positions [..., B or 1, S]; places, packed: as given to and made by `pack`; valid [B, S]: which tokens were real; samples
-    [B, S]: the sample of each token, where a row holds several. With `reindex` a token loses as many as have gone before its
-    place in its sample, else every token keeps its own.
+    positions [..., B or 1, S], or the number of the first token, where they count on from there; places, packed: as given to and
+    made by `pack`; valid [B, S]: which tokens were real; samples [B, S]: the sample of each token, where a row holds several. With
+    `reindex` a token loses as many as have gone before its place in its sample, else every token keeps its own.
     """
+
+    def at(index: Tensor) -> Tensor:
+        if isinstance(positions, Tensor) and positions.dim():
+            return take_last(positions, index)
+        return index if isinstance(positions, int) and not positions else index + positions
+
     if not reindex:
-        return take_last(positions, packed.source), None
+        return at(packed.source), None
     gone = places < 0
     gone = (gone if valid is None else gone & valid.to(gone.device)).long().cumsum(1)
     if samples is not None:
-        begins = torch.nn.functional.pad(samples.to(gone.device).diff(dim=1) != 0, (1, 0), value=True)
+        begins = torch.nn.functional.pad(sent(samples, gone.device).diff(dim=1) != 0, (1, 0), value=True)
         numbers = torch.arange(gone.shape[1], device=gone.device).expand_as(gone)
         first = numbers.masked_fill(~begins, 0).cummax(1).values
         gone = gone - torch.nn.functional.pad(gone, (1, 0)).gather(1, first)
     place = packed.place.clamp_min(0)
-    return take_last(positions, place) - gone.gather(1, place).to(positions.device), gone[:, -1]
+    moved = at(place)
+    return moved - gone.gather(1, place).to(moved.device), gone[:, -1]
 
 
 @dataclass(eq=False)
@@ -153,23 +171,23 @@ class Group:
             hidden = hidden.index_put((rows.expand_as(slots), slots), made.to(hidden))
         return hidden if self.from_previous is None else take([hidden], self.from_previous)[0]
 
-    def restore(self, hidden: Tensor, ends: Tensor) -> Tensor:
+    def restore(self, hidden: Tensor, ends: Array) -> Tensor:
         """Rows [B, physical, H] at their logical places, [B, logical, H]. A place whose token is gone shows the last token that is
         left before it: that is what the next token follows. So does the last place of a run of visual tokens (`ends`
         [B, logical]), whatever the order inside. Zeros before the first token."""
         assert self.source is not None and self.place is not None
-        device = hidden.device
+        device, spare = hidden.device, 0 if self.valid is None else 1
         slots = torch.arange(1, self.physical + 1, device=device).expand(len(self.source), -1)
-        none = slots.new_zeros(len(self.source), self.logical + 1)
+        none = slots.new_zeros(len(self.source), self.logical + spare)
 
         def at(where: Tensor) -> Tensor:
             """Number of the slot at each place, from 1 on, 0 where there is none; padding goes to a spare place."""
             where = where.to(device)
-            if self.valid is not None:
-                where = where.masked_fill(~self.valid.to(device), self.logical)
-            return none.scatter(1, where, slots)[:, :-1]
+            if self.valid is None:
+                return none.scatter(1, where, slots)
+            return none.scatter(1, where.masked_fill(~self.valid.to(device), self.logical), slots)[:, :-1]
 
         own, last = at(self.source), at(self.place).cummax(1).values
-        index = torch.where((own == 0) | ends.to(device), last, own)
+        index = torch.where((own == 0) | sent(ends, device), last, own)
         shown = torch.cat([hidden.new_zeros(len(hidden), 1, hidden.shape[2]), hidden], 1)
         return gather(shown, index)

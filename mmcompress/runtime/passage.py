@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,29 +26,48 @@ class Passage:
     """
 
     def __init__(self, visuals: Visuals, levels: dict[int, Tensor]) -> None:
-        self.visuals, self.levels = visuals, levels
+        self._visuals, self._levels = visuals, levels
         many, self.tokens, device = len(visuals.features), visuals.n, visuals.features.device
         self.total = Selection(torch.arange(self.tokens, device=device).expand(many, -1))
-        self.sizes = torch.ones(many, self.tokens, device=device)
         self.decisions: list[Decision] = []
         self.remade = False
         self.scores: Tensor | None = None
+        self._chosen: list[Selection] = []
+        self._shown = 0
+
+    @property
+    def visuals(self) -> Visuals:
+        """Made when it is asked for: the tokens that only stay are not gathered for nobody."""
+        for chosen in self._chosen[self._shown :]:
+            self._visuals = self._visuals.take(chosen)
+        self._shown = len(self._chosen)
+        return self._visuals
+
+    @property
+    def levels(self) -> dict[int, Tensor]:
+        return {
+            i: functools.reduce(lambda x, chosen: chosen.apply(x), self._chosen, x) for i, x in self._levels.items()
+        }
+
+    @property
+    def sizes(self) -> Tensor:
+        one = torch.ones(len(self.total.keep), self.tokens, device=self.total.keep.device)
+        return functools.reduce(lambda sizes, chosen: chosen.sizes(sizes), self._chosen, one)
 
     def follow(self, chosen: Selection, by: str) -> None:
         """Go on with the output tokens of `chosen`, which `by` decided."""
-        before, self.total = self.total, self.total.then(chosen, self.tokens)
-        self.sizes = chosen.sizes(self.sizes)
+        before = self.total
+        self.total = before.then(chosen, self.tokens) if self._chosen else Selection(chosen.keep, chosen.assign)
         scores = None if chosen.scores is None else chosen.scores.detach()
         self.decisions.append(Decision(by, before, self.total, scores))
-        self.visuals = self.visuals.take(chosen)
-        self.levels = {i: chosen.apply(level) for i, level in self.levels.items()}
+        self._chosen.append(chosen)
 
     def through(self, stages: Sequence[InputStage], scored: bool = False) -> None:
         """Through `stages`, without those that would keep every token; `scored`: a later stage reads the scores of the last one."""
         for stage in stages:
-            k = stage.budget(self.visuals.n)
+            k = stage.budget(self.total.k)
             read = scored and stage is stages[-1]
-            if k == self.visuals.n and not read:
+            if k == self.total.k and not read:
                 continue
             chosen = choose(stage, replace(self.visuals, k=k))
             if read:

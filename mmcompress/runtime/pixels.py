@@ -23,6 +23,7 @@ from ..stage import PixelStage
 from ..visuals import Layout
 from .adapter import Adapter, Encoded
 from .encoder import TowerScope
+from .packing import sent
 
 
 @dataclass
@@ -106,7 +107,7 @@ class PixelFacade(TowerScope):
         patch = patch if isinstance(patch, int) else patch[0]
         run.full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
         run.coarse, units = self._grids(*run.full)
-        run.units = [units.to(pixels.device)] * len(pixels)
+        run.units = [units] * len(pixels)
         if run.coarse == run.full:
             return (pixels,), kwargs
         if "interpolate_pos_encoding" in names:
@@ -124,7 +125,7 @@ class PixelFacade(TowerScope):
             part = patches[first : first + frames * rows * columns]
             first += len(part)
             sizes.append([frames, few_rows, few_columns])
-            run.units += [units.to(patches.device)] * frames
+            run.units += [units] * frames
             run.counts += [few_rows * few_columns // side**2] * frames
             if (few_rows, few_columns) == (rows, columns):
                 made.append(part)
@@ -134,12 +135,12 @@ class PixelFacade(TowerScope):
             small = _resized(picture, few_rows * p, few_columns * p)
             small = small.view(frames, depth, -1, few_rows // side, side, p, few_columns // side, side, p)
             made.append(small.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(frames * few_rows * few_columns, -1))
-        return torch.cat(made), torch.tensor(sizes, device=grids.device, dtype=grids.dtype)
+        return torch.cat(made), torch.tensor(sizes, dtype=grids.dtype).to(grids.device, non_blocking=True)
 
     def _spread_output(self, module: Any, args: tuple, output: Any) -> Any:
         run = self._running()
         if self.adapter.packed:
-            rows = _packed_rows(run)
+            rows = sent(_packed_rows(run), output.pooler_output.device)
             output.pooler_output = output.pooler_output[rows]
             if getattr(output, "deepstack_features", None):
                 output.deepstack_features = [level[rows] for level in output.deepstack_features]
@@ -147,7 +148,7 @@ class PixelFacade(TowerScope):
         if run.coarse == run.full:
             return output
         prefix, device = self.adapter.prefix, output.last_hidden_state.device
-        patches = self._patches(run).to(device) + prefix
+        patches = sent(self._patches(run), device) + prefix
         index = torch.cat([torch.arange(prefix, device=device), patches])
         output.last_hidden_state = output.last_hidden_state[:, index]
         if output.hidden_states is not None:
@@ -158,7 +159,7 @@ class PixelFacade(TowerScope):
     def _patches(self, run: _Run) -> Tensor:
         """The coarse patch that each patch of a picture shows: the same corner of the coarse unit."""
         (rows, columns), (_, few), side = run.full, run.coarse, self.side
-        units = run.units[0].view(rows // side, columns // side).cpu()
+        units = run.units[0].view(rows // side, columns // side)
         corner = torch.arange(side)
         y = (units // (few // side))[:, None, :, None] * side + corner[None, :, None, None]
         x = (units % (few // side))[:, None, :, None] * side + corner[None, None, None, :]

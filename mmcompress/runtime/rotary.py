@@ -86,7 +86,12 @@ def layer_tables(
     first, before = call.groups[0], ledger_of(call.cache, 0)
     moved = ledger is not before and ledger is not None and before is not None and ledger.shift is not before.shift
     if group.gone is first.gone and not moved:
-        return given if group.from_base is None else tuple(take(given, group.from_base))
+        if group.from_base is None:
+            return given
+        taken = (id(group), id(given[0]))
+        if taken not in call.taken:  # with what it was taken from: an id lasts as long as what it names
+            call.taken[taken] = group, given, tuple(take(given, group.from_base))
+        return call.taken[taken][2]
     kinds = getattr(language_model.config, "layer_types", None)
     key = (id(group), id(ledger), hash(kinds[index] if kinds else None))
     if key not in call.tables:

@@ -194,7 +194,7 @@ class VisionTap:
         axis = 0 if self.adapter.packed or self.adapter.padded else 1
         order = self.adapter.order(patches.shape[axis], arguments)
         if order is not None:
-            patches = patches.index_select(axis, order.to(patches.device))
+            patches = patches.index_select(axis, order.to(patches.device, non_blocking=True))
         return patches.unflatten(axis, (-1, unit)).mean(axis + 1)
 
     def _of_first_view(self, rows: Tensor, encoded: Encoded, arguments: dict[str, Any]) -> list[Tensor]:
