@@ -711,8 +711,8 @@ class Engine(Following):
                 weigh(kwargs, call.config, self.wide, call, group, index, hidden)
         elif group.calibration is not None:
             if index not in self.stateful:
-                tables = kwargs.get("position_embeddings")
-                kwargs["attention_mask"] = calibrated_mask(call.config, call, group, index, hidden, tables)
+                given = kwargs.get("position_embeddings")
+                kwargs["attention_mask"] = calibrated_mask(call.config, call, group, index, hidden, given)
         elif group.from_base is not None or mine is not first or cuts_off(call, index, group.logical):
             kwargs["attention_mask"] = mask_of(call.config, call, group, index, hidden)
         mask = kwargs.get("attention_mask")
@@ -773,13 +773,13 @@ def _makes_cache(language_model: Any, given: dict[str, Any]) -> bool:
     if language_model.training and getattr(language_model, "is_gradient_checkpointing", False):
         return False
     wanted = getattr(language_model.config, "use_cache", False) if asked is None else asked
-    return bool(wanted) and "DynamicCache" in _names_in(type(language_model))
+    return bool(wanted) and "DynamicCache" in _names_in(type(language_model).forward)
 
 
 @functools.cache
-def _names_in(kind: type) -> tuple[str, ...]:
-    """The names that the forward pass of a class uses."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)  # type: ignore[attr-defined]
+def _names_in(forward: Any) -> tuple[str, ...]:
+    """The names that a function uses, behind its decorators."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code.co_names if code is not None else ()
 
 

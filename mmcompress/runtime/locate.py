@@ -46,8 +46,8 @@ def _ids(call: Call, adapter: Adapter) -> Tensor | None:
 
 def _marks(adapter: Adapter, modality: str) -> tuple[int, int] | None:
     """The start and the end token of a modality, None where it has none."""
-    marks = [getattr(adapter.config, f"{modality}_{end}_token_id", None) for end in MARKS]
-    return None if None in marks else (int(marks[0]), int(marks[1]))
+    begin, end = (getattr(adapter.config, f"{modality}_{mark}_token_id", None) for mark in MARKS)
+    return None if begin is None or end is None else (int(begin), int(end))
 
 
 def fetched(parts: Mapping[str, Tensor | None]) -> dict[str, Array]:
