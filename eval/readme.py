@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the measured tables of the README from the records in `results/`, and draw its Pareto plots:
+"""Fill the measured tables of README and docs from the records in `results/`, and draw the Pareto plot:
 `python -m mmcompress.eval.readme`."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import mmcompress as mm
 
-from ..assets import MODELS, weights_path
+from ..assets import MODELS, PAGES, weights_path
 from ..explain.compressor import KEEPS
 from ..flops import WHOLE
 from ..runtime.needs import names_of
@@ -25,6 +25,7 @@ from .evaluator import STOCK
 from .gpu import report
 from .kernel_bench.measure import Row, digits, read
 from .kernel_bench.operations import OPERATIONS
+from .margins import Answers, against, completed
 from .sweep.pareto import plot
 from .sweep.retained import standings
 from .sweep.run import FILE, is_choice, load_sweep
@@ -148,7 +149,7 @@ def methods(sweeps: Mapping[str, dict[str, Any]], speed: dict[str, Any]) -> str:
     `mmcompress sweep` found."""
     models = list(sweeps)
     found = {(m, p["method"], p["keep"]): p for m in models for p in sweeps[m]["points"]}
-    names = [name for name in dict.fromkeys(name for _, name, _ in found) if name != STOCK]
+    names = [name for name in dict.fromkeys(name for _, name, _ in found) if name in mm.methods()]
     ratios = sorted({keep for _, _, keep in found if keep is not None}, reverse=True)
     middle = 0.25 if 0.25 in ratios else ratios[len(ratios) // 2]
     milliseconds: dict[str, list[str]] = {}
@@ -441,39 +442,85 @@ def learned(found: dict[str, Saved]) -> str:
     )
 
 
+def against_tables(answers: Answers, keeps: Sequence[float]) -> str:
+    """`voronoi` beside every other method of a sweep, a table for each ratio."""
+    parts = []
+    for keep in keeps:
+        headings, lines = against(answers, keep)
+        parts.append(f"**{keep:.0%} of the visual tokens**\n\n{table(headings, lines)}")
+    return "\n\n".join(parts)
+
+
+def mass_tables(sweeps: Mapping[str, dict[str, Any]], pages: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """The measured parts of docs/mass.md. sweeps: of the models that answer questions on drawn scenes; pages: on drawn pages."""
+    shapes, dense = Answers(sweeps, "shapes"), Answers(pages, "pages")
+    keeps = (0.25, 0.1, 0.05)
+
+    def asked(answers: Answers, found: Mapping[str, dict[str, Any]]) -> str:
+        counts = ", ".join(f"{count} on {model}" for model, count in answers.questions.items())
+        return f"({counts}; {conditions(next(iter(found.values())))})"
+
+    how = (
+        "Accuracy (%); in brackets `voronoi` less it, paired question by question, ± one standard error; last all models "
+        "together, * more than two errors. The same number of tokens enters the LLM, but for methods that cut inside it (`keep` is "
+        "then the mean over layers, or what is left behind the cut)."
+    )
+    gain = "Accuracy (%) over all models of the host alone and completed, and the difference, paired, * more than two errors."
+    orders = [
+        [f"{keep:.0%}", *(str(shapes.margin(f"voronoi(keep={keep})", _reindexed(keep), [m])) if _reindexed(keep) in shapes.plans
+          and m in shapes.plans[_reindexed(keep)] else "-" for m in shapes.models)]
+        for keep in keeps
+    ]  # fmt: skip
+    return {
+        "against": f"{how} Questions from a seed on that nothing was chosen by {asked(shapes, sweeps)}.\n\n"
+        + against_tables(shapes, keeps),
+        "completed": f"{gain}\n\n{table(*completed(shapes, (0.25, 0.1)))}",
+        "pages": f"{how} Fresh questions {asked(dense, pages)}.\n\n" + against_tables(dense, keeps),
+        "positions": "Positions of the full prompt (`keep`, the default of `voronoi` everywhere) less positions numbered without "
+        "gaps (`reindex`), in points, paired; `-`: positions with axes (M-RoPE) are always kept.\n\n"
+        + table(["tokens", *shapes.models], orders),
+    }
+
+
+def _reindexed(keep: float) -> str:
+    return f"plan(voronoi(keep={keep}), positions='reindex')"
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
     filled, count = re.subn(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
     if count != 1:
-        raise ValueError(f"README.md has {count} places for {name!r}, expected one")
+        raise ValueError(f"the text has {count} places for {name!r}, expected one")
     return filled
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
     shown = json.loads((ROOT / "results" / "demo.json").read_text())
     demo = {name: shown[name] for name in MODELS if name in shown}
     speed = json.loads((ROOT / "results" / "bench.json").read_text())
     sweeps = {name: load_sweep(ROOT / "results" / "sweep" / name / FILE) for name in MODELS}
+    pages = {PAGES: load_sweep(ROOT / "results" / "sweep" / PAGES / FILE)}
     explained = [
         json.loads((ROOT / "results" / f"{name}.json").read_text())
         for name in ("explain", "rank_order", "explain_cost")
     ]
-    for name, content in (
-        ("explain", explain(*explained)),
-        ("learned", learned({name: Saved.load(weights_path("explain_compress", name)) for name in MODELS})),
-        ("kernels", kernels(read(ROOT / "results" / "kernels.json"))),
-        ("methods", methods(sweeps, speed)),
-        ("accuracy", accuracy(demo)),
-        ("types", types(demo)),
-        ("bench", bench(speed)),
-        ("memory", memory(speed)),
-        ("gpu", report.section(report.load(ROOT / "results" / "gpu" / "gpu.json"))),
-    ):
-        text = fill(text, name, content)
-    readme.write_text(text)
+    parts = {
+        "explain": explain(*explained),
+        "learned": learned({name: Saved.load(weights_path("explain_compress", name)) for name in MODELS}),
+        "kernels": kernels(read(ROOT / "results" / "kernels.json")),
+        "methods": methods(sweeps, speed),
+        "accuracy": accuracy(demo),
+        "types": types(demo),
+        "bench": bench(speed),
+        "memory": memory(speed),
+        "gpu": report.section(report.load(ROOT / "results" / "gpu" / "gpu.json")),
+    }
+    for path, content in (("README.md", parts), ("docs/mass.md", mass_tables(sweeps, pages))):
+        text = (ROOT / path).read_text()
+        for name, part in content.items():
+            text = fill(text, name, part)
+        (ROOT / path).write_text(text)
     count = min(content["tasks"]["shapes"]["questions"] for content in sweeps.values())
     rows = {name: standings(content) for name, content in sweeps.items()}
     plot(
