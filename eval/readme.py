@@ -451,6 +451,15 @@ def against_tables(answers: Answers, keeps: Sequence[float]) -> str:
     return "\n\n".join(parts)
 
 
+NOT_YET = "Not measured yet."
+
+
+def fresh_sweeps(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Sweeps on questions that nothing was chosen by, of the models that have one."""
+    paths = {name: ROOT / "results" / "fresh" / name / FILE for name in names}
+    return {name: load_sweep(path) for name, path in paths.items() if path.exists()}
+
+
 def mass_tables(sweeps: Mapping[str, dict[str, Any]], pages: Mapping[str, dict[str, Any]]) -> dict[str, str]:
     """The measured parts of docs/mass.md. sweeps: of the models that answer questions on drawn scenes; pages: on drawn pages."""
     shapes, dense = Answers(sweeps, "shapes"), Answers(pages, "pages")
@@ -475,7 +484,9 @@ def mass_tables(sweeps: Mapping[str, dict[str, Any]], pages: Mapping[str, dict[s
         "against": f"{how} Questions from a seed on that nothing was chosen by {asked(shapes, sweeps)}.\n\n"
         + against_tables(shapes, keeps),
         "completed": f"{gain}\n\n{table(*completed(shapes, (0.25, 0.1)))}",
-        "pages": f"{how} Fresh questions {asked(dense, pages)}.\n\n" + against_tables(dense, keeps),
+        "pages": f"{how} Fresh questions {asked(dense, pages)}.\n\n" + against_tables(dense, keeps)
+        if pages
+        else NOT_YET,
         "positions": "Positions of the full prompt (`keep`, the default of `voronoi` everywhere) less positions numbered without "
         "gaps (`reindex`), in points, paired; `-`: positions with axes (M-RoPE) are always kept.\n\n"
         + table(["tokens", *shapes.models], orders),
@@ -500,7 +511,6 @@ def main() -> None:
     demo = {name: shown[name] for name in MODELS if name in shown}
     speed = json.loads((ROOT / "results" / "bench.json").read_text())
     sweeps = {name: load_sweep(ROOT / "results" / "sweep" / name / FILE) for name in MODELS}
-    pages = {PAGES: load_sweep(ROOT / "results" / "sweep" / PAGES / FILE)}
     explained = [
         json.loads((ROOT / "results" / f"{name}.json").read_text())
         for name in ("explain", "rank_order", "explain_cost")
@@ -516,7 +526,10 @@ def main() -> None:
         "memory": memory(speed),
         "gpu": report.section(report.load(ROOT / "results" / "gpu" / "gpu.json")),
     }
-    for path, content in (("README.md", parts), ("docs/mass.md", mass_tables(sweeps, pages))):
+    for path, content in (
+        ("README.md", parts),
+        ("docs/mass.md", mass_tables(fresh_sweeps(MODELS), fresh_sweeps([PAGES]))),
+    ):
         text = (ROOT / path).read_text()
         for name, part in content.items():
             text = fill(text, name, part)
