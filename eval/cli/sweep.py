@@ -10,6 +10,7 @@ from rich.console import Console
 from . import Command, Load, OutFolder, add_load_options, check_least
 
 KEEPS = ("50%", "25%", "10%")
+START = 1_000_000
 
 
 def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
@@ -40,6 +41,13 @@ def add_command(command: Command, load: Load, models: tuple[str, ...]) -> None:
     )
     sweep.add_argument(
         "--questions", type=int, metavar="N", help="only the first N of each task (shapes, pages, videos: default 210)"
+    )
+    sweep.add_argument(
+        "--start",
+        type=int,
+        default=START,
+        metavar="SEED",
+        help=f"first seed of drawn questions (default {START:,}): another one for questions that nothing was chosen by",
     )
     sweep.add_argument(
         "--protocol", default="official", help="whose prompts and metric: official (default), llava or lmms"
@@ -77,7 +85,7 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
     from ..sweep.retained import standings, table, undecided
     from ..sweep.run import FILE, load_sweep, points, read_tasks, sweep
 
-    check_least(options, questions=1, repeats=0, examples=0)
+    check_least(options, questions=1, repeats=0, examples=0, start=START)
     if (options.out / FILE).exists():
         load_sweep(options.out / FILE)
     wanted = points(options.plan, [read_keep(keep) for keep in options.keep])
@@ -91,7 +99,7 @@ def run(options: argparse.Namespace, console: Console, load: Load) -> None:
         strict=options.strict,
     )
     model, processor, _ = load(options)
-    works = read_tasks(tasks, options.questions, model)
+    works = read_tasks(tasks, options.questions, model, options.start)
     other = options.time_on
     timed = (other, load(argparse.Namespace(**{**vars(options), "model": other}))[0]) if other else None
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -82,8 +82,8 @@ def points(plans: Iterable[str], keeps: Sequence[float | int]) -> list[Point]:
     return list({point.plan: point for point in reversed(found)}.values())[::-1]
 
 
-def read_tasks(texts: Sequence[str], count: int | None, model: Any) -> list[Work]:
-    """Tasks written as NAME=DATA (embedded ones alone), with their first `count` questions."""
+def read_tasks(texts: Sequence[str], count: int | None, model: Any, start: int = 1_000_000) -> list[Work]:
+    """Tasks written as NAME=DATA (embedded ones alone), with their first `count` questions; drawn ones from seed `start` on."""
     found = []
     for text in texts:
         name, _, data = text.partition("=")
@@ -91,7 +91,7 @@ def read_tasks(texts: Sequence[str], count: int | None, model: Any) -> list[Work
             raise ValueError(
                 f"--task {text}: " + (f"{name} has its own data" if data else f"write {name}=FOLDER or FILE")
             )
-        asked = read_questions(name, Path(data)) if data else drawn_questions(name, count or 210, model)
+        asked = read_questions(name, Path(data)) if data else drawn_questions(name, count or 210, model, start)
         found.append(Work(name, asked[:count]))
     if len({work.name for work in found}) < len(found) or not found:
         raise ValueError("give each task once, and at least one")
