@@ -88,6 +88,8 @@ def test_tasks(table: Path, loaded: tuple[Any, Any]) -> None:
     assert all(item.size == item.picture.size for item in items(3, stretched=True))
     (work,) = read_tasks([f"exact={table}"], 3, loaded[0])
     assert (work.name, len(work.questions)) == ("exact", 3)
+    (drawn,) = read_tasks(["shapes"], 7, loaded[0], start=4_000_000)
+    assert min(int(question.id) for question in drawn.questions) >= 4_000_000
     for texts, message in (
         (["pope"], "write pope="), (["shapes=x"], "its own data"), (["shapes", "shapes"], "each task once"), (["x"], "choose one"),
     ):  # fmt: skip
