@@ -2,7 +2,6 @@
 """Plans beside each other, question by question, over the models of several sweeps."""
 
 import pytest
-
 from mmcompress.eval.margins import Answers, against, completed, margin, rivals
 
 
