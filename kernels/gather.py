@@ -18,5 +18,5 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
         return x.gather(1, index)
     if len(x) == 1:
         return x[0].index_select(0, index[0])[None]
-    first = torch.arange(0, x.shape[0] * x.shape[1], max(1, x.shape[1]), device=x.device)[:, None]
+    first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, *x.shape[2:])

@@ -308,7 +308,7 @@ def test_a_prompt_that_fills_the_context_leaves_no_place_for_an_answer() -> None
         return {"attention_mask": torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])}
 
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=4))
-    questions: Any = [SimpleNamespace(id=f"q{i}", images=()) for i in range(3)]
+    questions: Any = [SimpleNamespace(id=f"q{i}", images=(), videos=()) for i in range(3)]
     asked, inputs, wrong = inputs_of(
         SimpleNamespace(config=config), processor, questions, ["a b c", "a b c d", "a"], [0, 1, 2]
     )

@@ -18,7 +18,7 @@ from transformers.image_utils import load_image
 
 from mmcompress import pictures
 from mmcompress.cli import _open_image, main
-from mmcompress.explain.prompt import _pictures
+from mmcompress.explain.prompt import _clip, _pictures
 from mmcompress.pictures import PictureError, is_picture, open_picture, picture_size, to_rgb
 from mmcompress.visualize.show import _frames
 
@@ -94,9 +94,9 @@ def all_ways(path: Path) -> dict[str, np.ndarray]:
         "drawn": open_picture(lambda: Image.open(path)),
         "eval": eval_opens(path),
         "command line": _open_image(path),
-        "explanation": _pictures(path, False)[0][0],
-        "explanation of bytes": _pictures([content], False)[0][0],
-        "video": _pictures([path], True)[0][0],
+        "explanation": _pictures(path)[0][0],
+        "explanation of bytes": _pictures([content])[0][0],
+        "video": Image.fromarray(_clip([path]).frames[0]),
         "page": _frames(path)[0],
     }
     with path.open("rb") as file:
@@ -165,7 +165,7 @@ ARRAYS: dict[str, Any] = {
 def test_arrays_are_pictures(kind: str) -> None:
     given, right = ARRAYS[kind]
     assert np.array_equal(open_picture(given), right.convert("RGB"))
-    assert is_picture(given) and np.array_equal(_pictures(given, False)[0][0], right.convert("RGB"))
+    assert is_picture(given) and np.array_equal(_pictures(given)[0][0], right.convert("RGB"))
 
 
 def files_that_cannot_be_read(folder: Path) -> dict[str, str]:
@@ -207,7 +207,7 @@ def files_that_cannot_be_read(folder: Path) -> dict[str, str]:
 
 def test_what_cannot_be_read_is_named_with_the_reason_at_every_entrance(tmp_path: Path) -> None:
     for name, why in files_that_cannot_be_read(tmp_path).items():
-        for opens in (open_picture, eval_opens, _open_image, lambda p: _pictures([p], False), lambda p: _frames(p)):
+        for opens in (open_picture, eval_opens, _open_image, lambda p: _pictures([p]), lambda p: _frames(p)):
             with pytest.raises(PictureError) as caught:
                 opens(tmp_path / name)
             assert name in str(caught.value) and why in str(caught.value), (name, str(caught.value))

@@ -244,13 +244,8 @@ def held_bytes(cache: Cache | None, fed: int | None = None) -> Held:
     now = full = states = 0
     layers: list[Any] = [] if cache is None else cache.layers
     for layer in layers:
-        if _stock_class(layer) is DynamicLayer:  # the common one, which has nothing else
-            whole = _bytes(layer.keys) + _bytes(layer.values)
-        else:
-            states += sum(_bytes(layer.__dict__.get(name)) for name in STATES)
-            whole = sum(
-                _bytes(value) for name, value in layer.__dict__.items() if name not in (*STATES, "ledger", "state")
-            )
+        states += sum(_bytes(layer.__dict__.get(name)) for name in STATES)
+        whole = sum(_bytes(value) for name, value in layer.__dict__.items() if name not in (*STATES, "ledger", "state"))
         stored, logical = _lengths(layer, fed)
         if not stored:
             continue
