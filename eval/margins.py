@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..plan import methods
+from ..plan import as_pipeline, methods
 from .evaluator import STOCK
 
 OWN = "voronoi"
@@ -111,7 +111,7 @@ def completed(answers: Answers, keeps: Sequence[float]) -> tuple[list[str], list
     for name in methods():
         cells = []
         for keep in keeps:
-            alone, whole = answers.named.get((name, keep), ""), _absorbed(answers, name, keep)
+            alone, whole = answers.named.get((name, keep), ""), _absorbed(name, keep)
             if not answers.everywhere(alone) or not answers.everywhere(whole):
                 break
             gain = answers.margin(whole, alone)
@@ -126,9 +126,12 @@ def completed(answers: Answers, keeps: Sequence[float]) -> tuple[list[str], list
     return ["host", *headings], sorted(lines, key=lambda line: -float(line[-2]))
 
 
-def _absorbed(answers: Answers, name: str, keep: float) -> str:
-    plan = f"absorb(host='{name}', keep={keep})"
-    return answers.named["absorb", keep] if name == "divprune" and plan not in answers.plans else plan
+def _absorbed(name: str, keep: float) -> str:
+    """The plan that completes a host, written as sweeps write plans; nothing for a method that cannot be one."""
+    try:
+        return repr(as_pipeline(f"absorb(host='{name}', keep={keep})"))
+    except ValueError:
+        return ""
 
 
 def _name(answers: Answers, plan: str) -> str:
