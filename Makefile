@@ -17,7 +17,10 @@ LMMS := .venv-lmms
 # vLLM for the CPU, with the torch that it is built for. Of its requirements those for sound and video are left out, and torchvision
 # is the wheel of the index, which tests/serving/shim makes importable beside a torch for the CPU
 VLLM := .venv-vllm
-.PHONY: demo test test-slow test-lmms test-vllm test-all test-oldest browser lint results bench gpu train clean
+# mkdocs has an environment laid over that of the package: it reads the registry of methods and draws a picture of each
+DOCS := .venv-docs
+DOCS_PACKAGES := "mkdocs>=1.6,<2" "mkdocs-material>=9.5" "mkdocstrings[python]>=1"
+.PHONY: demo docs test test-slow test-lmms test-vllm test-vllm-all test-all test-oldest browser lint results bench gpu train clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,7 +28,7 @@ $(READY): pyproject.toml
 	$(RUN) -m pip install --quiet --editable ".[test,viz]"
 	touch $@
 
-demo: $(READY)  ## the embedded models answer questions with all and with some of their visual tokens
+demo: $(READY)  ## what compression costs and saves: an answer, accuracy and real time, in two minutes
 	$(RUN) -m mmcompress demo
 
 test: $(READY)  ## the test suite (without tests marked slow)
@@ -51,10 +54,13 @@ $(VLLM)/.ready: pyproject.toml tests/serving/requirements.py
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-test-vllm: $(VLLM)/.ready  ## serving, with engines and servers of vLLM
+test-vllm: $(VLLM)/.ready  ## serving, with engines of vLLM (five minutes)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m "not slow" tests/serving
+
+test-vllm-all: $(VLLM)/.ready  ## and with servers, two processes, and compiled models
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q tests/serving
 
-test-all: test test-slow test-lmms test-vllm  ## every test
+test-all: test test-slow test-lmms test-vllm-all  ## every test
 
 browser:  ## Chromium from the distribution's packages, for the tests of pages (Debian and Ubuntu, as root)
 	command -v chromium > /dev/null && command -v chromedriver > /dev/null || \
@@ -65,23 +71,29 @@ test-oldest: $(READY)  ## the test suite on transformers 5.17
 	PYTHONPATH=$(OLDEST) $(RUN) -c "import transformers; assert transformers.__version__ == '5.17.0', transformers.__version__"
 	PYTHONPATH=$(OLDEST) $(PYTEST) -m "not slow"
 
+docs: $(READY)  ## the pages of docs/ as a site, in site/ (a minute or two: it draws what every method keeps)
+	test -d $(DOCS) || $(PYTHON) -m venv $(DOCS)
+	echo $(CURDIR)/$$(cd $(CURDIR) && echo $(VENV)/lib/python3*/site-packages) > $$(echo $(DOCS)/lib/python3*/site-packages)/base.pth
+	test -x $(DOCS)/bin/mkdocs || $(DOCS)/bin/python -m pip install --quiet $(DOCS_PACKAGES)
+	OMP_NUM_THREADS=1 $(DOCS)/bin/python -m mkdocs build --quiet
+
 lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy -p mmcompress
 
 # Minutes on two idle cores (Intel Xeon), 64 in all: set-up 2, demo 11, sweeps 25, bench all 12, kernels 8, explanations 6.
-results: $(READY)  ## measure again what the README shows (under two hours on two cores) and fill it in
+results: $(READY)  ## measure again what the pages show (under two hours on two cores) and fill it in
 	rm -rf results/demo.json results/bench.json results/kernels.json results/sweep
-	$(RUN) -m mmcompress demo --model llava-shapes --model internvl-shapes --questions 490 --out results
-	$(RUN) -m mmcompress demo --model llava-next-shapes --model qwen3-vl-shapes --questions 210 --out results
+	$(RUN) -m mmcompress demo --full --model llava-shapes --model internvl-shapes --questions 490 --out results
+	$(RUN) -m mmcompress demo --full --model llava-next-shapes --model qwen3-vl-shapes --questions 210 --out results
 	for model in $(MODELS); do $(RUN) -m mmcompress sweep $$model $(SWEEP) --out results/sweep/$$model || exit 1; done
 	$(RUN) -m mmcompress bench all --repeats 4 --out results/bench.json
 	$(RUN) -m mmcompress bench kernels --out results/kernels.json --plot results/kernels.png
-	$(RUN) -m mmcompress.eval.synthetic.faithful --plan 'fastv(keep=0.5)' --plan 'divprune(keep=0.5)' --pack
-	$(RUN) -m mmcompress.eval.synthetic.rank_order
+	$(RUN) -m mmcompress.eval.explained.faithful --plan 'fastv(keep=0.5)' --plan 'divprune(keep=0.5)' --pack
+	$(RUN) -m mmcompress.eval.explained.rank_order
 	$(RUN) -m mmcompress.eval.cost.explain
-	$(RUN) -m mmcompress.eval.readme
+	$(RUN) -m mmcompress.eval.docs
 
 bench: $(READY)  ## prefill, decode and memory on mid-size random models of every family
 	$(RUN) -m mmcompress bench all --out results/bench.json
@@ -102,4 +114,4 @@ train: $(READY)  ## train the embedded models again (restartable)
 	for model in $(MODELS) clip-shapes; do $(RUN) -m mmcompress train $$model; done
 
 clean:
-	rm -rf $(VENV) $(LMMS) $(VLLM) $(OLDEST) $(GPU_SITE) build dist *.egg-info
+	rm -rf $(VENV) $(LMMS) $(VLLM) $(DOCS) site $(OLDEST) $(GPU_SITE) build dist *.egg-info

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.image_processing_utils import select_best_resolution
 
 from ..visuals import Layout, View
 
 
 @functools.lru_cache(maxsize=256)
 def _best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Height and width among `pinpoints` that a picture of `size` is fitted into; asked for many times per picture."""
-    height, width = select_best_resolution(size, [list(p) for p in pinpoints])
-    return int(height), int(width)
+    """Height and width among `pinpoints` that a picture of `size` is fitted into (transformers' `select_best_resolution`)."""
+    scales = [min(p[1] / size[1], p[0] / size[0]) for p in pinpoints]
+    seen = [min(int(size[1] * s) * int(size[0] * s), size[0] * size[1]) for s in scales]
+    return max(zip(seen, pinpoints, strict=True), key=lambda found: (found[0], found[0] - math.prod(found[1])))[1]
 
 
 @dataclass(frozen=True)

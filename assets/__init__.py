@@ -14,8 +14,8 @@ MODELS = ("llava-shapes", "llava-next-shapes", "qwen3-vl-shapes", "internvl-shap
 PAGES = "qwen3-vl-pages"
 """A vision-language model that answers questions about pages of text (not yet those about codes and cells of tables)."""
 VIDEO = "qwen3-vl-video"
-"""A model for videos of moving shapes; its weights are not in the package yet: `mmcompress train` makes them."""
-_ANSWERING = (*MODELS, PAGES)
+"""A vision-language model that answers questions about videos of moving shapes."""
+_ANSWERING = (*MODELS, PAGES, VIDEO)
 CLIP = "clip-shapes"
 """The CLIP pair whose image tower is that of `llava-shapes`, for `open_clip.create_model_and_transforms("local-dir:...")`."""
 

@@ -21,8 +21,9 @@ from transformers import BatchFeature
 
 import mmcompress as mm
 
+from ..api import plan_for
 from ..records import RecordError, write_text
-from .data import Question, digest
+from .data import Film, Question, digest
 from .data.question import picture_size
 from .inputs import AskError, beyond, context_of, inputs_of, is_refusal, texts_of, told
 from .journal import Journal, answers_in, file_name, fingerprint
@@ -157,7 +158,7 @@ def evaluate(
         raise ValueError("this model is compressed: call mmcompress.uncompress(model) and give plan= instead")
     task, folder = task_of(setup.task), Path(folder)
     task.check(questions, setup.protocol)  # what cannot be judged fails now, not at the end
-    pipeline = None if plan == STOCK else mm.as_pipeline(plan)
+    pipeline = None if plan == STOCK else plan_for(model, plan)
     settings = _settings(model, processor, questions, setup, repr(pipeline) if pipeline else STOCK, name)
     texts, failed = texts_of(processor, task, questions, setup.protocol, setup.suffix, setup.template)
     if failed and setup.strict:
@@ -213,7 +214,15 @@ def _settings(
         "batch_size": setup.batch_size,
         "questions": len(questions),
         "data": digest(questions),
-    }
+    } | _shown(questions)
+
+
+def _shown(questions: Sequence[Question]) -> dict[str, Any]:
+    """How many frames of a video are shown, and whether with subtitles, where there are videos on disk."""
+    films = [video for question in questions for video in question.videos if isinstance(video, Film)]
+    if not films:
+        return {}
+    return {"frames": max(film.frames for film in films), "subtitles": any(film.subtitles for film in films)}
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -6,12 +6,11 @@ Labels are kept on disk batch by batch, so that a run that was stopped goes on w
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from ..assets import MODELS, checkpoint
 from ..explain.compressor import KEEPS, Fitting, Pair, agreement, fit
 from ..explain.relevance import owed
-from ..plan import as_pipeline
 from ..records import read, replacing, write_json
-from ..runtime.relevance import MODES
 from ..weights import TENSORS, base_of
-from .cli import Command, OutFolder, check_least
 from .data import Question, digest, read_questions
 from .evaluator import Setup, evaluate, padded_left, shapes_questions
 from .inputs import inputs_of, texts_of
@@ -294,78 +289,3 @@ def table(report: dict[str, Any]) -> Table:
     divergence = agreed["divergence"], agreed["divergence of a flat guess"]
     shown.caption = f"divergence from the labels {divergence[0]:.3f} (flat guess {divergence[1]:.3f})"
     return shown
-
-
-def add(command: Command) -> None:
-    """Put the subcommand among the others."""
-    made = command("explain-train", run, "train the compressor of explain_compress for a checkpoint (restartable)")
-    made.add_argument("model", help=f"folder or hub name of a supported checkpoint, or one of {', '.join(MODELS)}")
-    made.add_argument(
-        "--data", type=Path, help="folder or file of questions, as `mmcompress eval` reads it; default: synthetic"
-    )
-    made.add_argument("--images", type=Path, help="folder of the pictures, if they do not lie where the data has them")
-    made.add_argument("--split", help="of Parquet shards and tables")
-    made.add_argument(
-        "--task", default="shapes", help="by whose rules answers are judged (default shapes, the synthetic one)"
-    )
-    made.add_argument(
-        "--out", type=OutFolder, help="default: runs/explain_compress-MODEL; the weights go into its folder weights"
-    )
-    made.add_argument("--samples", type=int, default=10_000, help="questions to ask (default 10000)")
-    made.add_argument("--batch", type=int, default=16, help="questions at a time (default 16)")
-    made.add_argument("--max-new-tokens", type=int, default=None, help="of an answer (default: as the task has it)")
-    made.add_argument(
-        "--mode",
-        choices=MODES,
-        default="exact",
-        help="of the relevance that makes the labels (default exact, as published; summed counts every hop once; fast: one "
-        "backward pass, approximate)",
-    )
-    made.add_argument("--epochs", type=int, default=100)
-    made.add_argument(
-        "--patience", type=int, default=12, help="epochs without improvement before it stops (default 12)"
-    )
-    made.add_argument("--rate", type=float, default=1e-3)
-    made.add_argument("--kernel", type=int, default=3)
-    made.add_argument("--scaling", choices=("zscore", "count"), default="zscore")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument(
-        "--score", type=int, default=350, help="held-out questions for accuracy, 0 for none (default 350)"
-    )
-    made.add_argument(
-        "--compare", nargs="*", default=["random", "proxy", "oracle"], help="methods to measure beside it"
-    )
-    made.add_argument("--device", default=None, help="default: cuda where there is one")
-
-
-def run(options: argparse.Namespace, console: Console) -> None:
-    """Train, and say how to use what was learned."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    for name in set(options.compare) - {"learned", "proxy", "oracle"}:
-        as_pipeline(f"{name}(keep={KEEPS[0]})")
-    check_least(options, epochs=1, patience=1, score=0)
-    recipe = Recipe(
-        options.task, samples=options.samples, batch=options.batch, new_tokens=options.max_new_tokens, mode=options.mode
-    )
-    if recipe.task == "shapes" and recipe.new_tokens is None:
-        recipe = replace(recipe, new_tokens=8)
-    fitting = Fitting(
-        options.epochs, rate=options.rate, patience=options.patience, kernel=options.kernel, scaling=options.scaling,
-        seed=options.seed,
-    )  # fmt: skip
-    path = checkpoint(options.model)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"cannot load {path!r} as an image-text model: {str(error).splitlines()[0]}") from error
-    model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    out = options.out or Path("runs") / f"explain_compress-{Path(path).name}"
-    weights = train(
-        model, processor, out, recipe, fitting, options.data, options.images, options.split, options.score,
-        options.compare, console,
-    )  # fmt: skip
-    console.print(
-        f"mmcompress.compress(model, 'explain_compress', weights={str(weights)!r})", markup=False, highlight=False
-    )

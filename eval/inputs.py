@@ -29,6 +29,9 @@ def texts_of(
         try:
             said = question_text(task, question, protocol, suffix)
             texts.append(conversation(processor, said, len(question.images), template, len(question.videos)))
+        except VideoError as error:  # of a video with subtitles
+            texts.append("")
+            wrong[question.id] = str(error)
         except Exception as error:  # of the checkpoint's template
             texts.append("")
             wrong[question.id] = told("the chat template", error)

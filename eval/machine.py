@@ -8,6 +8,7 @@ import gc
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ def machine() -> dict[str, Any]:
         "mmcompress": mm.__version__,
         "commit": commit(),
     }
+
+
+def threads(count: int) -> str:
+    """How many, in words."""
+    return f"{count} thread{'s' * (count != 1)}"
+
+
+def told(here: Mapping[str, Any]) -> str:
+    """What `machine` found, in words."""
+    versions = f"torch {here['torch']}, transformers {here['transformers']}, commit {here['commit']}"
+    return f"{here['device']}, {threads(here['threads'])}, {versions}"
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:

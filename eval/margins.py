@@ -91,39 +91,80 @@ def rivals(answers: Answers, keep: float) -> list[str]:
 
 
 def against(answers: Answers, keep: float) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines: accuracy of every method at a ratio, in brackets `voronoi` less it; all models together last."""
-    own = answers.named[OWN, keep]
+    """Headings and lines: accuracy of every method at a ratio, in brackets `voronoi` less it; all models together last, if there
+    are several."""
+    own, several = answers.named[OWN, keep], len(answers.models) > 1
 
     def line(plan: str, label: str) -> list[str]:
         cells = [f"{answers.accuracy(plan, m):.1f} ({answers.margin(own, plan, [m])})" for m in answers.models]
         total = answers.margin(own, plan)
-        return [label, *cells, f"{total}" + (" *" if total.clear else "")]
+        mark = " *" if total.clear else ""
+        return [label, *cells, f"{total}{mark}"] if several else [label, cells[0] + mark]
 
-    first = [f"**`{OWN}`**", *(f"**{answers.accuracy(own, m):.1f}**" for m in answers.models), ""]
+    first = [f"**`{OWN}`**", *(f"**{answers.accuracy(own, m):.1f}**" for m in answers.models), *([""] * several)]
     lines = [line(STOCK, "stock, all tokens"), first]
     lines += [line(plan, f"`{_name(answers, plan)}`") for plan in rivals(answers, keep)]
-    return ["method", *answers.models, f"`{OWN}` less it, all models"], lines
+    return ["method", *answers.models, *([f"`{OWN}` less it, all models"] * several)], lines
 
 
 def completed(answers: Answers, keeps: Sequence[float]) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines: every method that can be a host, alone and completed by `absorb`."""
+    """Headings and lines: every method that can be a host, alone and completed by `absorb`; "-" where not every model ran both.
+    Sorted by the gain at the last ratio."""
     lines = []
     for name in methods():
-        cells = []
+        gains, cells = [], []
         for keep in keeps:
             alone, whole = answers.named.get((name, keep), ""), _absorbed(name, keep)
             if not answers.everywhere(alone) or not answers.everywhere(whole):
-                break
+                gains.append(-math.inf)
+                cells += ["-"] * 3
+                continue
             gain = answers.margin(whole, alone)
-            cells += [
-                f"{answers.mean(alone):.1f}",
-                f"{answers.mean(whole):.1f}",
-                str(gain) + (" *" if gain.clear else ""),
-            ]
-        else:
-            lines.append([f"`{name}`", *cells])
+            gains.append(gain.value)
+            cells += [f"{answers.mean(alone):.1f}", f"{answers.mean(whole):.1f}", str(gain) + " *" * gain.clear]
+        if max(gains) > -math.inf:
+            lines.append((gains[::-1], [f"`{name}`", *cells]))
     headings = [text for keep in keeps for text in (f"alone, {keep:.0%}", "completed", "gain")]
-    return ["host", *headings], sorted(lines, key=lambda line: -float(line[-2]))
+    return ["host", *headings], [line for _, line in sorted(lines, key=lambda line: line[0], reverse=True)]
+
+
+def over(
+    answers: Answers, keeps: Sequence[float], floors: Sequence[str]
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """Headings and lines: accuracy of every method of one model at each ratio, in brackets what it is above the best of `floors`
+    there, `-` where it did not run; best first. And the methods that are above it by two errors nowhere."""
+    (model,) = answers.models
+
+    def plans(name: str) -> list[str]:
+        return [answers.named.get((name, keep), "") for keep in keeps]
+
+    names = [name for name in methods() if any(plans(name))]
+    best = [
+        max((plan for plan in column if plan in answers.plans), key=lambda plan: answers.accuracy(plan, model))
+        for column in zip(*(plans(name) for name in floors), strict=True)
+    ]
+    lines, clear = {}, set()
+    for name in names:
+        cells = []
+        for plan, floor in zip(plans(name), best, strict=True):
+            if plan not in answers.plans:
+                cells.append("-")
+                continue
+            more = answers.margin(plan, floor)
+            clear |= {name} if more.clear and more.value > 0 else set()
+            said = "" if plan == floor else f" ({more})"
+            cells.append(f"{answers.accuracy(plan, model):.1f}{said}" + " *" * more.clear)
+        lines[name] = cells
+
+    def order(name: str) -> float:
+        there = [answers.accuracy(plan, model) for plan in plans(name) if plan in answers.plans]
+        return -statistics.mean(there) - 1000 * (len(there) == len(keeps))
+
+    ranked = sorted(names, key=order)
+    headings = ["method", *(f"{keep:.0%}" for keep in keeps)]
+    stock = ["stock, all tokens", *[f"{answers.accuracy(STOCK, model):.1f}"] * len(keeps)]
+    rows = [[f"`{name}`" + " (floor)" * (name in floors), *lines[name]] for name in ranked]
+    return headings, [stock, *rows], [name for name in ranked if name not in clear and name not in floors]
 
 
 def _absorbed(name: str, keep: float) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .data import Question
+from .data import Film, Question
 from .metrics import Protocol
 from .synthetic.benchmark import prompt as chat_prompt
 from .tasks import Task
@@ -20,12 +20,31 @@ VICUNA = (
     "polite answers to the user's questions."
 )
 """The system sentence of LLaVA-1.5's own scripts, which the chat template on the hub does not have."""
+BEST = "Only give the best option."
+SELECT = (
+    "Select the best answer to the following multiple-choice question based on the video{}. Respond with only the letter "
+    "(A, B, C, or D) of the correct option."
+)
+FILMED = {"mvbench": f"\n{BEST}", "mlvu": f"\n{BEST}\nBest option: (", "videomme": "\nThe best answer is:"}
+"""What stands behind the questions of benchmarks of videos; behind the others the sentence about the letter."""
 TEMPLATES = ("chat", "vicuna")
 LLAVA_NEW_TOKENS = 128
 DRAWN_NEW_TOKENS = 16
 NEW_TOKENS = {
-    16: ("vqav2", "gqa", "mme", "scienceqa", "ai2d", "chartqa", "realworldqa"),
-    32: ("docvqa", "infovqa"),
+    16: (
+        "vqav2",
+        "gqa",
+        "mme",
+        "scienceqa",
+        "ai2d",
+        "chartqa",
+        "realworldqa",
+        "mvbench",
+        "videomme",
+        "mlvu",
+        "egoschema",
+    ),
+    32: ("docvqa", "infovqa", "longvideobench"),
 }
 """What lmms-eval allows; 128 for everything else."""
 
@@ -46,6 +65,8 @@ def instruction(task: Task, question: Question, protocol: Protocol) -> str:
         return ""
     if task.name == "mme" and protocol == "official":
         return ""
+    if task.name in FILMED:
+        return f"\n{LETTER}" if task.name == "videomme" and lmms else FILMED[task.name]
     if task.name == "vizwiz" or (task.name == "okvqa" and lmms):
         return f"\n{UNANSWERABLE}"
     if task.name == "chartqa" and lmms:
@@ -73,6 +94,14 @@ def question_text(task: Task, question: Question, protocol: Protocol, suffix: st
         text += f"\nReference OCR token: {question.extra['ocr']}"
     if question.hint:
         text = f"Context: {question.hint}\n{text}" if task.name == "scienceqa" else f"{question.hint}\n{text}"
+    if task.name in ("mvbench", "mlvu"):
+        listed = "\n".join(f"({letter}) {option}" for letter, option in question.options)
+        return (f"Question: {text}\nOption:\n{listed}" if task.name == "mvbench" else f"{text}\n{listed}") + ending
+    said = "\n".join(video.said() for video in question.videos if isinstance(video, Film))
+    if task.name == "videomme":
+        text = f"{SELECT.format(' and the subtitles' if said else '')}\n{text}"
+    if said:
+        text = f"This video's subtitles are listed below:\n{said}\n{text}"
     if question.options and task.name != "mmstar":
         listed = "\n".join(f"{letter}. {option}" for letter, option in question.options)
         text += "\nThere are several options:" if task.name == "mmbench" and protocol == "lmms" else ""

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,17 @@ from safetensors.torch import load_file, save_file
 
 from ..adapters.vllm import vllm
 from ..adapters.vllm.twin import overrides
-from ..assets import checkpoint
-from .synthetic.benchmark import Item, same
+from ..api import compressed
+from ..assets import checkpoint, split
+from .cost.latency import count_flops
+from .synthetic.benchmark import Item, encode, same
+from .synthetic.benchmark import load as loaded
+from .widen import widen
 
 STOCK = "stock"
 HOST, NAME = "127.0.0.1", "served"
 TOWERS = ("clip_vision_model", "siglip_vision_model")
+TOWER, INSIDE = "vision_tower.", "vision_model."
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Reply:
 @dataclass(frozen=True)
 class Row:
     """What a server did at one concurrency: requests per second, times to the first token (seconds), mean tokens of a prompt, part
-    of the answers that are right."""
+    of the answers that are right; flops of the whole prefill of one request, vision included, as torch counts them."""
 
     plan: str
     concurrency: int
@@ -58,13 +64,14 @@ class Row:
     ttft_p95: float
     prompt_tokens: float
     accuracy: float
+    flops: int
 
     @staticmethod
-    def of(plan: str, concurrency: int, replies: Sequence[Reply], seconds: float) -> Row:
+    def of(plan: str, concurrency: int, replies: Sequence[Reply], seconds: float, flops: int) -> Row:
         firsts, many = sorted(reply.first for reply in replies), len(replies)
         return Row(
             plan, concurrency, many, many / seconds, _rank(firsts, 0.5), _rank(firsts, 0.95),
-            sum(reply.prompt_tokens for reply in replies) / many, sum(reply.right for reply in replies) / many,
+            sum(reply.prompt_tokens for reply in replies) / many, sum(reply.right for reply in replies) / many, flops,
         )  # fmt: skip
 
 
@@ -75,28 +82,37 @@ def _rank(values: Sequence[float], part: float) -> float:
 
 @contextmanager
 def servable(model: str) -> Iterator[str]:
-    """A checkpoint as vLLM reads it: towers that transformers 5 has saved under another name than those on the hub have are
-    renamed, in a copy that lives as long as the block."""
-    path = Path(checkpoint(model))
-    config = path / "config.json"
-    tower = json.loads(config.read_text()).get("vision_config", {}).get("model_type") if config.is_file() else None
-    names = list(path.glob("*.safetensors")) if tower in TOWERS else []
-    weights = {file: load_file(file) for file in names}
-    short = [
-        n for found in weights.values() for n in found if n.startswith("vision_tower.") and ".vision_model." not in n
-    ]
-    if not short:
-        yield str(path)
-        return
+    """A checkpoint as vLLM reads it. NAME@8x4 is the copy of NAME that `widen` makes; towers that transformers 5 has saved under
+    another name than those on the hub have are renamed. A copy lives as long as the block."""
+    name, widths = split(model)
+    path = Path(checkpoint(name))
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(shutil.copytree(path, Path(folder) / path.name))
-        for file, found in weights.items():
-            renamed = {
-                n.replace("vision_tower.", "vision_tower.vision_model.") if n in short else n: x
-                for n, x in found.items()
-            }
-            save_file(renamed, copy / file.name, {"format": "pt"})
-        yield str(copy)
+        copy = Path(folder) / path.name
+        if widths:
+            narrow, processor = loaded(path)
+            widen(narrow, *widths).save_pretrained(copy)
+            processor.save_pretrained(copy)
+            path = copy
+        config = path / "config.json"
+        tower = json.loads(config.read_text()).get("vision_config", {}).get("model_type") if config.is_file() else None
+        weights = {file.name: load_file(file) for file in path.glob("*.safetensors")} if tower in TOWERS else {}
+        short = {n for found in weights.values() for n in found if n.startswith(TOWER) and INSIDE not in n}
+        if short and path != copy:
+            shutil.copytree(path, copy, dirs_exist_ok=True)
+        for file, found in weights.items() if short else ():
+            renamed = {n.replace(TOWER, TOWER + INSIDE, 1) if n in short else n: x for n, x in found.items()}
+            save_file(renamed, copy / file, {"format": "pt"})
+        yield str(copy if short else path)
+
+
+def flops(path: str, plans: Sequence[str | None], item: Item) -> list[int]:
+    """What the whole prefill of one question takes by each plan (None: stock), as torch counts it in transformers."""
+    model, processor = loaded(path)
+    inputs, found = encode(processor, [item]), []
+    for plan in plans:
+        with nullcontext() if plan is None else compressed(model, plan):
+            found.append(count_flops(model, inputs))
+    return found
 
 
 @contextmanager
@@ -138,8 +154,14 @@ def _wait(port: int, process: subprocess.Popen[Any], said: Any, seconds: float) 
         time.sleep(0.5)
     said.seek(0)
     lines = [line for line in said.read().splitlines() if line.strip()]
-    why = [line for line in lines if "Error" in line] or lines
-    raise RuntimeError(f"the server did not come up: {why[-1] if why else 'it said nothing'}")
+    raise RuntimeError(f"the server did not come up: {_cause(lines)}")
+
+
+def _cause(lines: Sequence[str]) -> str:
+    """What a server died of: the first error that it told of; its last line where there was none."""
+    said = [line for line in lines if re.search(r"\w(Error|Exception): ", line) and "WARNING" not in line] or lines[-1:]
+    more = lines[lines.index(said[0]) + 1 :][:2] if said and "validation error" in said[0] else ()
+    return " ".join([*said[:1], *more]) or "it said nothing"
 
 
 def _get(port: int, path: str) -> int:
@@ -209,8 +231,8 @@ def measure(
     run without caches of prefixes and images, so that no level lives on the work of the one before."""
     fresh = ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
     with servable(model) as path:
-        for plan in plans:
+        for plan, cost in zip(plans, flops(path, plans, items[0]), strict=True):
             with server(path, plan, [*fresh, *options]) as port:
                 load(port, items[: min(4, len(items))], 2, new_tokens)
                 for level in levels:
-                    yield Row.of(plan or STOCK, level, *load(port, items, level, new_tokens))
+                    yield Row.of(plan or STOCK, level, *load(port, items, level, new_tokens), cost)

@@ -13,6 +13,7 @@ import numpy as np
 
 from . import metrics as vqa
 from .data import Question
+from .data.films import FILMS, MLVU_TASKS, MVBENCH
 from .metrics import Protocol
 from .synthetic.pages import CHANCE as PAGES_CHANCE
 from .synthetic.questions import CHANCE as SHAPES_CHANCE
@@ -102,6 +103,12 @@ class Task:
                 warnings.warn(f"{len(found)} of {len(questions)} questions {what}; the first: {first}", stacklevel=2)
 
         there = {question.kind for question in questions}
+        whole = {"mvbench": MVBENCH, "mlvu": MLVU_TASKS}.get(self.name, ())
+        if gone := [kind for kind in whole if kind not in there]:
+            warnings.warn(
+                f"the score of {self.title} is the mean over {len(whole)} tasks; missing: {', '.join(gone)}",
+                stacklevel=2,
+            )
         if self.name == "mme" and (gone := [kind for kind in (*vqa.PERCEPTION, *vqa.COGNITION) if kind not in there]):
             warnings.warn(f"MME's sums are over 14 categories; missing: {', '.join(gone)}", stacklevel=2)
 
@@ -109,13 +116,15 @@ class Task:
         """The headline score as sums over the rows."""
         values = np.array([row.value or 0.0 for row in rows])
         ones = np.ones(len(rows))
+        if self.name == "mvbench" and protocol == "lmms":  # it leaves empty replies out
+            ones = np.array([float(bool(row.reply.strip())) for row in rows])
         kinds = np.array([row.kind for row in rows])
         if self.name == "pope" and protocol != "lmms":
             yes = np.array([row.parsed == "yes" for row in rows], float)
             meant = np.array([row.answers[0].lower() == "yes" for row in rows], float)
             parts = [kinds == kind for kind in dict.fromkeys(kinds)]
             return [(1 / len(parts), 2 * yes * meant * part, (yes + meant) * part) for part in parts]
-        if self.drawn:
+        if self.drawn or self.name in MEANS:
             parts = [kinds == kind for kind in dict.fromkeys(kinds)]
             return [(1 / len(parts), values * part, ones * part) for part in parts]
         first, whole = _groups(rows, values)
@@ -157,6 +166,10 @@ class Task:
             keys = [tuple(row.id.split("/")[:5]) for row in rows]
             if all(len(key) == 5 for key in keys):
                 found |= vqa.hallusion_scores(keys, right)  # type: ignore[arg-type]
+        elif self.name in DOMAINS:
+            found |= _by_domain(rows)
+        elif self.name in MEANS:
+            found["accuracy"] = float(np.mean([row.value or 0.0 for row in rows]))
         elif self.name == "mmstar":
             found["average"] = float(np.mean([value for value, _ in by_kind(rows).values()]))
         elif self.name == "ocrbench":
@@ -173,7 +186,26 @@ class Task:
             for row in rows:
                 odds[row.cluster] = odds.get(row.cluster, 1.0) * row.chance
             return float(np.mean(list(odds.values()))) if odds else 0.0
+        if self.name in MEANS:
+            kinds = dict.fromkeys(row.kind for row in rows)
+            means = [np.mean([row.chance for row in rows if row.kind == kind]) for kind in kinds]
+            return float(np.mean(means)) if rows else 0.0
         return float(np.mean([row.chance for row in rows])) if rows else 0.0
+
+
+MEANS = ("mvbench", "mlvu")
+"""Benchmarks whose score is the mean over their tasks."""
+DOMAINS = ("videomme", "longvideobench", "nextqa")
+"""Benchmarks that are told by types and by domains too."""
+
+
+def _by_domain(rows: Sequence[Row]) -> dict[str, float]:
+    """ "kind/NAME" and "domain/NAME": mean value of the questions of each."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name in (f"kind/{row.kind}", f"domain/{row.domain}"):
+            found.setdefault(name, []).append(row.value or 0.0)
+    return {name: float(np.mean(values)) for name, values in sorted(found.items()) if not name.endswith("/")}
 
 
 def known(rows: Sequence[Row]) -> list[Row]:
@@ -232,7 +264,7 @@ _NEED_OPTIONS = ("mmbench", "scienceqa", "seedbench", "ai2d")
 def _domain(task: str, question: Question) -> None:
     """Raises ValueError for a question that the benchmark's rules are not made for."""
     letters = [letter for letter, _ in question.options]
-    if task in _NEED_OPTIONS and not letters:
+    if (task in _NEED_OPTIONS or task in FILMS) and not letters:
         raise ValueError(f"{task} is multiple choice, and there are no options")
     if letters and (others := [answer for answer in question.answers if answer not in letters]):
         raise ValueError(f"the gold answer {others[0]!r} is none of the letters {', '.join(letters)}")
@@ -315,6 +347,16 @@ def _letter(task: Task, question: Question, reply: str, protocol: Protocol) -> t
     return said, said in question.answers
 
 
+def _mvbench(task: Task, question: Question, reply: str, protocol: Protocol) -> tuple[str, float]:
+    said = vqa.mvbench_letter(reply)
+    return said, said in question.answers
+
+
+def _longvideobench(task: Task, question: Question, reply: str, protocol: Protocol) -> tuple[str, float]:
+    said = vqa.longvideobench_letter(reply)
+    return said, said in question.answers
+
+
 def _ai2d(task: Task, question: Question, reply: str, protocol: Protocol) -> tuple[str, float]:
     said = vqa.gqa_answer(vqa.ai2d_answer(reply), "lmms")
     return said, said in [answer.lower() for answer in question.answers]
@@ -353,6 +395,8 @@ def _words(task: Task, question: Question, reply: str, protocol: Protocol) -> tu
     return said, said in [" ".join(answer.lower().split()) for answer in question.answers]
 
 
+VIDEO: tuple[Protocol, ...] = ("official", "lmms")
+
 TASKS = {
     task.name: task
     for task in (
@@ -375,6 +419,12 @@ TASKS = {
         Task("infovqa", "InfoVQA", _anls, "anls"),
         Task("ocrbench", "OCRBench", _ocrbench),
         Task("hallusionbench", "HallusionBench by rule, without a judge", _hallusion, "aAcc", protocols=("lmms",)),
+        Task("mvbench", "MVBench", _mvbench, "task_mean", protocols=VIDEO),
+        Task("videomme", "Video-MME", _letter, protocols=VIDEO),
+        Task("mlvu", "MLVU (multiple choice)", _letter, "m_avg", protocols=VIDEO),
+        Task("longvideobench", "LongVideoBench (a reply without a letter is wrong)", _longvideobench, protocols=VIDEO),
+        Task("egoschema", "EgoSchema (subset with public answers)", _letter, protocols=VIDEO),
+        Task("nextqa", "NExT-QA (multiple choice)", _mmmu, protocols=VIDEO),
         Task("shapes", "the embedded synthetic benchmark", _words, drawn=SHAPES_CHANCE),
         Task("pages", "the embedded benchmark of pages of text", _words, drawn=PAGES_CHANCE),
         Task("videos", "the embedded benchmark of moving scenes", _words, drawn=VIDEOS_CHANCE),

@@ -14,6 +14,11 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "naive", "blocked", "triton")
 
+PLAIN = {"density": 1 << 20, "merge": 1 << 14}
+"""Up to so many numbers of one visual "blocked" on the CPU is the naive twin, by operation: multiplications (density), features
+(merge). There the time of the calls counts, and the twin makes fewest of them. Of one visual, so
+that a batch gives what its members give alone."""
+
 
 @dataclass
 class Preference:
@@ -74,3 +79,8 @@ def choose(implementation: str, x: Tensor) -> str:
             f"before Triton is imported, which runs them slowly on the CPU); use 'auto'"
         )
     return implementation
+
+
+def plain(operation: str, size: int) -> bool:
+    """Whether a visual of that size is left to the naive twin."""
+    return size <= PLAIN[operation]

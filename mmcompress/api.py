@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import methods as _registers_all_methods  # noqa: F401
 from .adapters import adapter_for
 from .flops import counted, layer_costs
 from .ops.sinks import outlying
@@ -68,6 +67,13 @@ def _take_out(model: Any) -> Engine | TowerEngine | None:
     return engine
 
 
+def plan_for(model: Any, plan: str | Stage | Pipeline, **options: Any) -> Pipeline:
+    """The pipeline that `compress(model, plan, **options)` puts into a model, as far as it is known without doing so: a preset is
+    that of the model's family. Raises as `as_pipeline`."""
+    family = getattr(getattr(_stock(model), "config", None), "model_type", None)
+    return as_pipeline(plan, family=family, **options)
+
+
 def compress(
     model: M,
     plan: str | Stage | Pipeline,
@@ -81,7 +87,8 @@ def compress(
 
     Also takes a timm or open_clip vision transformer, with a method that acts inside the encoder (tome).
 
-    plan       a method name with its options (`compress(model, "visionzip", keep=64)`), a stage, a pipeline
+    plan       "fast", "balanced" or "quality" (what they are for the model's family was measured, and stands in the report), a
+               method name with its options (`compress(model, "visionzip", keep=64)`), a stage, a pipeline
                (`VisionZip(keep=0.25) >> FastV(layer=2)`), a plan string, or the path of a plan file (.json). Every stage has the
                option `on`: "image", "video", "audio" or several of them; default: ("image", "video").
     positions  "keep" or "reindex" position ids of what is left; default: as the method's reference does.
@@ -96,7 +103,7 @@ def compress(
         raise NotImplementedError(
             "the layers of this model were converted, and both would give them fewer tokens: mmcompress.unconvert(model) first"
         )
-    pipeline = as_pipeline(plan, positions=positions, structural=structural, **options)
+    pipeline = plan_for(stock, plan, positions=positions, structural=structural, **options)
     adapter = adapter_for(stock)
     engine = Engine(adapter, pipeline, timing) if isinstance(adapter, Adapter) else TowerEngine(adapter, pipeline)
     before = _take_out(model)

@@ -200,7 +200,7 @@ def counts(found: Sequence[Architecture]) -> str:
 
 
 def summary() -> str:
-    """The paragraph of the README: counts, and the reasons of all others."""
+    """Counts, and the reasons of all others: a paragraph of docs/models.md."""
     found = architectures()
     seeing = [one for one in found if one.image_text]
     reasons = Counter(one.row["input"] for one in seeing if one.row["input"] != "ok")
@@ -214,9 +214,7 @@ def summary() -> str:
     lines = (
         f"All {len(seeing)} image-text architectures of transformers {NEWEST}{hearing} are judged as tiny random models "
         f"(`python -m tests.architectures`, a test). Exact: {counts(found)}. All others are refused by `compress` with the "
-        f"reason ({listed(reasons)}; in the LLM also {listed(later)}). `mmcompress models` and "
-        f"[docs/models.md](docs/models.md) list them, and `mmcompress check MODEL` says it of one checkpoint, from its config "
-        f"alone."
+        f"reason ({listed(reasons)}; in the LLM also {listed(later)})."
     )
     return textwrap.fill(lines, 140, break_long_words=False, break_on_hyphens=False) + "\n"
 
@@ -240,8 +238,7 @@ def markdown() -> str:
             "`mmcompress models WORD` prints the rows with a word; `mmcompress check MODEL` says it of one checkpoint, from its "
             "config alone: other language models inside the same architecture may take other stages.",
             "",
-            f"{counts(found)}.",
-            "",
+            summary(),
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
             "**yes**: exact. **-**: there is nothing of the kind, or the reason before holds for it too. Signals: **CLS**, "
@@ -256,13 +253,9 @@ def markdown() -> str:
 
 
 def publish(root: Path) -> None:
-    """Write docs/models.md, and the paragraph of the README between its marks, in a checkout."""
+    """Write docs/models.md in a checkout."""
     (root / "docs").mkdir(exist_ok=True)
     (root / "docs" / "models.md").write_text(markdown())
-    readme = root / "README.md"
-    start, end = (f"<!-- {mark} architectures -->\n" for mark in ("begin", "end"))
-    before, _, rest = readme.read_text().partition(start)
-    readme.write_text(before + start + summary() + end + rest.partition(end)[2])
 
 
 if __name__ == "__main__":

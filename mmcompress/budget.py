@@ -216,3 +216,12 @@ def kept_beside_recycled(tokens: int, k: int) -> int:
     """
     fits = bisect.bisect_right(range(tokens), k, key=lambda kept: kept + recycling(tokens - kept)[1])
     return max(1, fits - 1)
+
+
+def check_each(stage: object, k: int, tokens: int, frames: int) -> None:
+    """Raise ValueError if `k` of the `tokens` of a video of `frames` frames are too few for a stage that keeps one of each."""
+    if k < min(frames, tokens):
+        raise ValueError(
+            f"{stage!r} leaves {k} of {tokens} tokens of a video of {frames} frames, and keeps one of each frame at least: keep "
+            f"{frames} ({100 * frames / tokens:.2g}%) or more, or show fewer frames"
+        )

@@ -22,7 +22,6 @@ import torch
 import transformers
 from torch import nn
 
-from . import methods as _registers_all_methods  # noqa: F401
 from .adapters import adapter_for
 from .architectures import facts
 from .assets import checkpoint

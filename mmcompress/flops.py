@@ -29,8 +29,13 @@ def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[-1]
 
 
+def _max_min(x: Any, weight: Any = None, first: Any = None, ends: Any = None, *_: Any, **__: Any) -> int:
+    """All pairs of each visual [U, N, D]; of packed rows [total, D], with `ends` [U + 1], as if all visuals were of one size."""
+    return 2 * x[0] * x[1] ** 2 * x[2] if ends is None else 2 * x[0] ** 2 * x[1] // max(1, ends[0] - 1)
+
+
 OPERATORS: dict[Any, Any] = {
-    torch.ops.mmcompress.max_min: lambda x, *_, **__: 2 * x[0] * x[1] ** 2 * x[2],
+    torch.ops.mmcompress.max_min: _max_min,
     torch.ops.mmcompress.greedy_map: lambda x, quality, k, *_, **__: x[0] * (2 * x[1] ** 2 * x[2] + k**2 * x[1]),
     torch.ops.mmcompress.soft_coverage: lambda y, x, *_, **__: 2 * x[0] * (x if y is None else y)[1] * x[1] * x[2],
     torch.ops.aten._grouped_mm: _grouped,

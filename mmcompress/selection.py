@@ -71,6 +71,15 @@ class Selection:
         assign = output.gather(1, number).scatter(1, keep, place[:, :k])
         return Selection(keep, assign)
 
+    @staticmethod
+    def into(kept: Tensor, k: int, into: Tensor, weight: Tensor, scores: Tensor | None = None) -> Selection:
+        """Keep the `k` slots of the mask `kept` [U, N]; `into` [U, N] int64 is the kept slot that each slot goes into, -1 for none,
+        with `weight` [U, N]."""
+        keep = kept.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        place = torch.arange(k, device=keep.device).expand_as(keep)
+        number = torch.full_like(into, -1).scatter(1, keep, place)
+        return Selection(keep, torch.where(into < 0, -1, number.gather(1, into.clamp_min(0))), weight, scores=scores)
+
     @property
     def k(self) -> int:
         return self.keep.shape[1]

@@ -6,15 +6,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, Field, dataclass
-from typing import Any, ClassVar, TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from .budget import check_keep, resolve
-from .selection import Selection
-from .visuals import AttentionRows, Visuals
+
+if TYPE_CHECKING:  # plans are read without torch
+    from torch import Tensor
+
+    from .selection import Selection
+    from .visuals import AttentionRows, Visuals
 
 Need: TypeAlias = str | tuple[str | None, ...]
 """A signal by name, or several of which the first that the model can give is taken (the order that the paper or its
@@ -159,11 +161,13 @@ class LayerStage(Selecting):
 
     A stage may cut several times: `cuts` and `budgets` say where and how much, and `visuals.cut` in `select` which cut it is.
     Attention signals are those of the layer before the cut; with "@next" those of the layer behind it.
-    `positions` is what the reference does with position ids behind a cut; a plan can override it.
+    `positions` is what the reference does with position ids behind a cut; a plan can override it. `lays`: whether `select` reads
+    where tokens lie, by `visuals.layout` (of all visuals of the sample) and `visuals.slots`.
     """
 
     kind: ClassVar[str] = "layer"
     positions: ClassVar[str] = "keep"
+    lays: ClassVar[bool] = False
     layer: int | float
 
     def __post_init__(self) -> None:
@@ -208,7 +212,28 @@ class PixelStage(Selecting):
         raise NotImplementedError
 
 
-Rewrite: TypeAlias = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+class FrameStage(PixelStage):
+    """Acts on videos before the vision encoder: it gets some of their frames only. Pictures stay as they are.
+
+    `scorer` names what scores frames by the question, None where they are chosen without it; `tokenizer` that of the model.
+    """
+
+    scorer: str | None
+    tokenizer: str | None
+
+    def count(self, frames: int) -> int:
+        """How many of `frames` frames are encoded, at least 1."""
+        raise NotImplementedError
+
+    def choose(self, scores: Sequence[float] | None, frames: int) -> list[int]:
+        """Which ones, `count` of them, ascending; scores: of each, None without a scorer."""
+        raise NotImplementedError
+
+    def budget(self, tokens: int) -> int:
+        return tokens  # of frames that are encoded all tokens stay; how many frames those are, `count` says
+
+
+Rewrite: TypeAlias = "Callable[[Tensor, slice], tuple[Tensor, Tensor]]"
 """What an attention stage does to rows of a layer: softmax attention [B, heads, q, K] float32 of the rows `part` becomes
 (new attention, which rows have changed [B, q] bool). It may be asked for a few rows at a time."""
 
@@ -290,12 +315,14 @@ class Pipeline:
     keys (what flash attention takes).
     structural: "keep" leaves newlines and other structural tokens of a visual that loses tokens, "drop" removes them, as the
     official LLaVA-NeXT codes of most methods do.
+    preset: what is said of the preset that the plan comes from, if it does.
     """
 
     stages: tuple[Stage, ...]
     positions: str | None = None
     structural: str = "keep"
     mass: bool | str | None = None
+    preset: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.positions not in (None, *POSITIONS):

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,9 @@ class VisualTrace:
         group = [g for g in self.call.groups if g.start <= layer][-1]
         return self.span.entering(group)
 
+    def __repr__(self) -> str:
+        return f"VisualTrace({named(self.modality, self.index, self.row)}: {self.kept} of {self.tokens} tokens)"
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -124,6 +128,13 @@ class Trace:
     plan: Pipeline
     text_config: Any
     costs: tuple[LayerCost, ...] = field(repr=False)
+
+    def __repr__(self) -> str:
+        seen = ", ".join(f"{v.kept} of {v.tokens}" for v in self.visuals) or "nothing to compress"
+        return f"Trace({self.plan!r}: {seen} visual tokens enter {len(self.costs)} LLM layers)"
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
 
     @property
     def visuals(self) -> list[VisualTrace]:
@@ -156,7 +167,7 @@ class Trace:
             )
         if held.states:
             notes.append(
-                f"beside keys and values the cache holds {_si(held.states, 'B')} of states, for any number of tokens"
+                f"beside keys and values the cache holds {size(held.states)} of states, for any number of tokens"
             )
         return Report(
             plan=repr(self.plan),
@@ -171,6 +182,7 @@ class Trace:
             milliseconds={part: 1000 * s for part, s in self.call.seconds.items() if not math.isnan(s)},
             substitutes={want: got for want, got in self.call.signals.items() if want != got},
             notes=notes,
+            preset=self.plan.preset,
         )
 
 
@@ -199,24 +211,32 @@ class Report:
     milliseconds: dict[str, float]
     substitutes: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    preset: str = ""
+    """what is said of the preset that the plan comes from"""
 
     def __str__(self) -> str:
-        lines = [f"plan      {self.plan}"]
+        lines = [f"plan      {self.plan}", *([f"preset    {self.preset}"] if self.preset else [])]
         for row, index, modality, tokens, kept in self.visuals:
-            lines.append(f"{modality:<9} row {row} no. {index}: {kept} of {tokens} tokens enter the LLM")
+            lines.append(f"{'visual':<9} {named(modality, index, row)}: {kept} of {tokens} tokens enter the LLM")
         steps = [i for i, n in enumerate(self.layers) if i == 0 or n != self.layers[i - 1]]
         shown = ", ".join(f"{self.layers[i]} from layer {i}" for i in steps)
         lines.append(f"layers    {shown} (of {self.full_tokens} tokens, text included)")
-        lines.append(f"FLOPs     {LLM}: {_of(self.flops, self.full_flops, 'FLOP')}")
-        whole = _of(*self.prefill, "FLOP") if self.prefill else "mm.report(model, inputs) counts it"
+        lines.append(f"FLOPs     {LLM}: {_share(flop, self.flops, self.full_flops)}")
+        whole = _share(flop, *self.prefill) if self.prefill else "mm.report(model, inputs) counts it"
         lines.append(f"          {WHOLE}: {whole}")
-        lines.append(f"KV cache  {_of(self.kv_bytes, self.full_kv_bytes, 'B') if self.full_kv_bytes else 'none'}")
+        lines.append(f"KV cache  {_share(size, self.kv_bytes, self.full_kv_bytes) if self.full_kv_bytes else 'none'}")
         if self.milliseconds:
             lines.append("time      " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in self.milliseconds.items()))
         for want, got in self.substitutes.items():
             why = "for which no clip= is given" if want.startswith("clip_") else "which this model cannot give"
             lines.append(f"note      {got} stands for {want}, {why}")
         return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: what a line of the text begins with is its first column."""
+        rows = [(line[:10].strip(), line[10:]) for line in str(self).splitlines()]
+        cells = (f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+        return f"<table>{''.join(cells)}</table>"
 
 
 @dataclass(frozen=True)
@@ -232,12 +252,25 @@ class EncoderReport:
         return f"plan      {self.plan}\ntokens    {self.tokens}, after each block {', '.join(map(str, left))}"
 
 
-def _of(value: float, full: float, unit: str) -> str:
-    return f"{_si(value, unit)} of {_si(full, unit)} ({100 * value / full:.1f} %)"
+def named(modality: str, index: int, row: int) -> str:
+    """A visual in the words of reports: both are counted from 1."""
+    return f"{modality} {index + 1} of prompt {row + 1}"
 
 
-def _si(value: float, unit: str) -> str:
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.2f} {prefix}{unit}"
-    return f"{value:.0f} {unit}"
+def flop(value: float) -> str:
+    """FLOPs with a prefix of powers of a thousand."""
+    return _scaled(value, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+
+
+def size(value: float) -> str:
+    """Bytes with a prefix of powers of 1,024."""
+    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _share(text: Callable[[float], str], value: float, full: float) -> str:
+    return f"{text(value)} of {text(full)} ({100 * value / full:.1f} %)"
+
+
+def _scaled(value: float, base: int, units: Sequence[str]) -> str:
+    power = min(len(units) - 1, max(0, int(math.log(value, base) + 1e-9))) if value >= 1 else 0
+    return f"{value / base**power:.2f} {units[power]}" if power else f"{value:.0f} {units[0]}"

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import Self
 
-from .api import _stock, compressed, trace
+from .api import _stock, compressed, plan_for, trace
 from .budget import percent
 from .plan import as_pipeline
 from .records import Lines, RecordError, write_json
@@ -154,7 +154,7 @@ def tune(
     The model must be stock or is put back into its state; it is never trained. Raises ImportError without optuna and scipy
     (`pip install "mmcompress[tune]"`), and ValueError for an empty space or a journal of another search.
     """
-    written = as_pipeline(plan)
+    written = plan_for(model, plan)
     stages, positions = written.stages, written.positions
     check(budget, unit)
     bounds = _bounds(stages, space or {}) if trials else {}

@@ -129,10 +129,7 @@ def read_video(
             )
         chosen = choose(np.arange(len(kept), dtype=np.float64), frames, None, most, None, None, name)
         return Clip(kept[chosen], None, tuple(chosen.tolist()), len(kept))
-    reader = _open(source, decoder, name)
-    if not len(reader.times):
-        raise VideoError(f"{name}: there is no frame in it")
-    times = reader.times - reader.times[0]
+    reader, times = _indexed(source, decoder, name)
     rate = (len(times) - 1) / times[-1] if len(times) > 1 and times[-1] > 0 else reader.rate or 1.0
     chosen = choose(times, frames, fps, most, start, end, name)
     read: list[np.ndarray] = []
@@ -145,6 +142,15 @@ def read_video(
     if len({frame.shape for frame in read}) > 1:
         raise VideoError(f"{name}: its frames change their size on the way; cut it into parts of one size")
     return Clip(np.stack(read), times[chosen], tuple(chosen.tolist()), len(times), float(rate))
+
+
+def shown_times(
+    source: VideoSource, *, most: int | None = None, start: float | None = None, end: float | None = None
+) -> np.ndarray:
+    """When the frames that `read_video` chooses are shown, float64 [n], in seconds; nothing is decoded. Raises as it does."""
+    name = _name(source)
+    _, times = _indexed(source, None, name)
+    return times[choose(times, None, None, most, start, end, name)]
 
 
 def video_arguments(processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
@@ -214,6 +220,14 @@ def choose(
     steps = np.arange(count)  # each frame once, however close together they are
     numbers = np.maximum.accumulate(numbers - steps) + steps
     return np.minimum(numbers, last - steps[::-1])
+
+
+def _indexed(source: Any, decoder: str | None, name: str) -> tuple[Decoder, np.ndarray]:
+    """A file that is looked through, and when its frames are shown, from the first one on."""
+    reader = _open(source, decoder, name)
+    if not len(reader.times):
+        raise VideoError(f"{name}: there is no frame in it")
+    return reader, reader.times - reader.times[0]
 
 
 def _open(source: Any, decoder: str | None, name: str) -> Decoder:

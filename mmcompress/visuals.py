@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from .ops.frames import Frames
 from .selection import Selection, gather
 
 PER_VISUAL = frozenset({"cls_feature", "text_embeddings", "clip_text", "clip_text_last"})
@@ -60,10 +62,14 @@ class Layout:
     views       the grids, in the order of the tokens; each in raster order.
     structural  indices of tokens that are no patches (CLS, newline, separator). They are never pruned, no method sees
                 them, and they do not count towards a budget. All other tokens are the cells of the views, in order.
+    parts       how many views each visual has, where a layer stage sees several together; empty: it is one visual.
+    seconds     from one frame of a video to the next, where the model is told (Qwen2.5-VL's second_per_grid_ts); None: not known.
     """
 
     views: tuple[View, ...]
     structural: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
+    seconds: float | None = None
 
     @staticmethod
     def raster(frames: int, rows: int, columns: int, structural: tuple[int, ...] = ()) -> Layout:
@@ -71,10 +77,25 @@ class Layout:
         role = "image" if frames == 1 else "frame"
         return Layout((View((rows, columns), role=role),) * frames, structural)
 
+    @staticmethod
+    def joined(layouts: Sequence[Layout]) -> Layout:
+        """Of several visuals, one behind the other, without their structural tokens."""
+        known = {layout.seconds for layout in layouts if layout.frames > 1}
+        seconds = known.pop() if len(known) == 1 else None
+        views = tuple(view for layout in layouts for view in layout.views)
+        return Layout(views, parts=tuple(len(layout.views) for layout in layouts), seconds=seconds)
+
     @property
     def cells(self) -> int:
         """Number of patch tokens, N in the docstrings of the methods."""
         return sum(view.cells for view in self.views)
+
+    @property
+    def frames(self) -> int:
+        """Of how many frames (temporal patches, of encoders that take several pictures at a time) the tokens are, all alike, one
+        after the other; 1 for pictures, sounds, and several visuals together."""
+        alike = len(self.parts) < 2 and len(set(self.views)) == 1 and self.views[0].role == "frame"
+        return len(self.views) if alike else 1
 
     @property
     def tokens(self) -> int:
@@ -89,6 +110,18 @@ class Layout:
     def view_of(self) -> Tensor:
         """Number of the view that every cell is in, [N]."""
         return torch.repeat_interleave(torch.tensor([view.cells for view in self.views]))
+
+    def before(self) -> Tensor:
+        """The cell at the same place of the frame before, [N] int64; -1 where there is none: in first frames and in pictures."""
+        found, first, end = [], 0, 0
+        starts = set(itertools.accumulate(self.parts, initial=0))
+        for number, view in enumerate(self.views):
+            last = self.views[number - 1] if number and number not in starts else None
+            follows = last is not None and view.role == "frame" == last.role and last.grid == view.grid
+            cells = torch.arange(first, first + view.cells) if follows else torch.full((view.cells,), -1)
+            first, end = end, end + view.cells
+            found.append(cells)
+        return torch.cat(found)
 
     def boxes(self) -> Tensor:
         """Box of every cell in its picture (or frame), [N, 4] as left, top, right, bottom in parts of the original."""
@@ -153,7 +186,8 @@ class Visuals:
     """A dense batch of U visuals (images or videos) with the same layout and the same budget.
 
     features  [U, N, D]: the patch tokens as they are about to enter the LLM (or, in an LLM layer, their hidden states).
-    layout    how the N tokens lie before any stage has acted.
+    layout    how the tokens lie before any stage has acted. In layer stages that ask for it (`LayerStage.lays`) that of all
+              visuals of a sample, one behind the other; else just a row of N tokens.
     k         exact number of tokens to keep.
     signals   by name; only what the stages of a plan ask for is computed. Means over heads, of the block whose output the
               LLM gets; with "@" of another one ("keys@0", "cls_logits@-1", "received_attention@0.375" of the depth):
@@ -203,6 +237,11 @@ class Visuals:
         raise ValueError(
             f"signal {' or '.join(wanted)} is not available here; there is: {', '.join(self.signals) or 'none'}"
         )
+
+    def by_frame(self) -> Frames:
+        """The tokens by frame, [U, T, P, D]: of a video T frames (temporal patches) of P places; all else is one frame."""
+        frames = self.layout.frames
+        return Frames.of(self.features, frames, self.layout.cells // frames, self.slots)
 
     def project(self, rows: Tensor) -> Tensor:
         """Encoder features [U, m, De] sent down the family's own road to the LLM: [U, m, D]."""

@@ -8,10 +8,10 @@ Layers with windows see of the kept tokens those that they see in the whole prom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -194,12 +194,16 @@ def extended(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
     return found
 
 
-class Case:
-    """One architecture and one kind of stage."""
+Shared: TypeAlias = "tuple[Any, dict[str, Any]]"
 
-    def __init__(self, name: str, kind: str, attention: str | None = None) -> None:
+
+class Case:
+    """One architecture and one kind of stage. Cases of one architecture may share its model, and `known`: what the stock
+    model makes of the samples."""
+
+    def __init__(self, name: str, kind: str, attention: str | None = None, shared: Shared | None = None) -> None:
         self.name, self.kind = name, kind
-        self.model = build(name, attention=attention)
+        self.model, self.known = shared or (build(name, attention=attention), {})
 
     def compress(self, keep: float) -> None:
         mm.compress(self.model, PLANS[self.kind].format(keep))
@@ -225,11 +229,16 @@ class Case:
 
     def prepare(self) -> None:
         """Inputs of two rows alone and together, and what the stock model makes of them."""
-        samples = [FILM] if self.kind == "video" else HEARD if self.kind == "audio" else RAGGED
-        try:
-            self._prepare(samples, 2)
-        except (RuntimeError, StopIteration, ValueError):  # frames of a video in one run
-            self._prepare(samples, 1)
+        what = self.kind if self.kind in ("video", "audio") else "image"
+        if what not in self.known:
+            samples = {"video": [FILM], "audio": HEARD, "image": RAGGED}[what]
+            try:
+                self._prepare(samples, 2)
+            except (RuntimeError, StopIteration, ValueError):  # frames of a video in one run
+                self._prepare(samples, 1)
+            steady = self.steady()
+            self.known[what] = (self.rows, self.batch, self.stock, self.positions, self.even, steady)
+        self.rows, self.batch, self.stock, self.positions, self.even, self.decodes = self.known[what]
 
     def _prepare(self, samples: list[list[int | str]], runs: int) -> None:
         self.rows = [prompts(self.model, [sample], first=i, runs=runs) for i, sample in enumerate(samples)]
@@ -298,7 +307,7 @@ class Case:
                 return self.last(inputs)
 
         close(got, reference(ids), "prefill", 1e-4 if self.kind == "layer" else 0.0)
-        if self.steady():
+        if self.decodes:
             for step, logits in enumerate(generated.logits):
                 wanted = reference(generated.sequences[:, : len(visual) + step])
                 close(logits, wanted, f"step {step} of generate", LOOSE.get(self.name, 2e-4))
@@ -363,11 +372,11 @@ class Case:
 
 
 @torch.no_grad()
-def judge(name: str, kind: str) -> Outcome:
-    """What a plan of the kind `kind` of PLANS does on the architecture `name`."""
+def judge(name: str, kind: str, shared: Shared | None = None) -> Outcome:
+    """What a plan of the kind `kind` of PLANS does on the architecture `name`; shared: with other cases of it."""
     if kind == "audio" and "audio" not in getattr(transformers, CLASSES[name]).input_modalities:
         return Outcome("none", "no audio of which tokens could be dropped")
-    case = Case(name, kind)
+    case = Case(name, kind, shared=shared)
     if kind == "video" and not hasattr(base_of(case.model), "get_video_features"):
         return Outcome("none", "no videos")
     try:
@@ -383,3 +392,9 @@ def judge(name: str, kind: str) -> Outcome:
     except Exception as error:
         return Outcome("crash", f"{type(error).__name__}: {error}")
     return Outcome("ok")
+
+
+def judge_all(name: str, kinds: Iterable[str] = PLANS) -> dict[str, Outcome]:
+    """What plans of all kinds do, one after the other on one model: what one leaves behind would show in the next."""
+    shared: Shared = build(name), {}
+    return {kind: judge(name, kind, shared) for kind in kinds}

@@ -38,15 +38,19 @@ from .architectures import (
     table,
     told,
 )
-from .exactness import PLANS, judge
+from .exactness import PLANS, judge_all
 
 pytestmark = pytest.mark.skipif(OLDEST, reason="configs, inputs and the table are those of the newest transformers")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_exact_or_refused(name: str) -> None:
-    found = {kind: judge(name, kind) for kind in PLANS}
-    assert {kind: table(outcome) for kind, outcome in found.items()} | told(name) == TABLE[name], found
+@pytest.mark.parametrize(
+    "kinds", [("input", "layer"), pytest.param(tuple(PLANS), marks=pytest.mark.slow)], ids="-".join
+)
+def test_exact_or_refused(name: str, kinds: tuple[str, ...]) -> None:
+    found = judge_all(name, kinds)
+    said = {kind: table(outcome) for kind, outcome in found.items()} | told(name)
+    assert said == {kind: verdict for kind, verdict in TABLE[name].items() if kind in said}, found
 
 
 def test_every_architecture_has_a_verdict() -> None:
@@ -86,7 +90,8 @@ def test_other_parts_in_the_same_classes(
     name: str, changes: dict[str, Any], wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(OVERRIDES, name, changes)
-    assert {kind: table(judge(name, kind)) for kind in ("input", "layer")} == {"input": "ok", "layer": wanted}
+    found = judge_all(name, ("input", "layer"))
+    assert {kind: table(outcome) for kind, outcome in found.items()} == {"input": "ok", "layer": wanted}
 
 
 def wrapped(name: str, cls: str, **changes: Any) -> Any:

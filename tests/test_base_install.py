@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 from mmcompress.assets import MODELS
-from mmcompress.eval.cli.sweep import KEEPS
+from mmcompress.eval.docs.tables import fresh_sweeps
+from mmcompress.eval.evaluator import STOCK
+from mmcompress.eval.margins import Answers, Margin
 from packaging.requirements import Requirement
 
 import mmcompress as mm
+from mmcompress.cli.sweep import KEEPS
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,8 +65,7 @@ def test_first_example_and_embedded_models_without_extras(tmp_path: Path) -> Non
         if not {called(name) for name in names} & (base | {"mmcompress"}) and module.isidentifier()
     )
     assert {"matplotlib", "timm", "open_clip", "optuna", "scipy", "peft", "pyarrow"} <= set(hidden)
-    example = (ROOT / "README.md").read_text().split("## First example\n\n```python\n")[1].split("```")[0]
-    example = example.replace('"llava-hf/llava-1.5-7b-hf"', "model_path()").replace("picture.png", "a.png")
+    example = (ROOT / "README.md").read_text().split("## First example\n")[1].split("```python\n")[1].split("```")[0]
     code = f"""
 import sys
 class Without:
@@ -89,6 +91,7 @@ print("all ran")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and done.stdout.endswith("all ran\n"), done.stderr[-3000:]
     assert done.stdout.count("compressed  ") == len(MODELS)
+    assert "compressed: h 3 3" in done.stdout
 
 
 def test_plans_that_readme_and_helps_name_are_plans() -> None:
@@ -99,23 +102,27 @@ def test_plans_that_readme_and_helps_name_are_plans() -> None:
     for plan in plans:
         if not plan.startswith("contrast"):  # the example of a method of one's own
             mm.as_pipeline(plan)
-    extras = re.findall(r"mmcompress\[([a-z,]+)\]", text)
+    extras = re.findall(r"\.\[([a-z,]+)\]", text)
     assert extras and all(listed(extra) for names in extras for extra in names.split(","))
     assert [mm.budget.read_keep(keep) for keep in KEEPS] == [0.5, 0.25, 0.1]
 
 
 def test_the_first_numbers_of_the_readme_are_those_of_the_records() -> None:
-    """The default plan against stock and random, of every embedded model, and its speed-up on every mid-size one."""
-    demo, bench = (json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("demo", "bench"))
-    lost: dict[str, list[float]] = {"divprune": [], "random": []}
-    for model in MODELS:
-        found = {(row["method"], row["keep"]): row["accuracy"] for row in demo[model]["rows"]}
-        for name, values in lost.items():
-            values.append(100 * (found["none", 1.0] - found[name, 0.25]))
+    """What voronoi, divprune and chance cost over all embedded models on fresh questions, and the speed-up on the mid-size ones."""
+    bench = json.loads((ROOT / "results" / "bench.json").read_text())
     rows = [row for family in bench["families"].values() for row in family["rows"]]
     faster = [row["prefill_speedup"] for row in rows if row["plan"] == "divprune(keep=0.25)"]
+    fresh = Answers(fresh_sweeps(MODELS), "shapes")
+    assert len(faster) == 5 and min(faster) > 1 and len(fresh.models) == len(MODELS)
+
+    def lost(name: str, keep: float) -> Margin:
+        return fresh.margin(STOCK, fresh.named[name, keep])
+
     text = " ".join((ROOT / "README.md").read_text().split("## Install")[0].split())
-    assert f"{min(faster):.2f} to {max(faster):.2f} times faster" in text and len(faster) == 5
-    assert f"{min(lost['divprune']):.1f} to {max(lost['divprune']):.1f} points of accuracy" in text
-    assert f"at random costs them {min(lost['random']):.1f} to {max(lost['random']):.1f}." in text
-    assert max(lost["divprune"]) < min(lost["random"]) and min(faster) > 1
+    assert f"{min(faster):.2f} to {max(faster):.2f} times faster" in text
+    assert f"{sum(fresh.questions.values()):,} fresh questions" in text
+    own, fewer = lost("voronoi", 0.25), lost("voronoi", 0.1)
+    assert f"{own.value:.1f} ± {own.error:.1f} points worse with `voronoi(keep=0.25)`" in text
+    assert f"{lost('divprune', 0.25).value:.1f} with `divprune`" in text
+    assert f"{lost('random', 0.25).value:.1f} with tokens drawn at random" in text
+    assert f"tenth of the tokens {fewer.value:.1f} ± {fewer.error:.1f} worse with `voronoi`" in text

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmcompress.eval.docs.tables import kernels as readme_kernels
 from mmcompress.eval.kernel_bench import measure as measuring
 from mmcompress.eval.kernel_bench import operations, tune
 from mmcompress.eval.kernel_bench.measure import (
@@ -33,7 +34,6 @@ from mmcompress.eval.kernel_bench.measure import (
 )
 from mmcompress.eval.kernel_bench.operations import OPERATIONS, Draw, Size, caller, sizes
 from mmcompress.eval.kernel_bench.worker import Bench, extra_bytes, memory_limit, reason
-from mmcompress.eval.readme import kernels as readme_kernels
 from mmcompress.kernels import configs
 from torch import Tensor
 from torch.utils._pytree import tree_leaves

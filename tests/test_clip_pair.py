@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmcompress.assets import CLIP, model_path
+from mmcompress.eval.making.clip import caption
 from mmcompress.eval.synthetic import scenes
 from mmcompress.eval.synthetic.benchmark import load
-from mmcompress.eval.synthetic.clip import caption
 from mmcompress.eval.synthetic.scenes import draw
 
 import mmcompress as mm

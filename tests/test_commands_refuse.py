@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 from mmcompress.eval import evaluator
-from mmcompress.eval.cli import bench
 from PIL import Image
 
-from mmcompress import cli
-from mmcompress.cli import main
+from mmcompress.cli import bench, common, main
+from mmcompress.cli import methods as methods_command
 
 Said = pytest.CaptureFixture[str]
 
@@ -40,7 +39,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(common, "load", load)
 
 
 @pytest.fixture()
@@ -204,7 +203,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, 
         def broken(*_: Any, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "_methods", broken)
+        monkeypatch.setattr(methods_command, "run", broken)
         with pytest.raises(type(error)):
             main(["methods"])
     for error, text in (
@@ -217,7 +216,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, 
         def foreign(*_: Any, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "_methods", foreign)
+        monkeypatch.setattr(methods_command, "run", foreign)
         assert refused(["methods"], capsys) == f"mmcompress: {text}\n"
 
 

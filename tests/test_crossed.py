@@ -27,9 +27,8 @@ ROWS, COLUMNS = 12, 10
 SIZES = Sizes(96, 96, 96, 2, 6)
 TRAINED = ("dyvte",)
 """Methods that have nothing to decide by until they are trained for a model: see test_learned.py."""
-METHODS = [
-    name for name, cls in mm.methods().items() if cls.__module__.startswith("mmcompress.") and name not in TRAINED
-]
+KNOWN = mm.methods()
+METHODS = [name for name, cls in KNOWN.items() if cls.__module__.startswith("mmcompress.") and name not in TRAINED]
 """All but these, and those that other tests register."""
 WRITTEN = {name: f"{name}(dims=(3, 17))" for name in ("sink_correction", "var_attention_sink")}
 """Plans of methods that cannot do without an option: these need to know sink dimensions, which random models do not have."""
@@ -163,10 +162,11 @@ def test_no_loop_over_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(STAGES) - set(ALL_PAIRS)))
 def test_no_matrix_of_all_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for block in ("match.blocked._TILE", "components.blocked._PAIRS", "density.blocked.ELEMENTS"):
-        monkeypatch.setattr(
-            f"mmcompress.kernels.{block}", 1 << 16
-        )  # of constant size, for more tokens than there are here
+    blocks = (
+        "kernels.match.blocked._TILE", "kernels.components.blocked._PAIRS", "kernels.density.blocked.ELEMENTS", "ops.levels.PAIRS",
+    )  # fmt: skip
+    for block in blocks:  # of constant size, for more tokens than there are here
+        monkeypatch.setattr(f"mmcompress.{block}", 1 << 16)
     stage = STAGES[name]
     assert isinstance(stage, Selecting)
     visuals = some(stage, 24, mm.Layout.raster(1, 30, 30))
@@ -190,7 +190,7 @@ def test_no_matrix_of_all_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", ALL_PAIRS)
 def test_methods_that_hold_all_pairs_say_so(name: str) -> None:
-    assert ALL_PAIRS[name] in (mm.methods()[name].__doc__ or "")
+    assert ALL_PAIRS[name] in (KNOWN[name].__doc__ or "")
 
 
 # ---------------------------------------------------------------------- degenerate input
@@ -235,7 +235,7 @@ def test_features_that_are_not_finite_are_refused(family: str, value: float) -> 
 
 
 # ---------------------------------------------------------------------- every method in every family
-@functools.lru_cache(maxsize=4)
+@functools.cache  # families change fastest: a small cache would build two models for every pair
 def stock(family: str, dtype: torch.dtype) -> Any:
     return build(family, dtype=dtype)
 
@@ -292,8 +292,8 @@ EARLY = [
     "downsample(keep=0.5)",
     "tome(keep=0.5, proportional=False)",
 ]  # with proportional attention some signals are refused
-INPUT = [name for name in METHODS if issubclass(mm.methods()[name], InputStage)]
-LAYER = [name for name in METHODS if issubclass(mm.methods()[name], LayerStage) and name not in REFUSED]
+INPUT = [name for name in METHODS if issubclass(KNOWN[name], InputStage)]
+LAYER = [name for name in METHODS if issubclass(KNOWN[name], LayerStage) and name not in REFUSED]
 
 
 def reads_tower(name: str) -> bool:

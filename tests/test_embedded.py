@@ -13,13 +13,13 @@ import pytest
 import torch
 from mmcompress.assets import CLIP, MODELS, checkpoint, model_path, weights_path
 from mmcompress.eval.cost import midsize
+from mmcompress.eval.making.data import Encoder, patch_labels, small_picture
+from mmcompress.eval.making.families import FAMILIES
+from mmcompress.eval.making.model import GRID, make_tokenizer
 from mmcompress.eval.prompts import unknown_words
 from mmcompress.eval.statistics import Difference
 from mmcompress.eval.synthetic import CHANCE, KINDS, draw, evaluate, items, make_scene, prepare, scenes
 from mmcompress.eval.synthetic.benchmark import load, prompt, takes_any_shape
-from mmcompress.eval.synthetic.data import Encoder, patch_labels, small_picture
-from mmcompress.eval.synthetic.families import FAMILIES
-from mmcompress.eval.synthetic.model import GRID, make_tokenizer
 from mmcompress.eval.synthetic.questions import neighbours
 from PIL import Image
 from transformers import AutoProcessor
@@ -120,14 +120,16 @@ def test_all_embedded_models_together_are_small() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_embedded_models_work(name: str) -> None:
-    """At least 90 % over types, on pictures of different shapes where the family is made for that."""
+@pytest.mark.parametrize(("count", "least"), [(105, 0.86), pytest.param(490, 0.90, marks=pytest.mark.slow)])
+def test_the_embedded_models_work(name: str, count: int, least: float) -> None:
+    """At least 90 % over types (less on few questions, where luck is larger), on pictures of different shapes where the family is
+    made for that."""
     model, processor = load(model_path(name))
-    questions = items(980 if name == MODELS[0] else 490, stretched=takes_any_shape(model))
+    questions = items(count, stretched=takes_any_shape(model))
     score = evaluate(model, processor, prepare(processor, questions))
     by_type = {kind: score.accuracy(kind) for kind in KINDS}
-    assert score.accuracy() >= 0.90, by_type
-    assert min(by_type.values()) >= (0.80 if name == MODELS[0] else 0.60), by_type
+    assert score.accuracy() >= least, by_type
+    assert min(by_type.values()) >= ((0.80 if name == MODELS[0] else 0.60) if count > 400 else 0.5), by_type
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -449,7 +451,7 @@ def test_flops_are_counted_like_the_report_says() -> None:
 
 def test_transfer_restarts_where_it_stopped(tmp_path: Path) -> None:
     """A run that is stopped and started again ends with the same weights as one that was not."""
-    from mmcompress.eval.synthetic.transfer import Transfer, TransferRecipe
+    from mmcompress.eval.making.transfer import Transfer, TransferRecipe
 
     recipe = TransferRecipe(
         scenes=40, test_scenes=4, codebook_scenes=8, vision_steps=2, vision_batch=2, language_steps=4, language_batch=2,
@@ -477,7 +479,7 @@ def test_transfer_restarts_where_it_stopped(tmp_path: Path) -> None:
 
 def test_training_restarts_where_it_stopped(tmp_path: Path) -> None:
     """A run that is stopped and started again ends with the same weights as one that was not."""
-    from mmcompress.eval.synthetic.train import Recipe, Trainer
+    from mmcompress.eval.making.train import Recipe, Trainer
 
     recipe = Recipe(
         scenes=24,

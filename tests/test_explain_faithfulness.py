@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcompress.assets import model_path
+from mmcompress.eval.explained.faithful import Faithfulness, compare, drawn_f1, record, rows_of, thing_box, truth
+from mmcompress.eval.explained.rank_order import FORMS, agreement, rank_agreement
 from mmcompress.eval.synthetic import items
 from mmcompress.eval.synthetic.benchmark import load
-from mmcompress.eval.synthetic.faithful import Faithfulness, compare, drawn_f1, record, rows_of, thing_box, truth
-from mmcompress.eval.synthetic.rank_order import FORMS, agreement, rank_agreement
 from PIL import Image
 from torch import Tensor
 

@@ -240,7 +240,7 @@ def test_the_official_way_is_the_method() -> None:
     assert torch.equal(model(pixels), stock)
 
 
-# ---------------------------------------------------------------------- the section of the README
+# ---------------------------------------------------------------------- the section of docs/speed.md
 def a_record(tmp_path: Path, **changes: Any) -> Path:
     here = {
         "device": "NVIDIA H200",
@@ -275,7 +275,7 @@ def test_a_section_of_what_was_measured_or_of_nothing(tmp_path: Path) -> None:
             report.load(a_record(tmp_path, **changes))
 
 
-def test_the_readme_has_the_section_of_the_record() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_page_has_the_section_of_the_record() -> None:
+    text = (ROOT / "docs" / "speed.md").read_text()
     found = report.section(report.load(ROOT / "results" / "gpu" / "gpu.json"))
     assert f"<!-- begin gpu -->\n{found}\n<!-- end gpu -->" in text

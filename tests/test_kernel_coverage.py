@@ -49,6 +49,7 @@ def test_picks_on_the_cpu(data: st.DataObject) -> None:
     twin = max_coverage(table, k, last, weight, implementation="naive")
     assert [sorted(row) for row in twin.tolist()] == [sorted(set(row)) for row in twin.tolist()]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lazy, "SMALL", data.draw(st.sampled_from([0, 1 << 16])))
         patch.setattr(lazy, "POOL", data.draw(st.sampled_from([1, 3, 128])))
         patch.setattr(lazy, "BATCH", data.draw(st.sampled_from([1, 2, 16])))
         assert torch.equal(max_coverage(table, k, last, weight), twin)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mmcompress.kernels import configs, density
+from mmcompress.kernels import configs, density, dispatch
 from mmcompress.kernels.density import blocked
 from mmcompress.kernels.dispatch import has_triton, interpreted
 from torch import Tensor
@@ -26,7 +26,8 @@ FAST = pytest.mark.parametrize("implementation", ["blocked", pytest.param("trito
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks also for the small cases that the interpreter can do."""
+    """Several blocks also for the small cases that the interpreter can do, and none left to the naive twin."""
+    monkeypatch.setitem(dispatch.PLAIN, "density", 0)
     if DEVICE == "cpu":
         monkeypatch.setitem(configs.CONFIGS, "density", {"default": {"rows": 16, "columns": 32}})
 
@@ -104,10 +105,10 @@ def check(seed: int, implementation: str) -> None:
     x, k, options = some_case(seed, implementation == "triton")
     wanted = run(density.density_peaks, "naive", x, k, **options)
     found = run(density.density_peaks, implementation, x, k, **options)
-    # sums of float32 on the GPU lose digits, and copies of a token have a spread of 0 there too
-    exact = implementation == "blocked" or seed % 3
+    # sums of float32 lose digits, and copies of a token have a spread of 0 all the same
     for one, other in zip(wanted, found, strict=True):
-        assert torch.allclose(one, other, rtol=2e-7 if exact else 1e-5, atol=0), (seed, options)
+        rounding = 1e-5 if implementation == "triton" and not seed % 3 else 2e-6
+        assert torch.allclose(one, other, rtol=rounding, atol=0), (seed, options)
     assert not found[0].isnan().any() and found[1].isfinite().all()
     if "mask" in options:
         assert (found[0][~options["mask"]] == math.inf).all() and (found[1][~options["mask"]] == 0).all()
@@ -128,7 +129,7 @@ def test_the_nearest_of_many_are_found_by_groups(
     for mask in (None, torch.rand(1, n) < 0.9):
         given = x if mask is None else spoiled(x, ~mask, True)
         wanted, found = (run(density.density_peaks, i, given, k, mask=mask) for i in ("naive", "blocked"))
-        assert torch.allclose(wanted[0], found[0], rtol=2e-7, atol=0) and torch.allclose(wanted[1], found[1], rtol=2e-7)
+        assert torch.allclose(wanted[0], found[0], rtol=2e-6, atol=0) and torch.allclose(wanted[1], found[1], rtol=2e-6)
         assert wanted[0][torch.isfinite(wanted[0])].unique().numel() > 5
 
 

@@ -24,11 +24,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcompress.eval.kernel_bench.worker import extra_bytes
 from mmcompress.kernels.diverse import blocked, expand, greedy_map, lazy, max_min, naive, rows
+from mmcompress.kernels.gather import gather
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmcompress as mm
-from mmcompress.ops.cells import nearest_cells, numbered, outermost
+from mmcompress.ops.cells import nearest_cells, numbered, outermost, placed
 
 from .watch import NoWaiting, in_a_graph
 
@@ -248,7 +249,8 @@ def test_memory_is_linear() -> None:
     assert largest <= n * max(rows.ROUND, d, k)
 
 
-def test_memory_of_cells_is_linear() -> None:
+@pytest.mark.parametrize("place", [0, 0.5])
+def test_memory_of_cells_is_linear(place: float) -> None:
     """All that torch and NumPy hold at the peak of voronoi, for each token: no more of it for more tokens."""
     per_token = []
     for n in (1500, 3000, 6000):
@@ -256,7 +258,7 @@ def test_memory_of_cells_is_linear() -> None:
         seen = mm.Visuals(features, mm.Layout.raster(1, 50, n // 50), 64)
 
         def run(seen: mm.Visuals = seen) -> Tensor:
-            return mm.Voronoi(keep=64).select(seen).apply(seen.features)
+            return mm.Voronoi(keep=64, place=place).select(seen).apply(seen.features)
 
         run()
         tracemalloc.start()
@@ -268,8 +270,10 @@ def test_memory_of_cells_is_linear() -> None:
 
 def test_cells_wait_for_nothing() -> None:
     features = tokens("together", 2, 40, 16)
+    boxes = mm.Layout.raster(1, 5, 8).boxes()
     with NoWaiting():
         first = outermost(features)
+        placed(features, boxes, None, 0.5)
         picks, near = blocked.max_min(features, 7, None, first, True)
         assign, weight = numbered(near, picks.sort(1).values)
     unit = F.normalize(features.double(), dim=-1)
@@ -278,6 +282,32 @@ def test_cells_wait_for_nothing() -> None:
     assert torch.equal(assign, wanted) and torch.equal(weight, shares)
     same = features[:, :1].expand(-1, 40, -1).half()
     assert outermost(same).tolist() == [0, 0] and outermost(torch.zeros(1, 3, 4)).tolist() == [0]
+
+
+def test_places_are_spread_as_asked() -> None:
+    x, layout = tokens("random", 2, 40, 16).half(), mm.Layout.raster(1, 5, 8)
+    found = placed(x, layout.boxes(), None, 0.5).double()
+    unit = F.normalize(x.double(), dim=-1)
+    centre = layout.boxes().double().unflatten(1, (2, 2)).mean(1)
+    near = (torch.pi * (centre[:, None] - centre)).cos().mean(-1)  # cosine of two places
+    table = unit @ unit.transpose(1, 2)
+    scale = 0.5 * (1 - table).mean((1, 2)) / (1 - near).mean()
+    assert torch.allclose(found @ found.transpose(1, 2), table + scale[:, None, None] * near, atol=1e-5)
+    slots = torch.randperm(40)[:9].expand(2, -1)
+    some = placed(gather(x, slots), layout.boxes(), slots, 0.5).double()[..., 16:]
+    assert torch.allclose(F.normalize(some, dim=-1), F.normalize(gather(found[..., 16:], slots), dim=-1), atol=1e-5)
+    frames = mm.Layout.raster(40, 1, 1).boxes()  # all lie at one place
+    assert torch.equal(placed(x, frames, None, 2.0)[..., 16:], torch.zeros(2, 40, 4))
+
+
+def test_equal_tokens_far_apart_are_two_cells_where_places_count() -> None:
+    row = torch.eye(2)[[0, 1, 1, 1, 1, 1, 1, 0]][None]
+    seen = mm.Visuals(row, mm.Layout.raster(1, 1, 8), 2)
+    assert mm.Voronoi(keep=2).select(seen).assign.tolist() == [[0, 1, 1, 1, 1, 1, 1, 0]]
+    assert mm.Voronoi(keep=2, place=10).select(seen).assign.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
+    for wrong in (-0.1, 11, True, "0.5", float("nan")):
+        with pytest.raises(ValueError, match=r"from 0 .*0.5 for pages"):
+            mm.Voronoi(place=wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from mmcompress.kernels import configs
+from mmcompress.kernels import configs, dispatch
 from mmcompress.kernels.compact import compact
 from mmcompress.kernels.dispatch import has_triton, interpreted
 from mmcompress.kernels.merge import blocked, merge
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks also for the small cases that the interpreter can do."""
-    monkeypatch.setattr(blocked, "SMALL", 0)
+    monkeypatch.setitem(dispatch.PLAIN, "merge", 0)
     monkeypatch.setattr(blocked, "CELLS", 60)
     if DEVICE == "cpu":
         monkeypatch.setitem(configs.CONFIGS, "merge", {"default": {"rows": 4, "width": 32, "num_warps": 4}})

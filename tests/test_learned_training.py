@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from mmcompress.assets import model_path
+from mmcompress.eval.making.learned import RECIPES, Learning, asked, inputs_of
 from mmcompress.eval.synthetic import items, prepare
 from mmcompress.eval.synthetic.benchmark import load
-from mmcompress.eval.synthetic.learned import RECIPES, Learning, asked, inputs_of
 from mmcompress.eval.synthetic.scenes import draw, scenes
 
 import mmcompress as mm

@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 from mmcompress.adapters.common import CommonAdapter
+from mmcompress.eval.making.families import FAMILIES
+from mmcompress.eval.making.model import make_model, make_processor
 from mmcompress.eval.synthetic.benchmark import prompt
-from mmcompress.eval.synthetic.families import FAMILIES
-from mmcompress.eval.synthetic.model import make_model, make_processor
 from PIL import Image
 
 import mmcompress as mm
@@ -233,9 +233,9 @@ def test_command_line_refuses_a_truncated_picture(tmp_path: Path, capsys: pytest
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    from mmcompress.cli import _open_image
+    from mmcompress.cli.common import open_image
 
     edge_pictures(tmp_path)
-    values = np.asarray(_open_image(tmp_path / "deep.png"))[..., 0]
+    values = np.asarray(open_image(tmp_path / "deep.png"))[..., 0]
     expected = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)[..., 0]
     assert np.array_equal(values, expected)

@@ -2,7 +2,7 @@
 """Plans beside each other, question by question, over the models of several sweeps."""
 
 import pytest
-from mmcompress.eval.margins import Answers, against, completed, margin, rivals
+from mmcompress.eval.margins import Answers, against, completed, margin, over, rivals
 
 
 def point(plan: str, method: str, keep: float | None, marks: str, refused: str = "") -> dict:
@@ -56,3 +56,12 @@ def test_tables(answers: Answers) -> None:
     headings, lines = completed(answers, (0.1,))
     assert headings == ["host", "alone, 10%", "completed", "gain"]
     assert [line[:3] for line in lines] == [["`divprune`", "37.5", "75.0"]]
+
+
+def test_methods_beside_floors() -> None:
+    answers = Answers({"a": sweep(stock="1111", own="1110", divprune="1000", fastv="1111")}, "shapes")
+    headings, lines, beaten = over(answers, (0.1,), ("divprune",))
+    assert headings == ["method", "10%"] and lines[0] == ["stock, all tokens", "100.0"]
+    assert [line[0] for line in lines[1:]] == ["`fastv`", "`voronoi`", "`divprune` (floor)"]
+    assert lines[1][1] == "100.0 (+75.0 ± 25.0) *" and lines[3][1] == "25.0"
+    assert lines[2][1] == "75.0 (+50.0 ± 28.9)" and beaten == ["voronoi"]

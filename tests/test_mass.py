@@ -93,9 +93,12 @@ def test_a_token_of_mass_s_equals_s_copies_of_itself() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("plan", ["voronoi", "absorb", "restore", "tome"])
+@pytest.mark.parametrize(
+    "plan",
+    ["voronoi(keep=0.4)", "voronoi(keep=0.4, place=0.5)", "absorb(keep=0.4)", "restore(keep=0.4)", "tome(keep=0.4)"],
+)
 def test_sizes_sum_to_all_tokens(family: str, plan: str) -> None:
-    model = mm.compress(build(family), plan, keep=0.4, mass=True)
+    model = mm.compress(build(family), plan, mass=True)
     model(**prompts(model, family, samples(family)))
     for visual in mm.trace(model).visuals:
         assert visual.sizes.sum() == visual.tokens and len(visual.sizes) == visual.kept
@@ -107,7 +110,7 @@ def test_sizes_sum_to_all_tokens(family: str, plan: str) -> None:
 def test_stages_in_a_row_add_masses_up() -> None:
     model = build("llava")
     inputs = prompts(model, "llava", samples("llava"))
-    mm.compress(model, "voronoi(keep=0.5) >> voronoi(keep=0.5)")
+    mm.compress(model, "voronoi(keep=0.5) >> voronoi(keep=0.5, place=0.5)")
     model(**inputs)
     for visual in mm.trace(model).visuals:
         assert visual.sizes.sum() == visual.tokens
@@ -147,6 +150,7 @@ def test_a_cache_with_masses_stands_on_its_own(family: str) -> None:
         model(**step, past_key_values=loaded)
 
 
+@pytest.mark.slow  # what it imports takes twenty seconds
 @torch.no_grad()
 def test_flex_attention_takes_masses(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is, not compiled."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import transformers.modeling_utils as modeling
 from mmcompress.assets import model_path
 from mmcompress.eval.cost.masses import mass_costs, there
 from mmcompress.eval.cost.record import prompt_inputs
+from mmcompress.eval.docs.speed import masses
 from mmcompress.eval.synthetic import items
 from mmcompress.eval.synthetic.benchmark import load
 from torch import Tensor
@@ -243,6 +245,10 @@ def test_costs_of_every_way() -> None:
     assert [row.way for row in rows] == ["stock", "none", "mask", "channel"]
     assert [row.decode_percent is None for row in rows] == [True, True, False, False]
     assert all(row.prefill_ms > 0 and row.decode_ms > 0 and len(row.cells()) == len(row.HEADINGS) for row in rows)
+    machine = dict.fromkeys(("device", "threads", "torch", "transformers", "commit"), 1)
+    record = {"plan": "p", "dtype": "float32", "repeats": 2, "machine": machine, "rows": [asdict(row) for row in rows]}
+    lines = [line.split(" | ") for line in masses({"mass": record}).splitlines() if line.startswith("| llava")]
+    assert [line[2] for line in lines] == ["mask", "channel"] and [line[-1] for line in lines] == ["yes |", " |"]
     assert there(model) == ["sdpa"] or torch.cuda.is_available()
     assert not is_compressed(model)
 

@@ -140,7 +140,9 @@ def test_every_modality_has_its_budget(name: str) -> None:
     assert [kept for *_, kept in found] == [max(1, round(rates[modality] * tokens)) for modality, tokens, _ in found]
     assert len({tokens for modality, tokens, _ in found if modality == "audio"}) == 2  # sounds of two lengths
     text = str(trace.report())
-    assert all(f"{modality:<9} row 0 no. 0: " in text for modality in rates) and "audio " in text.split("time")[1]
+    assert (
+        all(f"visual    {modality} 1 of prompt 1: " in text for modality in rates) and "audio " in text.split("time")[1]
+    )
 
 
 @models

@@ -13,12 +13,7 @@ import pytest
 import torch
 from mmcompress.eval.evaluator import drawn_questions
 from mmcompress.eval.inputs import inputs_of, texts_of
-from mmcompress.eval.synthetic.pages.content import split_of
-from mmcompress.eval.synthetic.scenes import COLORS
-from mmcompress.eval.synthetic.videos import CHANCE, KINDS, Video, draw_video, make_video, video_items
-from mmcompress.eval.synthetic.videos.content import CELL, DIRECTIONS, LENGTHS, PAIR, PARTS, SIDE
-from mmcompress.eval.synthetic.videos.frames import seen
-from mmcompress.eval.synthetic.videos.labels import (
+from mmcompress.eval.making.videos.labels import (
     EVENTS,
     GRID,
     LABELS,
@@ -28,7 +23,12 @@ from mmcompress.eval.synthetic.videos.labels import (
     event_labels,
     token_labels,
 )
-from mmcompress.eval.synthetic.videos.train import VideoRecipe, VideoTrainer, questions_of
+from mmcompress.eval.making.videos.train import VideoRecipe, VideoTrainer, questions_of
+from mmcompress.eval.synthetic.pages.content import split_of
+from mmcompress.eval.synthetic.scenes import COLORS
+from mmcompress.eval.synthetic.videos import CHANCE, KINDS, Video, draw_video, make_video, video_items
+from mmcompress.eval.synthetic.videos.content import CELL, DIRECTIONS, LENGTHS, PAIR, PARTS, SIDE
+from mmcompress.eval.synthetic.videos.frames import seen
 from mmcompress.eval.tasks import task_of
 
 
@@ -270,3 +270,22 @@ def test_training_of_videos_restarts_where_it_stopped(tmp_path: Path) -> None:
     (a, processor), (b, _) = load(straight), load(resumed)
     assert all(torch.equal(weight, b.state_dict()[name]) for name, weight in a.state_dict().items())
     assert processor.video_processor.size["longest_edge"] == 16 * SIDE**2
+
+
+# ---------------------------------------------------------------------- the model in the package
+def test_the_embedded_model_of_videos_works(tmp_path: Path) -> None:
+    from mmcompress.assets import VIDEO, checkpoint, model_path
+    from mmcompress.eval.evaluator import Setup, evaluate
+    from mmcompress.eval.synthetic.benchmark import load
+
+    assert checkpoint(VIDEO) == str(model_path(VIDEO))
+    model, processor = load(model_path(VIDEO))
+    assert sum(p.numel() for p in model.parameters()) <= 3_000_000
+    setup = Setup("videos", batch_size=35)
+    record = evaluate(model, processor, drawn_questions("videos", 70, model), setup, folder=tmp_path, name=VIDEO)
+    right: dict[str, list[float]] = {}
+    for row in record["rows"]:
+        right.setdefault(row["kind"], []).append(row["value"])
+    assert set(right) == set(KINDS)
+    assert np.mean([np.mean(values) for values in right.values()]) >= 0.9
+    assert all(np.mean(values) >= 0.7 for values in right.values())

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 from mmcompress.eval.evaluator import drawn_questions
+from mmcompress.eval.making.pages.labels import LABELS, token_labels
+from mmcompress.eval.making.pages.model import WORDS, PageReader
+from mmcompress.eval.making.pages.train import PageRecipe, PageTrainer, questions_of
 from mmcompress.eval.synthetic.pages import CHANCE, KINDS, Page, draw_page, make_page, page_items, split_of
 from mmcompress.eval.synthetic.pages.content import (
     AMOUNTS,
@@ -25,10 +28,7 @@ from mmcompress.eval.synthetic.pages.content import (
     make_content,
 )  # fmt: skip
 from mmcompress.eval.synthetic.pages.content import KINDS as DOCUMENTS
-from mmcompress.eval.synthetic.pages.labels import LABELS, token_labels
 from mmcompress.eval.synthetic.pages.layout import UNIT, Field, font_of
-from mmcompress.eval.synthetic.pages.model import WORDS, PageReader
-from mmcompress.eval.synthetic.pages.train import PageRecipe, PageTrainer, questions_of
 from mmcompress.eval.tasks import task_of
 from PIL import Image, ImageDraw
 

@@ -17,7 +17,8 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from mmcompress import pictures
-from mmcompress.cli import _open_image, main
+from mmcompress.cli import main
+from mmcompress.cli.common import open_image
 from mmcompress.explain.prompt import _clip, _pictures
 from mmcompress.pictures import PictureError, is_picture, open_picture, picture_size, to_rgb
 from mmcompress.visualize.show import _frames
@@ -93,11 +94,11 @@ def all_ways(path: Path) -> dict[str, np.ndarray]:
         "image": open_picture(Image.open(path)),
         "drawn": open_picture(lambda: Image.open(path)),
         "eval": eval_opens(path),
-        "command line": _open_image(path),
+        "command line": open_image(path),
         "explanation": _pictures(path)[0][0],
         "explanation of bytes": _pictures([content])[0][0],
         "video": Image.fromarray(_clip([path]).frames[0]),
-        "page": _frames(path)[0],
+        "page": _frames(path)[0][0],
     }
     with path.open("rb") as file:
         file.read()
@@ -129,7 +130,7 @@ def test_an_image_lies_on_its_side_until_it_is_turned(tmp_path: Path) -> None:
     assert np.array_equal(open_picture(tmp_path / "a.png"), upright)
     lying = Image.open(tmp_path / "a.png")
     assert np.array_equal(to_rgb(lying), COLOUR)
-    assert np.array_equal(_frames(lying)[0], COLOUR)  # what a processor is given, it is shown on
+    assert np.array_equal(_frames(lying)[0][0], COLOUR)  # what a processor is given, it is shown on
 
 
 def test_sixteen_bit_greys_lose_their_low_byte_as_colours_do() -> None:
@@ -207,7 +208,7 @@ def files_that_cannot_be_read(folder: Path) -> dict[str, str]:
 
 def test_what_cannot_be_read_is_named_with_the_reason_at_every_entrance(tmp_path: Path) -> None:
     for name, why in files_that_cannot_be_read(tmp_path).items():
-        for opens in (open_picture, eval_opens, _open_image, lambda p: _pictures([p]), lambda p: _frames(p)):
+        for opens in (open_picture, eval_opens, open_image, lambda p: _pictures([p]), lambda p: _frames(p)):
             with pytest.raises(PictureError) as caught:
                 opens(tmp_path / name)
             assert name in str(caught.value) and why in str(caught.value), (name, str(caught.value))

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mmcompress as mm
 from mmcompress.flops import LLM, OPERATORS, WHOLE, LayerCost, counted, layer_costs
 from mmcompress.runtime.cache import CACHE, Held, cache_of, held_bytes
-from mmcompress.trace import Report, _si
+from mmcompress.trace import Report, flop, size
 
 from . import architectures, families, tiny
 from .architectures import OLDEST
@@ -276,8 +276,11 @@ def test_operators_count_as_their_naive_implementations() -> None:
 
 
 def test_a_unit_begins_at_one() -> None:
-    assert [_si(value, "B") for value in (0, 999, 1000, 10**6, 999_999)] == [
-        "0 B", "999 B", "1.00 kB", "1.00 MB", "1000.00 kB",
+    assert [size(value) for value in (0, 1023, 1024, 2**20, 2**20 - 1, 2**30)] == [
+        "0 B", "1023 B", "1.00 KiB", "1.00 MiB", "1024.00 KiB", "1.00 GiB",
+    ]  # fmt: skip
+    assert [flop(value) for value in (0, 999, 1000, 10**6, 999_999, 10**18)] == [
+        "0 FLOP", "999 FLOP", "1.00 kFLOP", "1.00 MFLOP", "1000.00 kFLOP", "1000000.00 TFLOP",
     ]  # fmt: skip
 
 
@@ -289,11 +292,11 @@ def test_words_and_units() -> None:
     )  # fmt: skip
     assert str(found).splitlines() == [
         "plan      p",
-        "image     row 1 no. 0: 4 of 16 tokens enter the LLM",
+        "visual    image 1 of prompt 2: 4 of 16 tokens enter the LLM",
         "layers    13 from layer 0, 11 from layer 2 (of 25 tokens, text included)",
         f"FLOPs     {LLM}: 3.10 MFLOP of 6.20 MFLOP (50.0 %)",
         f"          {WHOLE}: 4.50 GFLOP of 9.00 GFLOP (50.0 %)",
-        "KV cache  12.00 kB of 25.60 kB (46.9 %)",
+        "KV cache  11.72 KiB of 25.00 KiB (46.9 %)",
         "time      vision 1.50 ms",
         "note      received_attention stands for cls_attention, which this model cannot give",
         "note      text_embeddings stands for clip_text, for which no clip= is given",

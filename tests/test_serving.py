@@ -330,7 +330,7 @@ def test_overrides_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> No
 def test_mistakes_are_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmcompress.cli_serve.find_spec", lambda name: object())
+    monkeypatch.setattr("mmcompress.cli.serve.find_spec", lambda name: object())
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
@@ -338,8 +338,8 @@ def test_mistakes_are_one_line(
 
 def test_a_server_gets_the_options_that_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
-    monkeypatch.setattr("mmcompress.cli_serve.find_spec", lambda name: object())
-    monkeypatch.setattr("mmcompress.cli_serve.os.execv", lambda program, words: ran.append(words))
+    monkeypatch.setattr("mmcompress.cli.serve.find_spec", lambda name: object())
+    monkeypatch.setattr("mmcompress.cli.serve.os.execv", lambda program, words: ran.append(words))
     assert main(["serve", QWEN, "--port", "8123", "--plan", "divprune(keep=0.1)", "--dtype=float32"]) == 0
     (words,) = ran
     assert words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"] and words[-3:] == [
@@ -353,7 +353,7 @@ def test_a_server_gets_the_options_that_are_its_own(monkeypatch: pytest.MonkeyPa
 def test_serving_without_vllm_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmcompress.cli_serve.find_spec", lambda name: None)
+    monkeypatch.setattr("mmcompress.cli.serve.find_spec", lambda name: None)
     assert main(["serve", QWEN]) == 2
     assert "mmcompress[vllm]" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import sysconfig
@@ -23,7 +24,21 @@ FOLDERS = {
 FLOORS = [
     ("kernels",),
     ("ops",),
-    ("budget", "visuals", "selection", "stage", "plan", "weights", "pictures", "videos", "decoders", "records"),
+    (
+        "_checkout",
+        "budget",
+        "visuals",
+        "selection",
+        "stage",
+        "plan",
+        "catalog",
+        "presets",
+        "weights",
+        "pictures",
+        "videos",
+        "decoders",
+        "records",
+    ),
     ("methods",),
     ("runtime",),
     ("adapters",),
@@ -31,24 +46,23 @@ FLOORS = [
     ("explain", "learn", "visualize"),
     (
         "eval",
-        "cli",
         "demo",
+        "demo_tables",
         "assets",
         "spending",
+        "advice",
+        "app",
+        "playground",
         "tune",
-        "cli_explain",
-        "cli_learn",
         "architectures",
         "check",
-        "cli_check",
-        "cli_models",
-        "cli_serve",
-        "__main__",
     ),
+    ("cli", "__main__"),
 ]
 """From the ground up; a module may import from its own floor and from those below."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     found = {}
     for folder, package in FOLDERS.items():
@@ -65,6 +79,7 @@ def floor(module: str) -> int | None:
     return next(i for i, names in enumerate(FLOORS) if parts[1] in names) if len(parts) > 1 else None
 
 
+@functools.cache
 def imported(name: str, path: Path) -> set[str]:
     """Modules of this project that a file imports, at any depth of its code."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]

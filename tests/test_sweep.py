@@ -12,11 +12,13 @@ import pytest
 import torch
 from mmcompress.assets import model_path
 from mmcompress.eval.comparison import Comparison, compare
+from mmcompress.eval.docs.tables import methods
 from mmcompress.eval.evaluator import Prepared, Setup, evaluate, load_record
-from mmcompress.eval.readme import methods
 from mmcompress.eval.statistics import Difference, Flips
+from mmcompress.eval.sweep import pareto
 from mmcompress.eval.sweep import run as sweeping
-from mmcompress.eval.sweep.examples import worst
+from mmcompress.eval.sweep.best import bests, headline, runner_up
+from mmcompress.eval.sweep.examples import spread, worst
 from mmcompress.eval.sweep.retained import Standing, front, standings, undecided
 from mmcompress.eval.sweep.run import load_sweep, points, read_tasks
 from mmcompress.eval.synthetic import Item, items
@@ -281,8 +283,43 @@ def test_the_table_of_methods(swept: tuple[Path, list[str]]) -> None:
 def test_the_report(swept: tuple[Path, list[str]]) -> None:
     out, _ = swept
     page = (out / "report.html").read_text()
-    assert "divprune(keep=0.02)" in page and "became" in page and "of 144 tokens" in page and "layer=99" in page
-    assert page.count("data:image/png;base64,") >= 3 and "http" not in page and "<script" not in page
+    assert (
+        "divprune(keep=0.02)" in page
+        and "right before, wrong now" in page
+        and "of 144 tokens" in page
+        and "layer=99" in page
+    )
+    assert page.count("data:image/") >= 8 and "://" not in page
+    assert "Times of" not in page and "TTFT" not in page  # of a model as small as this one they say nothing
+    assert (
+        page.index("best plan")
+        < page.index("what was kept")
+        < page.index("score against cost")
+        < page.index("all plans")
+    )
+
+
+def test_the_report_in_a_browser(swept: tuple[Path, list[str]], browser: Any) -> None:
+    """A heading sorts; nothing hangs over the edge of a phone; both themes."""
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get((swept[0] / "report.html").as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    first = "return [...document.querySelectorAll('#all tbody tr')].map((row) => row.cells[1].textContent)"
+    for order in (lambda values: sorted(values, reverse=True), sorted):
+        browser.execute_script("document.querySelectorAll('#all thead button')[1].click()")
+        values = [float(text) for text in browser.execute_script(first)]
+        assert values == order(values)
+    assert browser.execute_script("return document.querySelectorAll('#all thead [aria-sort=ascending]').length") == 1
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    before = browser.execute_script(ground)
+    browser.execute_script("document.getElementById('theme').click()")
+    assert browser.execute_script(ground) != before
+    assert browser.execute_script(
+        "return [...document.images].every((image) => image.complete && image.naturalWidth > 0)"
+    )
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_sweep_goes_on(swept: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +349,68 @@ def test_the_front() -> None:
         row("e", math.nan, 1),
     ]
     assert [one.plan for one in front(rows, "flops")] == ["d", "b", "stock"] and front(rows, "ttft") == []
+
+
+def found_of(marks: dict[str, str], shares: dict[str, float]) -> tuple[dict[str, Any], list[Standing]]:
+    """A sweep of one task by the marks of its plans."""
+    stock = [mark == "1" for mark in marks["stock"]]
+    points, rows = [], []
+    for plan, line in marks.items():
+        points.append({"plan": plan, "tasks": {"shapes": {"marks": {"a": line}}}})
+        right = [mark == "1" for mark in line]
+        changed = sum(a != b for a, b in zip(right, stock, strict=True))
+        value, base = sum(right) / len(right), sum(stock) / len(stock)
+        change = Difference(value - base, -1.0, 1.0, 0.02, changed, len(right))
+        flips = Flips(len(right), len(right) - changed, changed, 0)
+        one = Comparison("shapes", "stock", plan, len(right), base, value, value / base, value, change, flips, {}, ())
+        told = {} if plan == "stock" else {"shapes": one}
+        rows.append(Standing(plan, plan, None, 100 * value / base, 2.0, 0.0, 0.0, 0.0, told, {}, share=shares[plan]))
+    return {"tasks": {"shapes": {}}, "cost": {}, "points": points}, rows
+
+
+def test_the_best_plan_of_each_budget() -> None:
+    """Each plan counts where it just fits by what the layers see; few questions are not a tie; floors count too."""
+    marks = {
+        "stock": "1" * 100, "voronoi(keep=0.25)": "1" * 98 + "00", "dart(layer=2, keep=0.1)": "1" * 99 + "0",
+        "divprune(keep=0.25)": "1" * 97 + "000", "random(keep=0.25)": "1" * 60 + "0" * 40, "random(keep=0.1)": "1" * 50 + "0" * 50,
+    }  # fmt: skip
+    shares = dict(zip(marks, (1.0, 0.25, 0.4, 0.25, 0.26, 0.1), strict=True))
+    content, rows = found_of(marks, shares)
+    found = bests(content, rows)
+    assert [(one.budget, one.row.plan) for one in found] == [
+        ("50%", "dart(layer=2, keep=0.1)"), ("25%", "voronoi(keep=0.25)"), ("10%", "random(keep=0.1)"),
+    ]  # fmt: skip
+    quarter = found[1]
+    assert quarter.floor is not None and quarter.floor.plan == "random(keep=0.25)"
+    assert runner_up(quarter).startswith("not told from divprune(keep=0.25): +1.0 ± 1.")
+    assert runner_up(found[0]) == "no other plan here" and found[2].floor is found[2].row
+    text = headline(rows, found)
+    assert text.startswith("voronoi(keep=0.25) keeps 98.0 ± 2.0 %") and "random(keep=0.25) keeps 60.0 %" in text
+    clear = bests(*found_of({**marks, "divprune(keep=0.25)": "1" * 70 + "0" * 30}, shares))[1]
+    assert runner_up(clear).startswith("clear of divprune(keep=0.25): +28.0 ±")
+    weak = bests(*found_of({"stock": "1" * 10, "random(keep=0.1)": "1" * 5 + "0" * 5}, shares))
+    assert headline(rows, weak).startswith("No plan keeps 97 %") and "nothing to choose" in headline(rows, [])
+
+
+def test_every_family_of_a_plot_has_a_name() -> None:
+    """Also where there are too many methods for a colour each; no axis goes below 0."""
+    names = ["stock", "random", "downsample", *(n for n, c in mm.methods().items() if c.kind in ("input", "layer"))][
+        :30
+    ]
+    rows = [
+        Standing(n, n, None, 100.0 - i, 1.0, 0, 0, 0, {}, {"flops": 100.0 - 3 * i, "kv": 1.0})
+        for i, n in enumerate(names)
+    ]
+    for some in (rows[:6], rows):
+        found = pareto.families(some, ["r", "g", "b", "y", "c", "m", "k", "r", "g", "b"])
+        assert set(found) == {row.family for row in some[1:]}
+        legend = " ".join(look.legend for look in found.values())
+        assert all(name in legend for name in found) and "random (floor)" in legend
+        assert len({(look.colour, look.marker) for look in found.values()}) == len(set(found.values()))
+
+
+def test_frames_of_a_strip() -> None:
+    assert spread(1) == [0] and spread(3) == [0, 1, 2] and spread(16) == [1, 4, 6, 9, 12, 14]
 
 
 def test_the_worst_examples_come_from_different_types() -> None:

@@ -268,7 +268,7 @@ def test_without_a_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture(scope="module")
 def watcher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the architecture of the embedded model of videos, untrained on them."""
-    from mmcompress.eval.synthetic.videos.model import Watcher
+    from mmcompress.eval.making.videos.model import Watcher
 
     made, family = tmp_path_factory.mktemp("watcher"), Watcher()
     processor = family.make_processor()

@@ -14,9 +14,9 @@ from PIL import Image
 
 import mmcompress as mm
 from mmcompress.explain import Pane
+from mmcompress.explain.fates import DROPPED, KEPT, MERGED, Step, step_of_layer
 from mmcompress.visualize import animation, contact_sheet, kept_overlay, steps
 from mmcompress.visualize.colours import SEAM, cluster_colour, heat, unit
-from mmcompress.visualize.fates import DROPPED, KEPT, MERGED, Step, step_of_layer
 from mmcompress.visualize.figure import new_figure
 from mmcompress.visualize.overlay import fate_overlay, heat_overlay, laid_out
 

@@ -19,6 +19,7 @@ from mmcompress.eval import metrics as vqa
 from mmcompress.eval.comparison import Comparison, by_chance, compare, stock_first
 from mmcompress.eval.cost.vision_flops import mlp_projector_flops, vit_flops
 from mmcompress.eval.data import Question
+from mmcompress.eval.data.films import FILMS
 from mmcompress.eval.statistics import (
     Difference,
     about,
@@ -291,7 +292,7 @@ def test_headlines_as_sums_are_the_metrics() -> None:
 def test_every_task_judges_an_empty_and_a_right_reply() -> None:
     golds = {"mme": "Yes", "pope": "yes", "yesno": "no", "hallusionbench": "1", "chartqa": "12", "relaxed": "12"}
     replies = {"yesno": "No", "hallusionbench": "Yes", "mme": "yes"}
-    choices = ("mmbench", "scienceqa", "seedbench", "mmstar", "ai2d", "letter", "mmmu")
+    choices = ("mmbench", "scienceqa", "seedbench", "mmstar", "ai2d", "letter", "mmmu", *FILMS)
     for name, task in TASKS.items():
         gold = "B" if name in choices else golds.get(name, "red")
         options = (("A", "a cat"), ("B", "a dog")) if name in choices else ()

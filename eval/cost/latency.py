@@ -18,6 +18,7 @@ import torch
 
 import mmcompress as mm
 
+from ...api import plan_for
 from ...flops import counted
 from ...runtime.cache import CACHE, cache_of
 from ..machine import synchronize
@@ -90,6 +91,7 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 1
     Prefill is one forward pass on preprocessed inputs with an empty cache: vision tower, projector, compression, LLM,
     last logits. Decode is the mean of `new_tokens` greedy steps behind it. Medians over `repeats` rounds.
     """
+    plans = [plan if plan == "stock" else repr(plan_for(model, plan)) for plan in plans]
     inputs = one_image_prompt(model)
     prefill: dict[str, list[float]] = {plan: [] for plan in plans}
     decode: dict[str, list[float]] = {plan: [] for plan in plans}
@@ -148,17 +150,21 @@ def measure(model: Any, plans: Sequence[str], repeats: int = 20, warmup: int = 1
     return rows
 
 
-def video_memory(plan: str) -> dict[str, Any]:
+def video_memory(plan: str, frames: int = 20, side: int = 64) -> dict[str, Any]:
     """Peak resident memory of a fresh process that runs the prefill of a 20,480-token video with `plan`, in MiB, and what
-    the process held before the prefill (libraries, model, pixels)."""
+    the process held before the prefill (libraries, model, pixels; libraries are loaded by `compress` too, so that what the prefill
+    adds is to be compared). frames, side: of another video, as `long_video` has them."""
     code = (
         "import sys, torch, mmcompress as mm; from mmcompress.eval.cost.midsize import long_video; "
-        "from mmcompress.eval.cost.latency import peak_rss_mib; model, inputs = long_video(); plan = sys.argv[1]; "
-        "plan == 'stock' or mm.compress(model, plan); before = peak_rss_mib(); torch.set_grad_enabled(False); "
+        "from mmcompress.eval.cost.latency import peak_rss_mib; plan = sys.argv[1]; "
+        "from mmcompress.eval.machine import resident_now; "
+        "model, inputs = long_video(*map(int, sys.argv[2:])); "
+        "plan == 'stock' or mm.compress(model, plan); before = (resident_now() or 0) / 2**20 or peak_rss_mib(); "
+        "torch.set_grad_enabled(False); "
         "model(**inputs, use_cache=True, logits_to_keep=1); "
         "print(before, peak_rss_mib(), 0 if plan == 'stock' else mm.trace(model).visuals[0].kept)"
     )
-    out = subprocess.run([sys.executable, "-c", code, plan], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code, plan, str(frames), str(side)], capture_output=True, text=True)
     if out.returncode:  # killed for its memory, or refused
         last = (out.stderr.strip().splitlines() or [f"exit status {out.returncode}"])[-1]
         raise ChildProcessError(f"{plan}: the process that measures its memory ended: {last}")

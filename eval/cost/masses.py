@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...plan import as_pipeline
+from ...api import plan_for
 from ...runtime.mass import ways
 from ..evaluator import STOCK
 from .clock import Spread, Subject, Times, clock
@@ -73,7 +73,7 @@ def mass_costs(
 ) -> list[MassCost]:
     """Time `plan` in every way under every implementation in `attentions`; prefill includes vision and selection, decode is per
     token. The model must be stock, and is stock again afterwards. Raises what `compress` and `clock` raise."""
-    stages = " >> ".join(map(repr, as_pipeline(plan).stages))
+    stages = " >> ".join(map(repr, plan_for(model, plan).stages))
     written = {way: f"plan({stages}, mass={way!r})" for way in (False, "mask", "channel")}
     subjects: dict[tuple[str, str], Subject] = {}
     for attention in attentions:

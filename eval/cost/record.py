@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...plan import as_pipeline
+from ...api import plan_for
 from ...trace import CONVENTIONS
 from ..evaluator import STOCK, weights_digest
 from ..machine import machine
@@ -105,7 +105,7 @@ def costs(
     one: where `inputs` are a batch, one prompt of it: counts are of that one, by shapes alone; times and memory of the batch.
     """
     given, shapes = (inputs, False) if one is None else (one, True)
-    written = list(dict.fromkeys(repr(as_pipeline(plan)) for plan in plans if plan != STOCK))
+    written = list(dict.fromkeys(repr(plan_for(model, plan)) for plan in plans if plan != STOCK))
     own = getattr(model.config, "_attn_implementation", None)
     foreign = own not in (None, "eager", FASTEST)  # with kernels that torch does not count
     if foreign:

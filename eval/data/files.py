@@ -172,9 +172,11 @@ class Images:
     one of `names`, and in the folder itself.
     """
 
+    kind, option = "pictures", "--images"
+
     def __init__(self, folder: Folder, given: Path | None, *names: str) -> None:
         if given is not None and not given.is_dir():
-            raise ValueError(f"--images {given}: no such folder")
+            raise ValueError(f"{self.option} {given}: no such folder")
         below = [
             path
             for name in names
@@ -191,11 +193,14 @@ class Images:
         """The first of the names (of one picture) that is in one of the folders. place: of the row that wants it."""
         if names[0] not in self._known:
             self.wanted += 1
-            found = next((root / name for name in names for root in self.roots if _is_file(root / name)), None)
+            found = next((root / name for name in names for root in self.roots if self._is(root / name)), None)
             if found is None:
                 self.missing.append((names[0], place))
             self._known[names[0]] = found or self.roots[0] / names[0]
         return self._known[names[0]]
+
+    def _is(self, path: Path) -> bool:
+        return _is_file(path)
 
     def decoded(self, text: str) -> bytes | None:
         """`from_base64`, once for each text."""
@@ -209,9 +214,18 @@ class Images:
             shown: Iterable[Path] = self.roots[:4]
             name, place = self.missing[0]
             raise ValueError(
-                f"{len(self.missing)} of {self.wanted} pictures are missing, the first is {name[:200]!r} ({place}): looked in "
-                f"{', '.join(map(str, shown))}; say where they are by --images FOLDER"
+                f"{len(self.missing)} of {self.wanted} {self.kind} are missing, the first is {name[:200]!r} ({place}): looked in "
+                f"{', '.join(map(str, shown))}; say where they are by {self.option} FOLDER"
             )
+
+
+class Videos(Images):
+    """The same for videos: files, or folders of frames."""
+
+    kind, option = "videos", "--videos"
+
+    def _is(self, path: Path) -> bool:
+        return _is_file(path) or os.path.isdir(path)
 
 
 def _is_file(path: Path) -> bool:

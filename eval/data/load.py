@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from .files import Folder, Images, Part, choose
+from .film import Showing
+from .films import FILMS, read_films
 from .layouts import HALLUSION_KEY, LAYOUTS, POPE_PARTS, all_parts
 from .plain import table_questions
 from .question import Question, check_questions
@@ -16,19 +18,28 @@ from .tables import TABLES, read_rows
 
 
 def read_questions(
-    task: str, data: Path | str, images: Path | str | None = None, split: str | None = None
+    task: str,
+    data: Path | str,
+    images: Path | str | None = None,
+    split: str | None = None,
+    showing: Showing | None = None,
 ) -> Sequence[Question]:
     """The questions of a benchmark in the layout of its site or of LLaVA's evaluation folder, or of a plain table.
 
     data: a folder with the files anywhere in it, or the file with the questions. A file that is none of the benchmark's own,
     and a folder that has one table (or its shards) instead, is read as a plain table and judged by the rules of `task`.
-    images: the folder of the pictures, if they do not lie where the layout has them. split: which of several tables.
+    images: the folder of the pictures or videos, if they do not lie where the layout has them. split: which of several tables.
+    showing: how many frames of videos, and whether with subtitles.
 
     Raises ValueError that names file, row and column of what cannot be read, or says what was looked for and what is there:
     unknown layout, several splits, a missing shard or part, a missing picture, an id that is there twice.
     """
-    folder = Folder(Path(data))
     given = Path(images) if images is not None else None
+    if task in FILMS:
+        return read_films(task, Path(data), given, split, showing)
+    if showing is not None and showing.subtitles:
+        raise ValueError(f"{task} has no subtitles: leave --subtitles out")
+    folder = Folder(Path(data))
     patterns, reader = LAYOUTS.get(task, ((), None))
     own = folder.matching(*patterns) if patterns else []
     if reader is not None and own and (folder.file is None or folder.file in own):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ...pictures import PictureError, open_picture, picture_size
 from ...videos import Clip, read_video
+from .film import Film
 
 __all__ = [
     "Picture",
@@ -28,8 +29,8 @@ __all__ = [
 
 Picture: TypeAlias = "Path | bytes | Callable[[], Image.Image]"
 """A file, the bytes of one, or what draws it."""
-Video: TypeAlias = "Path | bytes | Clip | Callable[[], Clip]"
-"""A file, the bytes of one, frames that are there already, or what draws them."""
+Video: TypeAlias = "Path | bytes | Clip | Film | Callable[[], Clip]"
+"""A file, the bytes of one, frames that are there already, a part of a file or so many frames of it, or what draws them."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def digest(questions: Iterable[Question]) -> str:
         for image in question.visuals:
             if isinstance(image, Path):
                 words.append(f"{image.name} {image.stat().st_size}")
+            elif isinstance(image, Film):
+                words += image.words
             elif isinstance(image, bytes):
                 words.append(hashlib.sha256(image).hexdigest())
         found.update("\x1f".join(words).encode("utf-8", "surrogatepass") + b"\x1e")

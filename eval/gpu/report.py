@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record of `make gpu` shows, in Markdown: a section of the README. A dry record shows nothing."""
+"""What a record of `make gpu` shows, in Markdown: a section of docs/speed.md. A dry record shows nothing."""
 
 from __future__ import annotations
 

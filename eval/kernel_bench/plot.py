@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...visualize.figure import new_figure, written
+from ..machine import threads
 from .measure import Row, digits
 from .operations import OPERATIONS
 
@@ -63,7 +64,7 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
         axis.set_axis_off()
     one = next(iter(panels.values()))[0]
     types = "/".join(sorted({found[0].dtype for found in panels.values()}))
-    where = f"{one.device}, {one.threads} threads, {types}, torch {one.torch}, commit {one.commit}"
+    where = f"{one.device}, {threads(one.threads)}, {types}, torch {one.torch}, commit {one.commit}"
     figure.suptitle(f"milliseconds against number of tokens N ({where})", fontsize=9)
     labels = ["what the device would allow" if name == "bound" else name for name in handles]
     figure.legend(

@@ -141,3 +141,14 @@ def mvbench_letter(reply: str) -> str:
     first = re.match(r"([A-E])\.\s*.+$", reply.strip(), re.IGNORECASE)
     found = first or re.search(r"\b([A-E])\b", drop_punctuation(one_line(reply)), re.IGNORECASE)
     return found[1].upper() if found else ""
+
+
+def longvideobench_letter(reply: str) -> str:
+    """LongVideoBench: the first of A to E, once phrases like "The answer is" are taken out. "" where the tool draws at random
+    (count it as wrong)."""
+    text = reply.strip()
+    for phrase in ("The best answer is", "The correct answer is", "The answer is", "The answer", "The best option is",
+                   "The correct option is", "Best answer:", "Best option:", "Answer:", "Option:"):  # fmt: skip
+        text = text.replace(phrase, "")
+    found = re.search("[A-E]", text)
+    return found[0] if found else ""

@@ -1,100 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a sweep: one HTML file with tables, plots and the worst examples, nothing outside it."""
+"""The report of a sweep: one HTML page with what it comes to, pictures, plot and tables, nothing outside it."""
 
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Sequence
-from html import escape
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...flops import WHOLE
 from ...records import write_text
-from .examples import Example
-from .retained import HEADINGS, Standing, cells, task_lines, undecided
+from ...visualize.page import embedded, environment
+from ..comparison import shown
+from ..machine import told
+from ..tasks import task_of
+from .best import Best, accuracy, bests, headline, loss, runner_up, savings
+from .examples import Example, Gallery
+from .retained import FLOORS, HEADINGS, Standing, cells, shown_columns, tiny, undecided
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 1rem; }
-figure { margin: 0; padding: .5rem; border: 1px solid #ddd; font-size: 13px; }
-.right { color: #1a7f37; } .wrong { color: #b42318; } .note { color: #666; font-size: 13px; }
-"""
+MOST = 9
+"""Plans whose pictures stand side by side."""
 
 
 def write_report(
-    content: dict[str, Any], rows: Sequence[Standing], examples: Sequence[Example], plot: Path | None, path: Path
+    content: dict[str, Any], rows: Sequence[Standing], gallery: Gallery, plot: Path | None, path: Path, count: int = 3
 ) -> Path:
-    """Write the report of a sweep."""
-    title = f"{content['model']} on {', '.join(content['tasks'])}"
-    parts = [f"<h1>{escape(title)}</h1>", _conditions(content)]
-    if plot is not None:
-        parts.append(_image(plot.read_bytes(), "retained accuracy against cost"))
-    parts += [
-        "<h2>Retention</h2>",
-        _table(HEADINGS, [cells(row) for row in rows]),
-        '<p class="note">RelAcc: mean over tasks of score / stock score in %, with one standard error of a paired bootstrap; OP: '
-        "root mean square of it; OG: its spread over tasks; agreement: the benchmark's parser reads the same in both replies; "
-        f"verdict: against the stock model (95 %), same: within one point; FLOPs: {WHOLE}, % of the stock model, "
-        f"counted; TTFT: measured, interleaved. {escape('. '.join(undecided(rows)))}</p>",
-        "<h2>Tasks and question types</h2>",
-        _table(
-            ("plan", "task", "stock", "score", "above chance", "verdict", "by type: stock > plan, %"), task_lines(rows)
-        ),
-    ]
-    if refused := [point for point in content["points"] if point["refused"]]:
-        items = "".join(f"<li>{escape(point['plan'])}: {escape(point['refused'])}</li>" for point in refused)
-        parts.append(f"<h2>Plans that this model does not run</h2><ul>{items}</ul>")
-    if examples:
-        parts.append(
-            "<h2>Right before, wrong now</h2><p class='note'>Bright: patches whose tokens the last layer sees.</p>"
-        )
-        for plan in dict.fromkeys(example.plan for example in examples):
-            shown = "".join(_example(example) for example in examples if example.plan == plan)
-            parts.append(f"<h3>{escape(plan)}</h3><div class='examples'>{shown}</div>")
-    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>"
-    return write_text(path, f"{page}<body>{''.join(parts)}</body></html>\n")
+    """Write the report of a sweep. gallery: its answers and pictures; count: of examples (0: none)."""
+    found = bests(content, rows)
+    side = gallery.beside(chosen(found), count) if count else []
+    lost = gallery.worst(count) if count else []
+    values = {
+        "title": f"{content['model']} on {', '.join(content['tasks'])}",
+        "headline": headline(rows, found),
+        "about": about(content),
+        "budgets": [budget(best, rows[0]) for best in found],
+        "costs": bool(content["cost"]),
+        "side": [(one[0], list(map(panel, one))) for one in side],
+        "plot": None if plot is None else f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}",
+        "columns": [(name, HEADINGS[name]) for name in shown_columns(rows)],
+        "rows": list(table(rows)),
+        "undecided": undecided(rows),
+        "types": [types(task, rows) for task in content["tasks"]],
+        "refused": [point for point in content["points"] if point["refused"]],
+        "lost": {
+            plan: [panel(one) for one in lost if one.plan == plan] for plan in dict.fromkeys(one.plan for one in lost)
+        },
+    }
+    return write_text(path, environment().get_template("report.html").render(values))
 
 
-def _conditions(content: dict[str, Any]) -> str:
-    about = content["cost"]
-    if not about:
-        return '<p class="note">Costs were not measured.</p>'
-    here = about["machine"]
-    text = (
-        f"Costs: one prompt of {about['prompt_tokens']} tokens, {about['dtype']}, attention {about['attention']}, medians of "
-        f"{about['repeats']} interleaved rounds after {about['warmup']}; {here['device']}, {here['threads']} threads, torch "
-        f"{here['torch']}, transformers {here['transformers']}, commit {here['commit']}."
+def chosen(found: Sequence[Best]) -> list[str]:
+    """The plans whose pictures stand side by side: the best of each budget and the floor under it."""
+    plans = [row.plan for best in found for row in (best.row, best.floor) if row is not None]
+    return list(dict.fromkeys(plans))[:MOST]
+
+
+def about(content: dict[str, Any]) -> str:
+    """How it was measured."""
+    asked = ", ".join(f"{one['questions']} questions of {name}" for name, one in content["tasks"].items())
+    cost = content["cost"]
+    if not cost:
+        return f"{asked}; costs were not measured; {told(content['machine'])}."
+    rounds = (
+        "times of a model as small as this one say nothing of real ones and are left out (--time-on MODEL@8x4 takes them)"
+        if tiny(content)
+        else f"times are medians of {cost['repeats']} round{'s' * (cost['repeats'] != 1)} of all plans in turn"
     )
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>" for line in lines)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _example(example: Example) -> str:
-    pictures = ""
-    for picture in example.pictures:
-        held = io.BytesIO()
-        picture.save(held, "PNG")
-        pictures += _image(held.getvalue(), "kept tokens")
-    row = example.row
     return (
-        f"<figure>{pictures}<figcaption>{escape(example.question)}<br>"
-        f"<span class='right'>{escape(example.before.strip())}</span> became "
-        f"<span class='wrong'>{escape(row.reply.strip() or '(nothing)')}</span><br>"
-        f"<span class='note'>right: {escape(', '.join(row.answers[:3]))}; {escape(example.task)} {escape(row.id)} "
-        f"{escape(row.kind)}; {escape(example.tokens)} tokens</span></figcaption></figure>"
+        f"{asked}; costs of one prompt of {cost['prompt_tokens']} tokens to {cost['model']}, {cost['dtype']}, attention "
+        f"{cost['attention']}; {rounds}; {told(cost['machine'])}."
     )
 
 
-def _image(data: bytes, text: str) -> str:
-    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+def budget(best: Best, stock: Standing) -> dict[str, str]:
+    """A line of the first table."""
+    floor = best.floor
+    under = "" if floor is None else "itself a floor" if floor is best.row else f"{floor.plan}: {accuracy(floor)}"
+    return {
+        "budget": best.budget, "plan": best.row.plan, "accuracy": accuracy(best.row), "loss": loss(best.row),
+        "saves": savings(best.row, stock), "second": runner_up(best), "floor": under or "none was swept",
+    }  # fmt: skip
+
+
+def panel(example: Example) -> dict[str, Any]:
+    """A plan's answer with its pictures."""
+    return {
+        "plan": example.plan, "tokens": example.tokens, "right": example.right, "question": example.question,
+        "before": example.before.strip(), "reply": example.row.reply.strip() or "(nothing)",
+        "answers": ", ".join(example.row.answers[:3]), "task": example.task, "id": example.row.id, "kind": example.row.kind,
+        "pictures": [(name, embedded(picture)) for name, picture in example.pictures],
+    }  # fmt: skip
+
+
+def table(rows: Sequence[Standing]) -> Iterator[dict[str, Any]]:
+    """Lines of the table of all plans, the best first: texts, and by what they are sorted."""
+    columns = shown_columns(rows)
+    for row in sorted(rows, key=lambda row: -row.relative if not math.isnan(row.relative) else math.inf):
+        texts = [cell for name, cell in zip(HEADINGS, cells(row), strict=True) if name in columns]
+        yield {"cells": texts, "floor": row.family in FLOORS, "notes": row.notes}
+
+
+def types(task: str, rows: Sequence[Standing]) -> dict[str, Any]:
+    """Every plan by question type of a task: score, and of each type value, loss (0 to 1) and verdict."""
+    scale = task_of(task).percent
+    found = [(row, row.comparisons[task]) for row in rows if task in row.comparisons]
+    kinds = list(found[0][1].by_kind) if found else []
+    stock = [found[0][1].by_kind[kind][1] for kind in kinds]
+    lines = []
+    for row, one in sorted(found, key=lambda pair: -pair[1].score if not math.isnan(pair[1].score) else math.inf):
+        values = [
+            (f"{100 * after:.0f}", max(0.0, before - after), change.verdict if abs(before - after) > 0 else "")
+            for _, before, after, change in (one.by_kind[kind] for kind in kinds if kind in one.by_kind)
+        ]
+        chance = shown(one.above_chance, True)
+        lines.append({"plan": row.plan, "score": shown(one.score, scale), "chance": chance, "kinds": values})
+    return {
+        "task": task, "kinds": [kind or "-" for kind in kinds], "stock": [f"{100 * value:.0f}" for value in stock],
+        "score": shown(found[0][1].base_score, scale) if found else "-", "lines": lines,
+    }  # fmt: skip

@@ -12,7 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from ...assets import MODELS
 from ...flops import WHOLE
+from ...plan import as_pipeline
 from ..comparison import Comparison, retained, shown
 from ..evaluator import STOCK
 from ..statistics import VERDICTS, unsettled
@@ -23,12 +25,19 @@ AXES = {
     "ttft": ("time to the first token, ms", lambda cost: cost["milliseconds"]["ttft"]["median"]),
     "kv": ("KV cache, MiB", lambda cost: cost["kv_bytes"] / 2**20),
 }
+FLOORS = ("keyframes", "downsample", "uniform", "random")
+"""What a method has to beat: fewer frames (evenly spread), smaller pictures or frames, every so-many-th token, tokens by lot."""
+ACTS = {
+    "pixel": "before the encoder", "encoder": "in the encoder", "input": "before the LLM", "layer": "in the LLM",
+    "attention": "in the LLM's attention", "recipe": "before and in the LLM",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Standing:
     """A plan of a sweep. relative: RelAcc in percent, error: its standard error by paired bootstrap; op, og, agreement: OP, OG and
-    OL; comparisons: task -> against the stock model; cost: axis -> value."""
+    OL; comparisons: task -> against the stock model; cost: axis -> value; share: visual tokens that an LLM layer sees, mean over
+    layers and tasks, as a part of all of them (nan: there are none)."""
 
     plan: str
     method: str
@@ -41,6 +50,18 @@ class Standing:
     comparisons: dict[str, Comparison]
     cost: dict[str, float]
     notes: tuple[str, ...] = ()
+    share: float = math.nan
+
+    @property
+    def family(self) -> str:
+        """The methods of the plan, whatever their options."""
+        return STOCK if self.plan == STOCK else " >> ".join(stage.name for stage in as_pipeline(self.plan).stages)
+
+    @property
+    def acts(self) -> str:
+        """Where the plan acts."""
+        kinds = list(dict.fromkeys(stage.kind for stage in as_pipeline(self.plan).stages))
+        return ACTS.get(kinds[0], kinds[0]) if len(kinds) == 1 else "several stages"
 
     @property
     def flips(self) -> tuple[int, int]:
@@ -56,14 +77,20 @@ class Standing:
         return ", ".join(f"{each.count(kind)} {kind}" if len(each) > 1 else kind for kind in kinds)
 
 
+def tiny(content: dict[str, Any]) -> bool:
+    """Whether times were taken on an embedded model as it is: they say nothing of real ones, and are not shown."""
+    return bool(content["cost"]) and content["cost"]["model"] in MODELS
+
+
 def standings(content: dict[str, Any]) -> list[Standing]:
     """The plans of a sweep that ran, the stock model first; raises ValueError if that is not there."""
     ran = [point for point in content["points"] if not point["refused"]]
     if not ran or ran[0]["plan"] != STOCK:
         raise ValueError("a sweep without the stock model has nothing to compare with")
     found = []
+    axes = {name: read for name, (_, read) in AXES.items() if name != "ttft" or not tiny(content)}
     for point in ran:
-        cost = {name: read(point["cost"]) for name, (_, read) in AXES.items()} if point["cost"] else {}
+        cost = {name: read(point["cost"]) for name, read in axes.items()} if point["cost"] else {}
         every = {task: Comparison.from_dict(one["against"]) for task, one in point["tasks"].items() if one["against"]}
         found.append(_standing(point, every, cost))
     return found
@@ -71,8 +98,10 @@ def standings(content: dict[str, Any]) -> list[Standing]:
 
 def _standing(point: dict[str, Any], every: dict[str, Comparison], cost: dict[str, float]) -> Standing:
     head = (point["plan"], point["method"], point["keep"])
+    seen = [one["visual"] for one in point["tasks"].values() if one["visual"].get("prompt")]
+    share = sum(one["mean_of_layers"] / one["prompt"] for one in seen) / len(seen) if seen else math.nan
     if point["plan"] == STOCK:
-        return Standing(*head, 100.0, 0.0, 100.0, 0.0, 100.0, {}, cost)
+        return Standing(*head, 100.0, 0.0, 100.0, 0.0, 100.0, {}, cost, share=share)
     sums: dict[str, float] = {}
     notes: tuple[str, ...] = ()
     try:
@@ -83,7 +112,7 @@ def _standing(point: dict[str, Any], every: dict[str, Comparison], cost: dict[st
     error = math.sqrt(sum((one.change.error / one.base_score) ** 2 for one in known if one.change)) / max(1, len(known))
     same, asked = (sum(getattr(one.flips, what) for one in every.values()) for what in ("same", "questions"))
     values = [sums.get(name, math.nan) for name in ("RelAcc", "OP", "OG")]
-    return Standing(*head, values[0], 100 * error, values[1], values[2], 100 * same / asked, every, cost, notes)
+    return Standing(*head, values[0], 100 * error, values[1], values[2], 100 * same / asked, every, cost, notes, share)
 
 
 def front(rows: Sequence[Standing], axis: str) -> list[Standing]:
@@ -96,32 +125,36 @@ def front(rows: Sequence[Standing], axis: str) -> list[Standing]:
     return found
 
 
-HEADINGS = (
-    "plan",
-    "RelAcc",
-    "OP",
-    "OG",
-    "agreement",
-    "right>wrong",
-    "wrong>right",
-    "verdict",
-    "FLOPs",
-    "TTFT ms",
-    "KV MiB",
-)
+HEADINGS = {
+    "plan": "the plan",
+    "tokens %": "visual tokens that a layer of the LLM sees, mean over its layers, % of the stock model's",
+    "RelAcc": "mean over tasks of score / stock score in %, ± one standard error of a paired bootstrap",
+    "OP": "root mean square of score / stock score over tasks, in %",
+    "OG": "spread of score / stock score over tasks: standard deviation over mean",
+    "agreement": "the benchmark's parser reads the same in both replies, % of the questions",
+    "right>wrong": "answers that were right and are wrong",
+    "wrong>right": "answers that were wrong and are right",
+    "verdict": "against the stock model, 95 %; same: surely within one point",
+    "FLOPs %": f"of the {WHOLE}, counted, % of the stock model's",
+    "TTFT ms": "time to the first token, measured, plans in turn",
+    "KV MiB": "keys and values that decoding reads",
+}
+"""Columns of the table of a sweep, and what they say."""
+
+
+COSTS = {"FLOPs %": "flops", "TTFT ms": "ttft", "KV MiB": "kv"}
 
 
 def cells(row: Standing) -> list[str]:
-    """A line of the table of a sweep."""
+    """A line of the table of a sweep, a cell for each of HEADINGS."""
     percent: Callable[[float], str] = lambda value: "-" if math.isnan(value) else f"{value:.1f}"  # noqa: E731
-    cost = [
-        f"{row.cost[axis]:.{digits}f}" if axis in row.cost else "-"
-        for axis, digits in (("flops", 1), ("ttft", 1), ("kv", 2))
-    ]
+    cost = [f"{row.cost[axis]:.{1 + (axis == 'kv')}f}" if axis in row.cost else "-" for axis in COSTS.values()]
     flips = ["", "", ""] if row.plan == STOCK else [*map(str, row.flips), row.verdict]
     relative = percent(row.relative) + (f" ± {row.error:.1f}" if row.plan != STOCK else "")
     og = "-" if math.isnan(row.og) else f"{row.og:.3f}"
-    return [row.plan, relative, percent(row.op), og, percent(row.agreement), *flips, *cost]
+    return [
+        row.plan, percent(100 * row.share), relative, percent(row.op), og, percent(row.agreement), *flips, *cost
+    ]  # fmt: skip
 
 
 def table(content: dict[str, Any], rows: Sequence[Standing]) -> Table:
@@ -129,15 +162,22 @@ def table(content: dict[str, Any], rows: Sequence[Standing]) -> Table:
     made = Table(
         box=SIMPLE_HEAD,
         title=escape(f"{content['model']} on {', '.join(content['tasks'])}"),
-        caption="RelAcc: mean over tasks of score / stock score in %, ± one standard error of a paired bootstrap; OP: root mean "
-        "square of it; agreement: the parser reads the same in both replies; verdict: against the stock model (95 %), same: within "
-        f"one point; FLOPs: {WHOLE}, % of stock",
+        caption="; ".join(f"{heading}: {HEADINGS[heading]}" for heading in shown_columns(rows)[1:]),
     )
-    for heading in HEADINGS:
+    columns = shown_columns(rows)
+    for heading in columns:
         made.add_column(heading, justify="left" if heading in ("plan", "verdict") else "right")
     for row in rows:
-        made.add_row(*map(escape, cells(row)))
+        made.add_row(*(escape(cell) for heading, cell in zip(HEADINGS, cells(row), strict=True) if heading in columns))
     return made
+
+
+def shown_columns(rows: Sequence[Standing]) -> list[str]:
+    """The headings of the columns that say something: no OP and OG of one task, no costs that were not measured."""
+    one = max((len(row.comparisons) for row in rows), default=0) < 2
+    empty = {"OP", "OG"} if one else set()
+    empty |= {name for name, axis in COSTS.items() if not any(axis in row.cost for row in rows)}
+    return [heading for heading in HEADINGS if heading not in empty]
 
 
 def undecided(rows: Sequence[Standing]) -> list[str]:

@@ -13,13 +13,15 @@ import torch
 
 import mmcompress as mm
 
+from ...api import plan_for
 from ...plan import as_pipeline, methods
 from ...records import RecordError, write_text
 from ..comparison import compare
 from ..cost.record import conditions, costs, prompt_text
-from ..data import Question, read_questions
+from ..data import Question, Showing, read_questions
 from ..evaluator import STOCK, Prepared, Progress, Setup, drawn_questions, evaluate, read_record, record_path
 from ..inputs import AskError, inputs_of
+from ..remembered import remembered
 from ..statistics import RIGHT
 from ..tasks import task_of
 from ..team import Team
@@ -65,9 +67,9 @@ def training_free() -> list[str]:
     return [name for name, cls in methods().items() if "weights" not in cls.__dataclass_fields__ or name in FREE]
 
 
-def points(plans: Iterable[str], keeps: Sequence[float | int]) -> list[Point]:
+def points(plans: Iterable[str], keeps: Sequence[float | int], model: Any = None) -> list[Point]:
     """The stock model, and every plan at every ratio: a method that takes a budget, or a text with {keep} in it; another plan is
-    taken once, as it is. "all" stands for every method that needs no weights of its own."""
+    taken once, as it is. "all" stands for every method that needs no weights of its own. model: whose family presets are for."""
     found = [Point(STOCK)]
     for plan in plans:
         for name in training_free() if plan == "all" else [plan]:
@@ -78,11 +80,13 @@ def points(plans: Iterable[str], keeps: Sequence[float | int]) -> list[Point]:
             else:
                 found.append(Point(name, name))
     for point in found[1:]:
-        point.plan = repr(as_pipeline(point.plan))
+        point.plan = repr(as_pipeline(point.plan) if model is None else plan_for(model, point.plan))
     return list({point.plan: point for point in reversed(found)}.values())[::-1]
 
 
-def read_tasks(texts: Sequence[str], count: int | None, model: Any, start: int = 1_000_000) -> list[Work]:
+def read_tasks(
+    texts: Sequence[str], count: int | None, model: Any, start: int = 1_000_000, showing: Showing | None = None
+) -> list[Work]:
     """Tasks written as NAME=DATA (embedded ones alone), with their first `count` questions; drawn ones from seed `start` on."""
     found = []
     for text in texts:
@@ -91,7 +95,11 @@ def read_tasks(texts: Sequence[str], count: int | None, model: Any, start: int =
             raise ValueError(
                 f"--task {text}: " + (f"{name} has its own data" if data else f"write {name}=FOLDER or FILE")
             )
-        asked = read_questions(name, Path(data)) if data else drawn_questions(name, count or 210, model, start)
+        asked = (
+            read_questions(name, Path(data), showing=showing)
+            if data
+            else drawn_questions(name, count or 210, model, start)
+        )
         found.append(Work(name, asked[:count]))
     if len({work.name for work in found}) < len(found) or not found:
         raise ValueError("give each task once, and at least one")
@@ -114,8 +122,9 @@ def sweep(
     """Answer every task with every plan, and measure what each plan costs on one question; returns what sweep.json holds.
 
     A plan that the model refuses is named with the reason, and the others go on. Run again, a sweep makes only what is missing:
-    answers as `evaluate` does; costs are measured anew, all together, if any is missing (repeats=0: not at all). timed: name and
-    model whose costs are measured instead, such as a wider copy (`mmcompress.eval.widen`).
+    answers as `evaluate` does, with vision blocks `remembered` from plan to plan; costs are measured anew, all together, if any is
+    missing (repeats=0: not at all). timed: name and model whose costs are measured instead, such as a wider copy
+    (`mmcompress.eval.widen`).
     """
     if Team.here().size > 1:
         raise ValueError(
@@ -129,25 +138,26 @@ def sweep(
     for point in found[1:]:
         point.refused = refused(model, inputs, point.plan)
     runs, tasks, machine = [point for point in found if not point.refused], {}, {}
-    for work in works:
-        task, prepared, base = replace(setup, task=work.name), Prepared(), None
-        for point in list(runs):
-            try:
-                record = evaluate(
-                    model, processor, work.questions, task, point.plan, folder, name,
-                    None if show is None else lambda now, point=point, work=work: show(work.name, point.plan, now), prepared,
-                )  # fmt: skip
-            except (NotImplementedError, ValueError) as error:
-                if point.plan == STOCK or isinstance(error, RecordError | AskError):
-                    raise
-                point.refused = str(error)
-                runs.remove(point)
-                continue
-            if base is None:
-                base, machine = record, record["machine"]
-                tasks[work.name] = _about(record)
-            tasks[work.name]["failed"] = record["failed"] | tasks[work.name]["failed"]
-            point.tasks[work.name] = summary(base, record) | {"record": record_path(folder, record).name}
+    with remembered(model):
+        for work in works:
+            task, prepared, base = replace(setup, task=work.name), Prepared(), None
+            for point in list(runs):
+                try:
+                    record = evaluate(
+                        model, processor, work.questions, task, point.plan, folder, name,
+                        None if show is None else lambda now, point=point, work=work: show(work.name, point.plan, now), prepared,
+                    )  # fmt: skip
+                except (NotImplementedError, ValueError) as error:
+                    if point.plan == STOCK or isinstance(error, RecordError | AskError):
+                        raise
+                    point.refused = str(error)
+                    runs.remove(point)
+                    continue
+                if base is None:
+                    base, machine = record, record["machine"]
+                    tasks[work.name] = _about(record)
+                tasks[work.name]["failed"] = record["failed"] | tasks[work.name]["failed"]
+                point.tasks[work.name] = summary(base, record) | {"record": record_path(folder, record).name}
     about: dict[str, Any] = {}
     if repeats:
         which, one = timed or (name, model)
@@ -181,6 +191,7 @@ def _about(record: Mapping[str, Any]) -> dict[str, Any]:
     for row in record["rows"]:
         ids.setdefault(row["kind"], []).append(row["id"])
     asked = {name: settings[name] for name in ("protocol", "batch_size", "new_tokens", "weights", "data")}
+    asked |= {name: settings[name] for name in ("frames", "subtitles") if name in settings}
     return {
         **asked, "questions": settings["questions"], "failed": record["failed"], "headline": record["headline"],
         "chance": record["chance"], "ids": ids,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A synthetic VQA benchmark drawn by this project, and the training of the embedded model on it."""
+"""A synthetic VQA benchmark drawn by this project."""
 
 from .benchmark import Batch, Item, Score, evaluate, items, prepare
 from .questions import CHANCE, KINDS, Question, ask

@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..match.blocked import COLUMNS, ROWS, filled_up, roomy, round_up, view
 from ..match.rule import inverse_norms, without_huge
 from ..ragged import segments
+from .naive import of_graph
 
 _PAIRS = 1 << 20
 """Pairs in a block of rows."""
+_LEAST = 192
+"""Rows in a block at least: products of fewer take longer than their share."""
+_FEW = 64
+"""Up to so many tokens the time of the calls counts: the graph is whole, and labels spread over it as in `naive`."""
 
 
 def components(
@@ -43,11 +49,14 @@ def _components(x: Tensor, scale: Tensor, threshold: float, mask: Tensor | None,
         return
     small = n * n <= _PAIRS
     many = max(1, _PAIRS // (n * n))
-    height = max(64, round_up(n // 4, COLUMNS) if small else _PAIRS // n // COLUMNS * COLUMNS)
+    height = max(_LEAST, round_up(n // 4, COLUMNS) if small else _PAIRS // n // COLUMNS * COLUMNS)
     buffers = [torch.empty(0, device=x.device) for _ in range(4)]
     for g in range(0, groups, many):
         group = slice(g, g + many)
         known, part = None if mask is None else mask[group], x[group]
+        if n <= _FEW:
+            label[group], degree[group] = of_graph(_cosines(part, scale[group]) > threshold, known)
+            continue
         if small:  # filled up once for all of its blocks
             part, buffers[3] = filled_up(part, COLUMNS, buffers[3])
         root = torch.arange(n, device=x.device).repeat(len(part), 1)
@@ -63,6 +72,13 @@ def _components(x: Tensor, scale: Tensor, threshold: float, mask: Tensor | None,
         if known is not None:
             label[group].masked_fill_(~known, -1)
             degree[group].masked_fill_(~known, 0)
+
+
+def _cosines(x: Tensor, scale: Tensor) -> Tensor:
+    """The whole table [g, n, n] of few tokens."""
+    n, x = x.shape[1], x.float()
+    x = F.pad(x, (0, 0, 0, round_up(n, COLUMNS) - n)) if n % COLUMNS else x
+    return torch.bmm(x, x.transpose(1, 2))[:, :n, :n] * scale[:, None] * scale[:, :, None]
 
 
 def _edges(

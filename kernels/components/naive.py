@@ -27,18 +27,24 @@ def components(
 
 
 def _components(x: Tensor, threshold: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    (groups, n, _), x = x.shape, x.float()
+    x = x.float()
     scale = inverse_norms(x)
     x = without_huge(x, scale)
     cosine = (x @ x.transpose(1, 2)) * scale[:, None] * scale[:, :, None]
-    edge = (cosine > threshold).triu(1)
-    edge = edge | edge.transpose(1, 2) | torch.eye(n, dtype=torch.bool, device=x.device)
-    mask = torch.ones(groups, n, dtype=torch.bool, device=x.device) if mask is None else mask
-    edge &= mask[:, None] & mask[:, :, None]
-    label = torch.arange(n, device=x.device).expand(groups, n)
+    return of_graph(cosine > threshold, mask)
+
+
+def of_graph(above: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Labels and degrees [G, n] from above [G, n, n]: which later tokens each one is connected to; the rest of it is not read."""
+    groups, n, _ = above.shape
+    edge = above.triu(1)
+    edge = edge | edge.transpose(1, 2) | torch.eye(n, dtype=torch.bool, device=edge.device)
+    if mask is not None:
+        edge &= mask[:, None] & mask[:, :, None]
+    label = torch.arange(n, device=edge.device).expand(groups, n)
     while n:
         lower = torch.where(edge, label[:, None], n).amin(2)
         if torch.equal(lower, label):
             break
         label = lower
-    return label.masked_fill(~mask, -1), edge.sum(2)
+    return label if mask is None else label.masked_fill(~mask, -1), edge.sum(2)

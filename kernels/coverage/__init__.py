@@ -31,9 +31,9 @@ def soft_coverage(targets: Tensor, tokens: Tensor, temperature: float, *, implem
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: give a number above 0")
     own = None if targets is tokens else targets.detach()
-    table: Tensor = torch.ops.mmcompress.soft_coverage(
-        own, tokens.detach(), float(temperature), choose(implementation, tokens)
-    )
+    chosen = choose(implementation, tokens)
+    run = torch.ops.mmcompress.soft_coverage if _as_op(chosen) else _soft
+    table: Tensor = run(own, tokens.detach(), float(temperature), chosen)
     return table
 
 
@@ -74,8 +74,15 @@ def max_coverage(
             f"{table.device}"
         )
     factor = None if weight is None else weight.detach().to(torch.promote_types(table.dtype, torch.float32))
-    picks: Tensor = torch.ops.mmcompress.max_coverage(table.detach(), last, factor, k, choose(implementation, table))
+    chosen = choose(implementation, table)
+    run = torch.ops.mmcompress.max_coverage if _as_op(chosen) else _picks
+    picks: Tensor = run(table.detach(), last, factor, k, chosen)
     return picks
+
+
+def _as_op(chosen: str) -> bool:
+    """Whether to call an operation that compilers know, which takes a tenth of a millisecond."""
+    return chosen == "triton" or torch.compiler.is_compiling()
 
 
 def _module(name: str) -> Any:
@@ -88,6 +95,10 @@ def _module(name: str) -> Any:
     schema="(Tensor? targets, Tensor tokens, float temperature, str chosen) -> Tensor",
 )
 def _soft_coverage(targets: Tensor | None, tokens: Tensor, temperature: float, chosen: str) -> Tensor:
+    return _soft(targets, tokens, temperature, chosen)
+
+
+def _soft(targets: Tensor | None, tokens: Tensor, temperature: float, chosen: str) -> Tensor:
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         table: Tensor = _module(chosen).soft_coverage(targets, tokens, temperature)
     return table
@@ -105,6 +116,10 @@ def _(targets: Tensor | None, tokens: Tensor, temperature: float, chosen: str) -
     schema="(Tensor table, Tensor? last, Tensor? weight, SymInt k, str chosen) -> Tensor",
 )
 def _max_coverage(table: Tensor, last: Tensor | None, weight: Tensor | None, k: int, chosen: str) -> Tensor:
+    return _picks(table, last, weight, k, chosen)
+
+
+def _picks(table: Tensor, last: Tensor | None, weight: Tensor | None, k: int, chosen: str) -> Tensor:
     if not len(table):
         return torch.empty(0, k, dtype=torch.int64, device=table.device)
     if chosen == "blocked" and table.device.type == "cpu":

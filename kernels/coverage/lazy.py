@@ -17,10 +17,12 @@ from torch import Tensor
 
 from .naive import LANES
 
+SMALL = 1 << 16
+"""Cells of a table up to which all gains are computed for every pick: fewer steps, and none of them long."""
 POOL = 128
 """Tokens that are looked at, until another can be the next."""
 BATCH = 16
-"""Gains that are computed together."""
+"""Gains that are computed together at first; each time that they do not settle a pick, twice as many."""
 
 
 def max_coverage(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None = None) -> Tensor:
@@ -31,8 +33,10 @@ def max_coverage(table: Tensor, k: int, last: Tensor | None, weight: Tensor | No
 
 def _pick(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None) -> Tensor:
     (rows, count), columns = table.shape, table.T.contiguous().numpy()
-    bound = _add_up(columns)  # nothing is covered
     factor = None if weight is None else weight.numpy()
+    if table.numel() <= SMALL:
+        return _pick_among_all(columns, k, None if last is None else last.numpy(), factor)
+    bound = _add_up(columns)  # nothing is covered
     if factor is not None:
         bound = bound * factor
     if last is not None:
@@ -43,7 +47,7 @@ def _pick(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None) -> 
         order = np.argsort(-bound, kind="stable")[: size + 1]
         limit = (bound[order[size]], -order[size]) if size < count else (-np.inf, 1)
         pool = np.sort(order[:size])
-        gain, fresh = bound[pool], np.zeros(size, bool)
+        gain, fresh, batch = bound[pool], np.zeros(size, bool), BATCH
         while done < k:
             place = gain.argmax()  # the first of equals
             if gain[place] == -np.inf or (gain[place], -pool[place]) < limit:
@@ -53,9 +57,10 @@ def _pick(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None) -> 
                 done += 1
                 np.maximum(best, columns[pool[place]], out=best)
                 gain[place] = -np.inf
-                fresh[:] = False
+                fresh[:], batch = False, BATCH
                 continue
-            some = np.argsort(np.where(fresh, np.inf, -gain), kind="stable")[:BATCH]
+            some = np.argsort(np.where(fresh, np.inf, -gain), kind="stable")[:batch]
+            batch *= 2
             more = columns[pool[some]]
             more -= best
             found = _add_up(np.maximum(more, 0, out=more))
@@ -66,13 +71,33 @@ def _pick(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None) -> 
     return torch.from_numpy(picks)
 
 
+def _pick_among_all(columns: Any, k: int, last: Any, factor: Any) -> Tensor:
+    best, picks = np.zeros(columns.shape[1], columns.dtype), np.zeros(k, np.int64)
+    taken, more = np.zeros(len(columns), bool), np.empty_like(columns)
+    for step in range(k):
+        np.subtract(columns, best, out=more)
+        gain = _add_up(np.maximum(more, 0, out=more))
+        gain = gain if factor is None else gain * factor
+        if last is not None:
+            gain[last] = -1.0
+        gain[taken] = -np.inf
+        picks[step] = pick = gain.argmax()  # the first of equals
+        taken[pick] = True
+        np.maximum(best, columns[pick], out=best)
+    return torch.from_numpy(picks)
+
+
 def _add_up(x: Any) -> Any:
     """Sums of the rows of `x` [n, R] in the order of `naive.LANES`."""
-    whole = x.shape[1] // LANES * LANES
-    lanes = np.zeros((len(x), LANES), x.dtype)
-    if whole:  # one after the other: the axis is not the last
-        np.add.reduce(x[:, :whole].reshape(len(x), -1, LANES), 1, out=lanes)
-    lanes[:, : x.shape[1] - whole] += x[:, whole:]
+    rows = x.shape[1]
+    whole, width = rows // LANES * LANES, min(LANES, 1 << max(1, rows - 1).bit_length())  # further lanes would be 0
+    if width == rows:
+        lanes = x
+    else:
+        lanes = np.zeros((len(x), width), x.dtype)
+        if whole:  # one after the other: the axis is not the last
+            np.add.reduce(x[:, :whole].reshape(len(x), -1, LANES), 1, out=lanes)
+        lanes[:, : rows - whole] += x[:, whole:]
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]

@@ -27,16 +27,17 @@ def density_peaks(
     """How far the neighbours of each token are, and how far the next denser token: (spread, gap), both [B, n] (ragged:
     [total]) float32.
 
-    x [B, n, C], or ragged [total, C] with `cu_seqlens` [S + 1]; any floating type. Distances are Euclidean over sqrt(C), exact
-    to float32 also between tokens that nearly agree. The spread is the mean of the `k` smallest squared distances of a token,
-    its own 0 included; its density is exp(-spread), so a smaller spread is denser and of equals the lower index. The gap is
+    x [B, n, C], or ragged [total, C] with `cu_seqlens` [S + 1]; any floating type. Distances are Euclidean over sqrt(C), right
+    to 2e-6 of themselves, also between tokens that nearly agree. The spread is the mean of the `k` smallest squared distances of a
+    token, its own 0 included; its density is exp(-spread), so a smaller spread is denser and of equals the lower index. The gap is
     the distance to the nearest denser token; for the densest one the largest distance that there is. mask [B, n] or
     [total] bool: tokens that count; others may hold anything and get spread inf and gap 0. Where there are fewer than `k`
     tokens, all of them are neighbours. No gradient.
 
-    Cost n^2 C / 2 in float64 on the CPU, on a GPU n^2 C in float32, by differences. Memory O(n) and 2^24 distances, on the CPU
-    also 2^24 numbers of `x` in float64: where the table is larger, it is made one and a half times, and `x` is copied. On a GPU
-    nothing waits, if `max_seqlen`, the length of the longest segment, is given with ragged tokens (which are filled up to it).
+    Cost n^2 C / 2 in float32 on the CPU, where what float32 leaves open is decided in float64, and values are read; on a GPU n^2 C
+    in float32, by differences. Memory O(n), a copy of `x` and 2^26 distances (GPU: 2^24): where the table is larger, it is made
+    one and a half times. On a GPU nothing waits, if `max_seqlen`, the length of the longest segment, is given with ragged tokens
+    (which are filled up to it).
     """
     _check(x, cu_seqlens)
     check_mask("mask", mask, x)
@@ -90,6 +91,8 @@ def nearest(
 
 
 def _call(name: str, chosen: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if chosen == "blocked" and arguments[0].device.type == "cpu":
+        chosen = "mixed"
     first, second = getattr(importlib.import_module(f".{chosen}", __name__), name)(*arguments)
     return first, second
 

@@ -3,63 +3,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..match.blocked import COLUMNS, ROWS, first_max, group_width, round_up
 from ..ragged import segments
 
-ELEMENTS = 1 << 24
-"""Distances in a block: as long as the whole table is no more (4,096 tokens) it is made once, else one and a half times."""
+ELEMENTS = 1 << 26
+"""Distances in a block: as long as the whole table is no more (8,192 tokens) it is made once, else one and a half times."""
 DEEP = 1 << 24
 """Numbers of the float64 copy of the tokens that is held at a time."""
 LOW = 128
 """Rows of a strip at least: products of fewer are slower."""
+_PARTED = 1 << 20
+"""Distances that are parted at a time."""
 _SAME = 1e-13
 """Squared norms (of what lies around the mean) count so much less, so that the distance of equal tokens is 0 and not rounding."""
 
 
 class Squares(Protocol):
     """Minus the squared distances of x [G, r, C] and y [G, c, C] (None: x itself), [G, R, C'] float32: more rows than asked for may
-    follow, and more columns, which are -inf; C' is a multiple of 32."""
+    follow, and more columns, which are -inf; C' is a multiple of 32. known [G, c] bool: rows of `y` that count; distances of others
+    may be rough."""
 
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, y: Tensor | None = None, known: Tensor | None = None) -> Tensor: ...
 
 
 def density_peaks(
-    x: Tensor, k: int, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, longest: int | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, k: int, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, longest: int | None = None,
+    dense: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dense(x, k, mask): the same of x [G, n, C]."""
+    dense = dense or (lambda x, k, mask: peaks(x, k, mask, products, ELEMENTS))
     if cu_seqlens is None:
-        return peaks(x, k, mask, products, ELEMENTS)
+        return dense(x, k, mask)
     spread, gap = (x.new_full(x.shape[:1], value, dtype=torch.float32) for value in (float("inf"), 0))
     for begin, end in segments(cu_seqlens):
-        part = peaks(x[None, begin:end], k, None if mask is None else mask[None, begin:end], products, ELEMENTS)
+        if mask is not None and x.device.type == "cpu" and not mask[begin:end].any().tolist():
+            continue
+        part = dense(x[None, begin:end], k, None if mask is None else mask[None, begin:end])
         spread[begin:end], gap[begin:end] = part[0][0], part[1][0]
     return spread, gap
 
 
 def nearest(
-    x: Tensor,
-    y: Tensor,
-    mask: Tensor | None = None,
-    cu_x: Tensor | None = None,
-    cu_y: Tensor | None = None,
-    longest: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, mask: Tensor | None = None, cu_x: Tensor | None = None, cu_y: Tensor | None = None,
+    longest: tuple[int, int] | None = None, dense: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dense(x, y, mask): the same of x [G, n, C]."""
+    dense = dense or (lambda x, y, mask: closest(x, y, mask, products, ELEMENTS))
     if cu_x is None or cu_y is None:
-        return closest(x, y, mask, products, ELEMENTS)
+        return dense(x, y, mask)
     distance, index = x.new_full(x.shape[:1], float("inf"), dtype=torch.float32), x.new_full(x.shape[:1], -1).long()
     for (x0, x1), (y0, y1) in zip(segments(cu_x), segments(cu_y), strict=True):
-        near, place = closest(
-            x[None, x0:x1], y[None, y0:y1], None if mask is None else mask[None, y0:y1], products, ELEMENTS
-        )
+        near, place = dense(x[None, x0:x1], y[None, y0:y1], None if mask is None else mask[None, y0:y1])
         distance[x0:x1], index[x0:x1] = near[0], torch.where(place[0] < 0, -1, place[0] + y0)
     return distance, index
 
 
-def products(x: Tensor, y: Tensor | None = None) -> Tensor:
+def products(x: Tensor, y: Tensor | None = None, known: Tensor | None = None) -> Tensor:
     """`Squares` by matrix products in float64 of what is left of the tokens without their mean (of `y`), so that distances which
     are small beside the norms are exact to float32. Of a table of tokens with themselves one half is made, a strip of rows at a
     time, and mirrored in float32."""
@@ -106,8 +112,11 @@ def _centred(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def peaks(x: Tensor, k: int, mask: Tensor | None, squares: Squares, elements: int) -> tuple[Tensor, Tensor]:
-    """`density_peaks` of x [G, n, C] with distances by `squares`."""
+def peaks(
+    x: Tensor, k: int, mask: Tensor | None, squares: Squares, elements: int, settle: Callable[..., None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`density_peaks` of x [G, n, C] with distances by `squares`. settle(x, k, mask, spread, farthest, table): decide, in place,
+    which of two tokens is the denser, where `squares` leaves it open."""
     groups, n, width = x.shape
     spread, gap, farthest = (x.new_zeros(groups, n, dtype=torch.float32) for _ in range(3))
     if not x.shape[1]:
@@ -121,21 +130,23 @@ def peaks(x: Tensor, k: int, mask: Tensor | None, squares: Squares, elements: in
         step = n if size <= elements else max(ROWS, elements // n // ROWS * ROWS)
         for first in range(0, n, step):
             rows = slice(first, first + step)
-            table = squares(x[group, rows], None if step == n else x[group])[:, : min(step, n - first)]
-            spread[group, rows], farthest[group, rows] = _row_statistics(table, n, k, known, width)
+            table = squares(x[group, rows], None if step == n else x[group], known)[:, : min(step, n - first)]
+            spread[group, rows], farthest[group, rows] = row_statistics(table, n, k, known, width)
         if known is not None:
             spread[group].masked_fill_(~known, float("inf"))
             farthest[group].masked_fill_(~known, 0)
+        if settle is not None:
+            settle(x[group], k, known, spread[group], farthest[group], table if step == n else None)
         if step == n:
             gap[group] = _gap_in(table, spread[group])
         else:
-            gap[group] = _gap_again(x[group], spread[group], step, squares)
+            gap[group] = _gap_again(x[group], spread[group], step, squares, known)
     gap = torch.where(gap.isinf(), farthest.amax(1, keepdim=True), gap)
     gap = (gap.double() / width).sqrt_().float()
     return spread, gap if mask is None else gap.masked_fill_(~mask, 0)
 
 
-def _row_statistics(table: Tensor, n: int, k: int, mask: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+def row_statistics(table: Tensor, n: int, k: int, mask: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """Mean of the `k` smallest squared distances of each row, over `width`, and the largest one; masked columns become -inf."""
     farthest = table[..., :n]
     count: Tensor | int = min(k, n)
@@ -150,9 +161,15 @@ def _row_statistics(table: Tensor, n: int, k: int, mask: Tensor | None, width: i
 
 def _largest(table: Tensor, k: int) -> Tensor:
     """The `k` largest values of each row, in any order."""
-    wide = group_width(table.shape[2])
-    if table.shape[2] < 8 * k * wide:
-        return table.topk(k, sorted=False).values
+    wide, columns = group_width(table.shape[2]), table.shape[2]
+    if columns < 8 * k * wide:
+        if table.device.type != "cpu" or k == columns:
+            return table.topk(k, sorted=False).values
+        found = table.new_empty(*table.shape[:2], k)  # NumPy parts rows several times as fast
+        step = max(1, _PARTED // (len(table) * columns))
+        for rows in (slice(first, first + step) for first in range(0, table.shape[1], step)):
+            found[:, rows] = torch.from_numpy(np.partition(table[:, rows].numpy(), columns - k, -1)[..., columns - k :])
+        return found
     fine = table.reshape(-1, wide)  # the k largest lie in the k groups with the largest maxima
     coarse = fine.amax(1).view(*table.shape[:2], -1)
     start = torch.arange(0, len(fine), coarse.shape[2], device=table.device).view(*table.shape[:2], 1)
@@ -168,13 +185,14 @@ def _gap_in(table: Tensor, spread: Tensor) -> Tensor:
     return table.amax(2).neg_()
 
 
-def _gap_again(x: Tensor, spread: Tensor, step: int, squares: Squares) -> Tensor:
+def _gap_again(x: Tensor, spread: Tensor, step: int, squares: Squares, known: Tensor | None) -> Tensor:
     """As `_gap_in`, of one group x [1, n, C]: by falling density, so that denser tokens are those before."""
     order = spread.sort(dim=1, stable=True).indices
     x, sorted_gap = x[:, order[0]], torch.empty_like(spread)
+    known = None if known is None else known[:, order[0]]
     for first in range(0, x.shape[1], step):
         end = min(first + step, x.shape[1])
-        table = squares(x[:, first:end], x[:, :end])[:, : end - first]
+        table = squares(x[:, first:end], x[:, :end], None if known is None else known[:, :end])[:, : end - first]
         place = torch.arange(end - first, device=x.device)
         table[..., first:end].masked_fill_(place >= place[:, None], float("-inf"))
         sorted_gap[:, first:end] = table.amax(2).neg_()
@@ -182,8 +200,16 @@ def _gap_again(x: Tensor, spread: Tensor, step: int, squares: Squares) -> Tensor
 
 
 @torch.no_grad()
-def closest(x: Tensor, y: Tensor, mask: Tensor | None, squares: Squares, elements: int) -> tuple[Tensor, Tensor]:
-    """`nearest` of x [G, n, C] and y [G, m, C] with distances by `squares`."""
+def closest(
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    squares: Squares,
+    elements: int,
+    settle: Callable[..., None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`nearest` of x [G, n, C] and y [G, m, C] with distances by `squares`. settle(x, y, mask, table, near, place): decide, in
+    place, which of two rows is the nearer."""
     (groups, n, width), columns = x.shape, y.shape[1]
     distance = x.new_full((groups, n), float("inf"), dtype=torch.float32)
     index = torch.full((groups, n), -1, device=x.device)
@@ -197,10 +223,13 @@ def closest(x: Tensor, y: Tensor, mask: Tensor | None, squares: Squares, element
         group = slice(g, g + many)
         for first in range(0, n, step):
             rows = slice(first, first + step)
-            table = squares(x[group, rows], y[group])
-            if mask is not None:
-                table[..., :columns].masked_fill_(~mask[group, None], float("-inf"))
+            known = None if mask is None else mask[group]
+            table = squares(x[group, rows], y[group], known)
+            if known is not None:
+                table[..., :columns].masked_fill_(~known[:, None], float("-inf"))
             near, place = first_max(table)
+            if settle is not None:
+                settle(x[group, rows], y[group], known, table, near, place)
             near, place = near[:, : min(step, n - first)], place[:, : min(step, n - first)]
             none = near == float("-inf")
             distance[group, rows] = (near.double().neg_() / width).sqrt_().float()

@@ -45,7 +45,7 @@ def _squares_kernel(
     tl.store(at, out, mask=(row < rows)[:, None] & (column < across)[None, :])
 
 
-def squares(x: Tensor, y: Tensor | None = None) -> Tensor:
+def squares(x: Tensor, y: Tensor | None = None, known: Tensor | None = None) -> Tensor:
     """`blocked.Squares`."""
     groups, rows, columns = *x.shape[:2], (x if y is None else y).shape[1]
     left = _columns_of(x)

@@ -6,18 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import plain
 from . import naive
 from .members import members
 
 CELLS = 1 << 20
 """Half-precision features are widened so many at a time."""
-SMALL = 1 << 14
-"""Up to so many numbers in a row of the batch the plain code is as fast."""
 
 
 def merge(x: Tensor, assign: Tensor, count: int, weight: Tensor | None, mean: bool) -> Tensor:
     """x [U, N, D] to [U, count, D]."""
-    if x.shape[1] * x.shape[2] <= SMALL:
+    if plain("merge", x.shape[1] * x.shape[2]):
         return naive.merge(x, assign, count, weight, mean)
     rows, width = x.flatten(0, 1), x.shape[2]
     order, first = members(assign, count)

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from .activation import token_activation_map
 from .afford import unaffordable
 from .attention import attention_rollout, last_attention
+from .film import Film
 from .gradients import grad_cam, gradient_relevance
 from .measured import Measured
 from .panes import Pane, panes
 from .relevance import answer_relevances
-from .result import Explanation, Seen, Token, Word
+from .result import Explanation, Token, Word
+from .seen import Seen
 
 EXPLANATIONS: dict[str, Callable[..., Explanation]] = {
     "token activation map": token_activation_map,
@@ -24,6 +26,7 @@ EXPLANATIONS: dict[str, Callable[..., Explanation]] = {
 __all__ = [
     "EXPLANATIONS",
     "Explanation",
+    "Film",
     "Measured",
     "Pane",
     "Seen",

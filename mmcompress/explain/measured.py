@@ -52,7 +52,7 @@ def measured(model: Any, method: str, options: Mapping[str, Any], plan: str = ""
 
 @functools.cache
 def _records() -> dict[str, Any]:
-    """By fingerprint; made by `python -m mmcompress.eval.synthetic.faithful` of what it measured."""
+    """By fingerprint; made by `python -m mmcompress.eval.explained.faithful` of what it measured."""
     found: dict[str, Any] = json.loads(
         resources.files(__package__).joinpath("measured.json").read_text(encoding="utf-8")
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,15 @@ def panes(layout: Layout) -> tuple[Pane, ...]:
     if tiles:
         found.insert(place, _together(tiles))
     return tuple(found)
+
+
+def picture_number(found: Sequence[Pane], pane: Pane, pictures: int) -> int:
+    """Which of the `pictures` of a visual with panes `found` a pane lies on. A model that reads several frames at a time has fewer
+    panes than there are pictures: the first of them."""
+    if pane.role != "frame":
+        return 0
+    together = -(-pictures // max(1, sum(p.role == "frame" for p in found)))
+    return min(pane.frame * together, pictures - 1)
 
 
 def _together(tiles: list[tuple[View, int]]) -> Pane:

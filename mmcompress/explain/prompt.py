@@ -22,12 +22,14 @@ _NOTHING = "no image to explain: give an image, a list of images, or a video or 
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """inputs: for the model, one row. question: places of its tokens in `input_ids`. pictures: of each visual, the picture or the
-    frames; empty where inputs came ready-made. asked: the question as it was given, "" there."""
+    frames; empty where inputs came ready-made. asked: the question as it was given, "" there. times: of the frames of the video, in
+    seconds; empty if nothing says so."""
 
     inputs: dict[str, Any]
     question: list[int]
     pictures: list[tuple[Any, ...]]
     asked: str = ""
+    times: tuple[float, ...] = ()
 
     @property
     def ids(self) -> Tensor:
@@ -36,9 +38,9 @@ class Prompt:
 
 def make_prompt(
     processor: Any, visuals: Any, question: str, video: bool
-) -> tuple[Any, list[int], list[tuple[Any, ...]]]:
+) -> tuple[Any, list[int], list[tuple[Any, ...]], tuple[float, ...]]:
     """Ask `question` about pictures in one user turn of the processor's chat template: inputs, places of the question's tokens
-    counted from the end of the prompt, and the pictures."""
+    counted from the end of the prompt, the pictures, and the times of a video's frames."""
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question={question!r}: give the text that the model is to answer")
     clip = _clip(visuals) if video else None
@@ -63,7 +65,8 @@ def make_prompt(
         inputs = processor(text=[text], return_tensors="pt", **video_arguments(processor, [clip]))
     else:
         inputs = processor(images=[one for (one,) in pictures], text=[text], return_tensors="pt")
-    return inputs, _places_from_end(processor.tokenizer, text, question), pictures
+    times = () if clip is None or clip.times is None else tuple(clip.times.tolist())
+    return inputs, _places_from_end(processor.tokenizer, text, question), pictures, times
 
 
 def _clip(visuals: Any) -> Clip:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ..trace import Trace
-from ..visuals import Layout
+from .fates import steps
+from .film import Film, films
 from .measured import Measured
-from .panes import Pane, panes
+from .panes import Pane
+from .seen import Seen
 
 
 @dataclass(frozen=True)
@@ -38,32 +40,6 @@ class Word:
     text: str
     tokens: tuple[int, ...]
     part: str
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """One visual that the model was shown.
-
-    layout   how its cells lie; panes: as grids to look at, tiles laid together.
-    valid    [N] bool: cells that a token stands for where the explanation reads.
-    kept     [N] bool: cells whose own token is there; the other valid ones live on in a merged token.
-    pictures the picture, or the frames of the video; empty where inputs were given ready-made.
-    """
-
-    modality: str
-    layout: Layout
-    valid: Tensor
-    kept: Tensor
-    pictures: tuple[Any, ...] = ()
-
-    @functools.cached_property
-    def panes(self) -> tuple[Pane, ...]:
-        return panes(self.layout)
-
-    @property
-    def coverage(self) -> float:
-        """Part of the cells that something is known about."""
-        return self.valid.float().mean().item()
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +84,57 @@ class Explanation:
         return [t.id for t in self.tokens if t.part == "answer"]
 
     @property
+    def row(self) -> int:
+        """Row of the batch that this is about: explanations have one, a trace that is shown may have more."""
+        return int(self.options.get("row", 0))
+
+    @property
     def answer_words(self) -> list[int]:
         """Numbers of the answer's words."""
         return [i for i, word in enumerate(self.words) if word.part == "answer"]
+
+    def find(self, text: str) -> list[int]:
+        """Numbers of the words that are written so, those of the answer first; large and small letters are alike. Raises ValueError
+        with the words that there are."""
+        if found := self._numbers(text):
+            return found
+        there = {
+            part: [w.text for w in self.words if w.part == part and w.text.strip()] for part in ("answer", "question")
+        }
+        known = "; ".join(
+            f"words of the {part}: {', '.join(map(repr, words))}" for part, words in there.items() if words
+        )
+        raise ValueError(f"word={text!r} is not there ({known or 'there are no words'}): choose one of them")
+
+    def has(self, text: str) -> bool:
+        """Whether there is such a word."""
+        return bool(self._numbers(text))
+
+    def _numbers(self, text: str) -> list[int]:
+        wanted = text.strip().casefold()
+        order = sorted(range(len(self.words)), key=lambda i: self.words[i].part != "answer")
+        return [i for i in order if self.words[i].text.strip().casefold() == wanted]
+
+    @functools.cached_property
+    def films(self) -> tuple[Film, ...]:
+        """The videos, frame by frame: times, and what became of the tokens of each frame; () for pictures."""
+        return films(self.visuals, steps(self.trace, self.row))
+
+    def over_time(self, word: int | str, film: int = 0) -> Tensor:
+        """The largest value of a word's map in each frame of a video, [frames] float32; NaN where nothing is known.
+
+        word: its number, or as it is written. Raises ValueError for a word that is not there, and where there is no such video.
+        """
+        if not 0 <= film < len(self.films):
+            there = (
+                f"there are {len(self.films)}"
+                if self.films
+                else "nothing here has frames; give a video with video=True"
+            )
+            raise ValueError(f"film={film}: {there}")
+        number = self.find(word)[0] if isinstance(word, str) else word
+        values = self.maps[list(self.words[number].tokens)]
+        return self.films[film].most(values.nan_to_num(-1.0).amax(0).where(~values.isnan().all(0), float("nan")))
 
     @property
     def layers(self) -> list[int]:

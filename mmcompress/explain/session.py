@@ -26,7 +26,8 @@ from ..trace import Trace, VisualTrace
 from .cells import rows_in_layer, slots_of
 from .measured import measured
 from .prompt import Prompt, make_prompt, of_the_whole_picture, ready
-from .result import Explanation, Seen, Token, Word
+from .result import Explanation, Token, Word
+from .seen import Seen
 from .taps import here
 from .words import group_words, surface_names, token_texts, word_text
 
@@ -278,18 +279,19 @@ class Session:
         return surface_names(self.tokenizer, self.text_ids)
 
     def _seen(self, rows: Sequence[Tensor]) -> tuple[Seen, ...]:
-        pictures = self.prompt.pictures
-        if len(pictures) == 1 and len(self.visuals) == len(
-            pictures[0]
-        ):  # a video that the model takes for a row of pictures
-            pictures = [(frame,) for frame in pictures[0]]
+        pictures, times = self.prompt.pictures, [self.prompt.times]
+        row = len(pictures) == 1 and 1 < len(self.visuals) == len(pictures[0])
+        if row:  # a video that the model takes for a row of pictures
+            pictures, times = [(frame,) for frame in pictures[0]], [(time,) for time in self.prompt.times]
         found = []
         for i, (visual, places) in enumerate(zip(self.visuals, rows, strict=True)):
             shown = pictures[i] if i < len(pictures) else ()
             layout = visual.layout
             if self.adapter.model.config.model_type == "llava":
                 layout = of_the_whole_picture(layout, self.processor, shown)
-            found.append(Seen(visual.modality, layout, places >= 0, places == visual.span.patches, shown))
+            when, frame = (times[i] if i < len(times) else ()), (i if row else None)
+            kept = places == visual.span.patches
+            found.append(Seen(visual.modality, layout, places >= 0, kept, shown, when, frame))
         return tuple(found)
 
 
@@ -310,7 +312,7 @@ def session(
     if not isinstance(adapter, Adapter):
         raise NotImplementedError("answers are explained, and this model has no language model to answer with")
     if inputs is None:
-        made, from_end, pictures = make_prompt(processor, visuals, question, video)
+        made, from_end, pictures, times = make_prompt(processor, visuals, question, video)
     else:
         if visuals is not None:
             raise ValueError("give pictures or inputs=, not both: inputs have the pictures in them")
@@ -318,7 +320,7 @@ def session(
     tokenizer = getattr(processor, "tokenizer", processor)
     prompt = ready(adapter, tokenizer, made, from_end, pictures)
     if inputs is None:
-        prompt = replace(prompt, asked=question.strip())
+        prompt = replace(prompt, asked=question.strip(), times=times)
     if isinstance(answer, str):
         answer = tokenizer(answer, add_special_tokens=False)["input_ids"]
     given = None if answer is None else [int(i) for i in answer]

@@ -86,8 +86,8 @@ class AIM(Recipe):
     """Merge tokens that are alike before the LLM, then drop what is left on a straight line through its middle layers.
 
     Zhong et al., "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning", ICCV 2025, arXiv 2412.03248.
-    Stands for aim_merge(keep, metric) >> aim_prune(l1, l2), where options, costs and deviations are described. `keep` is what
-    merging leaves: 0.25 for videos in the paper; for LLaVA-1.5 0.125 (or 0.4375 in its code), with l1=13, l2=21.
+    Stands for aim_merge(`keep`, `metric`) >> aim_prune(`l1`, `l2`), where options, costs and deviations are described. `keep`
+    is what merging leaves: 0.25 for videos in the paper; for LLaVA-1.5 0.125 (or 0.4375 in its code), with l1=13, l2=21.
     """
 
     keep: float | int = 0.25

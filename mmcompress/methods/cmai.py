@@ -20,10 +20,11 @@ class CMAI(AttentionStage):
     """Hide from each text token the visual tokens that the text before it does not look at; nothing is dropped.
 
     Yang et al., "Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image Redundancy", preprint
-    2024, arXiv 2411.15453 (its CMAI; its VMTC is `vmtc`). Built from the abstract and reviews: there is no code, and
-    the formulas are our definition. In layer `layer` each text token inherits, along the attention between text tokens, the
-    attention that those pay to the visual tokens (mean over heads). It then sees, in all layers behind, only the
-    ceil(rho * I) of the I visual tokens with the largest sum, ties by index, as if the others had been masked.
+    2024, arXiv 2411.15453 (its CMAI; its VMTC is `vmtc`). In layer `layer` each text token inherits, along the attention
+    between text tokens, the attention that those pay to the visual tokens (mean over heads). It then sees, in all layers
+    behind, only the part `rho`, ceil(rho * I), of the I visual tokens with the largest sum, ties by index, as if the others had
+    been masked. Departs from the paper where its text is silent: there is no code, it was built from the abstract and reviews,
+    and the formulas are our definition.
 
     Text tokens here are those behind the last visual; in decode each new token gets its own row, and is handed on itself.
     `first=True` leaves the first text token out, where others soak up attention; rows are ranked by themselves, so that this

@@ -98,11 +98,11 @@ class ExplainCompress(Learned, InputStage):
 
     weights: the folder that `mmcompress explain-train` wrote for this very model. mode: "learned" (the default with weights),
     "proxy" (the default without: ranks by that attention itself), or "oracle": lets the model answer first, at most
-    `answer_tokens` greedily, and ranks by the gradient-weighted relevance of that answer: "exact" as published, or "summed" over
-    hops (`runtime.relevance.answer_relevance`). Two passes and more: an upper bound, not a speed-up.
+    `answer_tokens` greedily, and ranks by the gradient-weighted relevance of that answer, by `relevance` "exact" as published,
+    or "summed" over hops (`runtime.relevance.answer_relevance`). Two passes and more: an upper bound, not a speed-up.
 
-    Open in the paper and chosen here: kernel 3, GELU, no norm, z-scored input. Cost N D^2 for the keys, T S D for the T rows, and
-    0.18 M multiplications per token in the net.
+    Departs from the paper where that says nothing: kernel 3, GELU, no norm and z-scored input are chosen here. Cost N D^2 for
+    the keys, T S D for the T rows, and 0.18 M multiplications per token in the net.
     """
 
     keep: float | int = 0.25

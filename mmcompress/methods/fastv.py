@@ -15,13 +15,15 @@ from ..visuals import Visuals
 class FastV(LayerStage):
     """Before LLM layer `layer`, keep the k visual tokens that the last prompt token attended to most one layer earlier.
 
-    Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. The one attention row is
-    recomputed from queries and keys, so sdpa and flash attention stay on. All images of a sample share one budget;
-    `keep` counts tokens after the cut. `query="all"` scores by the mean over all prompt rows instead (the variant of
-    EffiVLM-Bench), computed in blocks. Cost heads * S * d for the row.
+    Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. The one attention row is recomputed
+    from queries and keys, so sdpa and flash attention stay on. `keep` counts tokens after the cut. `query="all"` scores by the
+    mean over all prompt rows instead (the variant of EffiVLM-Bench), computed in blocks. Cost heads * S * d for the row.
+
+    Departs from the reference: all images of a sample share one budget (it knows one image, at a fixed place), each sample of a
+    batch is ranked by its own last token (there the first sample decides for all), and structural tokens stay.
     """
 
-    layer: int = 2
+    layer: int | float = 2
     keep: float | int = 0.5
     query: str = "last"
     paper: ClassVar[str] = "arXiv 2403.06764"

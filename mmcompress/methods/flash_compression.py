@@ -23,8 +23,9 @@ class FlashCompression(InputStage):
     """Pool all tokens into k latents: k learned queries attend once over the tokens, with no projections.
 
     Wang et al., "FLASH: Latent-Aware Semi-Autoregressive Speculative Decoding for Multimodal Tasks", arXiv 2505.12728:
-    only the pooling operator, W = softmax(A F^T), latents W F. There it makes the input of a draft model from hidden states
-    of the target and is trained with it; here it is applied to the tokens that enter the LLM. Cost 2 k N D.
+    only the pooling operator, W = softmax(A F^T), latents W F. Departs from the paper in where it stands: there
+    it makes the input of a draft model from hidden states of the target and is trained with it; here it is applied to the tokens
+    that enter the LLM. Cost 2 k N D.
 
     `queries` is a safetensors file with a tensor "queries" [C, D], C >= k, of which the first k are used. Without one the
     k most attended tokens are the queries: no training, and untested. `scale` multiplies the logits; by default 1 with

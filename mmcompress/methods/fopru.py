@@ -31,6 +31,8 @@ class FoPru(InputStage):
     goes to CLS), so a model without the signal `given_attention` is scored by `received_attention` alone, in which the CLS
     query counts as one more patch. `score="logit"`, which the one public code does, takes the means of the logits before
     the softmax; there is no substitute for them.
+
+    Departs from that code: grids need not be square, and rows fill up to exactly k.
     """
 
     keep: float | int = 0.25

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,19 +20,21 @@ from ..visuals import Layout, View, Visuals
 class HiPrune(InputStage):
     """Keep the objects that a middle block of the encoder looks at, with their neighbours, and what a deep block looks at.
 
-    Liu et al., "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models", Findings
-    of ACL 2026, arXiv 2508.00553. Both scores are the attention that a patch receives, mean over heads and all queries: in
-    the block `object_layer` and in the one that the LLM reads. The round(`alpha` k / 5) best of the first are anchors; they
-    stay with the patches above, below, left and right, and the best of the second fill up. `object_layer` is an index from
-    0, or the part of the depth: 0.35 is the 9th of 24 blocks, as in the paper; for Qwen2.5-VL it takes the 16th (15).
-    Each crop (thumbnail, tile, video frame) is pruned alone, with a budget by its size, where the reference rounds the
-    same quota for all down; where an earlier stage has thinned the visual out, it is one crop, with the neighbours that
-    are left. If anchors and neighbours are more than k, neighbours of the least deep attention go. Cost N log N beyond
-    the signals.
+    Liu et al., "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models", Findings of
+    ACL 2026, arXiv 2508.00553. Both scores are the attention that a patch receives, mean over heads and all queries: in the
+    block `object_layer` and in the one that the LLM reads. The round(`alpha` k / 5) best of the first are anchors; they stay
+    with the patches above, below, left and right, and the best of the second fill up. `object_layer` is an index from 0, or the
+    part of the depth: 0.35 is the 9th of 24 blocks, as in the paper; for Qwen2.5-VL it takes the 16th (15). Each crop
+    (thumbnail, tile, video frame) is pruned alone, with a budget by its size; where an earlier stage has thinned the visual
+    out, it is one crop, with the neighbours that are left. If anchors and neighbours are more than k, neighbours of the least
+    deep attention go. Cost N log N beyond the signals.
 
     `clamp="drop"`: an anchor at the edge of its crop has fewer neighbours. `clamp="reference"`: as in the reference its
     neighbour beyond the left or right edge is the end of the row above or the start of the one below, and beyond the top or
     bottom it is the first or last patch.
+
+    Departs from the reference: the budgets of crops add up to k (it rounds the same quota for all down), neighbours stay within
+    their crop unless told otherwise, and prompts may have several images.
     """
 
     keep: float | int = 0.25
@@ -103,9 +106,11 @@ class HiPrune(InputStage):
         return tier if slots is None else tier.gather(1, slots.to(tier.device))
 
 
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _places(layout: Layout) -> Tensor:
     """For every cell of a layout: the first cell of its crop, the columns of its view, and the width and number of cells of
-    its crop, [4, cells]."""
+    its crop, [4, cells] on the CPU."""
     parts, start = [], 0
     for view in layout.views:
         parts.append(_places_in(view, start))

@@ -27,8 +27,8 @@ class PyramidDrop(Pyramid):
     of these ratios, or a count, it cuts before 2/32, 10/32 and 20/32 of the depth instead, as for 128 of 576 tokens in the
     literature. `keep`, `layers` and `ratios`: see `Pyramid`. Cost heads * S * d for each row.
 
-    All images of a sample are one pool (the reference takes the first one only) and newline tokens stay (the reference counts
-    them as image). Prompts are not cut off at 2048 tokens; grouped queries and left padding work.
+    Departs from the reference: all images of a sample are one pool (it takes the first one only) and newline tokens stay (it
+    counts them as image); prompts are not cut off at 2048 tokens; grouped queries and left padding work.
     """
 
     paper: ClassVar[str] = "arXiv 2410.17247"

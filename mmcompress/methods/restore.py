@@ -33,6 +33,8 @@ class Restore(Absorb):
     axes, which the paper does not say, and layers without rotary embedding have none. Tokens of earlier turns get nothing added.
 
     Cost: the host's, and N^2 D with a table of N^2; calibrated, a mask of S^2 numbers for the first layer and one for the others.
+
+    Departs from the reference, unless `calibrate`, in that masses stand for what it adds between tokens.
     """
 
     share: float = 0.5

@@ -37,8 +37,7 @@ class Seats(InputStage):
 
     Departs from the reference in that the budget of the whole is exact, and windows share it by size (there each is rounded by
     itself and keeps a token at least); and that attention is the encoder's own, within its own span, not made anew within the
-    window. Not here: the drops between layers by question relevance, with the ratios of `keep_ratios`, and the removal of what is
-    left late.
+    window. The drops between layers by question relevance, and the removal of what is left late, are `seats_layers`.
     """
 
     keep: float | int = 0.28

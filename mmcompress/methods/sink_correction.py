@@ -43,11 +43,11 @@ class SinkCorrection(LayerStage):
     """A method that scores visual tokens by attention, told which of them are attention sinks.
 
     From the findings of Kang et al., ICLR 2025, arXiv 2503.03321 (`var_attention_sink`): sinks get much attention and give the
-    output almost nothing, so that they take the place of evidence in a top-k. The correction is a proposal, it is in no
-    reference. `host` is the method as a plan string, with its budget: fastv, pyramiddrop, sparsevlm, transprune, or any other
-    that reads attention. Sinks are visual tokens whose hidden state before the cut has |x_d| / rms(x) above `tau` in one of
-    the dimensions `dims` (None: the known ones, see `var_attention_sink`). They are there from layer 2 on; scores from
-    earlier layers need no correction.
+    output almost nothing, so that they take the place of evidence in a top-k. `host` is the method as a plan string, with its
+    budget: fastv, pyramiddrop, sparsevlm, transprune, or any other that reads attention. Sinks are visual tokens whose hidden
+    state before the cut has |x_d| / rms(x) above `tau` in one of the dimensions `dims` (None: the known ones, see
+    `var_attention_sink`). They are there from layer 2 on; scores from earlier layers need no correction. Departs from the
+    paper, which corrects no method: this is a proposal, and in no reference.
 
     mode    "drop": sinks come last. "mask": their columns are removed and each row of each head brought back to the sum 1
             before the mean over heads; they come last. "heads": the mean is only over heads that give visual tokens at least

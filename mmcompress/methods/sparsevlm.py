@@ -36,17 +36,20 @@ class SparseVLM(Pyramid):
     score is their attention in the layer before the cut, mean over heads. Cuts come before 3/32, 7/32 and 16/32 of the depth.
 
     `version="1.5"` is SparseVLM: the best 30 % of the dropped tokens are merged around density peaks (`ops.density`), ten of
-    them into one plain mean on average. Merged tokens stand behind the kept ones, the clearest peak first, and k counts
-    both. Positions are numbered anew; where a plan or family keeps them, a merged token has that of its centre. Ties go by
-    index, not by noise. "2.0" is SparseVLM+: attention is divided by what the rotary embedding alone would give, and only
-    the `heads` heads with the largest sums count (None: half of them, rounded up; the reference takes 14 in every model);
-    nothing is merged, positions stay. The divisor is at least 1e-4 in size and keeps its sign: with small heads or very
-    long prompts scores of distant tokens turn around, as in the reference.
+    them into one plain mean on average. Merged tokens stand behind the kept ones, the clearest peak first, and k counts both.
+    Positions are numbered anew; where a plan or family keeps them, a merged token has that of its centre. "2.0" is SparseVLM+:
+    attention is divided by what the rotary embedding alone would give, and only the `heads` heads with the largest sums count
+    (None: half of them, rounded up); nothing is merged, positions stay. The divisor is at least 1e-4 in size and keeps its
+    sign: with small heads or very long prompts scores of distant tokens turn around, as in the reference.
 
     `setting` names a published list of kept tokens: 192, 128, 96 or 64, whose true means are 206, 145, 114 and 82 of 576 over
     32 layers, taken as parts of 576. None: 192, or with `keep` the one whose mean is nearest, then scaled. `keep`, `layers`
     and `ratios` (of kept tokens, merged ones come on top): see `Pyramid`. Cost: heads * T * S * d for each cut, and in 1.5
     t^2 d for t merged tokens.
+
+    Departs from the reference: ties go by index, not by noise, and half of the heads count in "2.0", where it takes 14 in every
+    model. The number of tokens that a cut leaves is fixed, as in its code; the paper's, which follows the rank of the attention,
+    is in neither.
     """
 
     version: str = "1.5"

@@ -24,6 +24,9 @@ class ToMe(EncoderStage):
     `inflect` falling or rising over the blocks; or one number per block). Where 2x2 patches make one LLM token, they are
     merged as a whole. The LLM gets one token per cluster, in the order of the clusters' median patches. Cost per block
     T^2 d / 4.
+
+    Departs from the reference, which is made for classifiers: `keep` is exact, patches that make one LLM token go as a whole, and
+    clusters become tokens of the LLM. Ties go to the lower index.
     """
 
     keep: float | int | None = None

@@ -27,7 +27,8 @@ class VFlowOpt(Recipe):
     Yang et al., "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization", ICCV 2025, arXiv
     2508.05211. Stands for vflowopt_prune >> vflowopt_cuts, where the steps and the deviations are described. `keep` is the
     average over the layers of the LLM of the part of the visual tokens that is left. Of these `r1` enter the LLM, the part `r2`
-    of them stays after the first cut, and the second cut leaves what makes the average `keep`. `t` and `cell`: see vflowopt_prune.
+    of them stays after the first cut, and the second cut leaves what makes the average `keep`. `t` and `cell`: see
+    vflowopt_prune; `layers`: see vflowopt_cuts.
 
     What is None comes from `keep`: the authors' values for LLaVA-OneVision-7B at 0.1, 0.25 and 0.5; between these (and 1, where
     nothing is dropped) r1 / keep, r2, t and cell are on straight lines, below 0.1 as at 0.1. Their third ratio is 0.601, 0.877

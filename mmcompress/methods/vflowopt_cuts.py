@@ -30,6 +30,8 @@ class VFlowOptCuts(LayerStage):
     depth; 0.32 and 0.64 are 9 and 18 of 28 and 10 and 20 of 32 layers) the least important tokens go: the part `r2` stays
     after the first cut, and after the second as much as makes the average over all layers `keep`, as a part of the tokens that
     come to the first cut (all of them, where `r2` leaves less than that). Needs an input stage with scores before it. Cost N log N.
+
+    Departs from the reference: any number of images and samples (it knows one image, at a fixed place), and ties go by index.
     """
 
     keep: float = 0.943

@@ -25,6 +25,8 @@ class VisionZip(InputStage):
     `contextual` is their number, or as a ratio their part of k (5/32 in the paper: 162 + 30, 108 + 20, 54 + 10).
     `merge="sum"` adds the mean of the merged patches to their target as the reference does; "mean" averages all of them.
     Without a CLS token the score is the attention that a patch receives, and no CLS is kept. Cost N^2 d at most.
+
+    Departs from the reference: pictures of different sizes in a batch are compressed too (there they pass whole).
     """
 
     keep: float | int = 0.25

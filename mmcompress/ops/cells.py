@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.gather import gather
 from ..kernels.match import match
-from .groups import group_sizes
+from .groups import group_sizes, of_cells
 from .precision import wide
 from .ties import argmax_first
 
@@ -31,14 +35,30 @@ def outermost(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def placed(features: Tensor, boxes: Tensor, slots: Tensor | None, share: float) -> Tensor:
+    """Tokens at length 1 with their places beside them, [U, N, D + 4] float32: cosines compare both.
+
+    features [U, N, D]; boxes [cells, 4] of the picture, and which cell each token is, `slots` [U, N], None: in order. A place is a
+    point on half a circle for each axis, at a scale at which places are spread `share` times as wide as tokens: the spread is the
+    mean of 1 - cosine over all pairs. Tokens that all lie at one place are compared by what they are.
+    """
+    unit = F.normalize(wide(features), dim=-1)
+    angle = (boxes[:, :2] + boxes[:, 2:]) * (math.pi / 2)
+    circle = torch.cat([angle.cos(), angle.sin()], 1) / math.sqrt(2)
+    place = torch.stack([of_cells(column, slots, features) for column in circle.T], -1)
+    tokens, places = ((1 - x.mean(1, keepdim=True).square().sum(-1, keepdim=True)).clamp_min(0) for x in (unit, place))
+    scale = torch.where(places > 1e-6, share * tokens / places.clamp_min(1e-6), 0)
+    return torch.cat([unit, place * scale.sqrt()], -1)
+
+
+@torch.no_grad()
 def nearest_cells(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     """The anchor of every token, and the share of each token in the mean of its cell: both [U, N], int64 and float32.
 
     features [U, N, D]; anchors [U, k] int64, no slot twice: token i goes to number `assign[i]` of them, that of the largest cosine
     (ties to the lower number), an anchor to itself. Cost N k D, memory O(N); nothing waits for the device.
     """
-    rows = anchors[..., None].expand(-1, -1, features.shape[2])
-    _, assign = match(features, features.gather(1, rows))
+    _, assign = match(features, gather(features, anchors))
     number = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
     assign = assign.scatter(1, anchors, number)
     return assign, mean_weights(assign, anchors.shape[1])

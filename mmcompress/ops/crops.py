@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -14,7 +15,7 @@ from torch import Tensor
 from .shares import split_budget
 
 
-class Grid(Protocol):
+class Grid(Hashable, Protocol):
     """What is asked of a view of a layout: rows and columns, where in them another tile begins, and the tile of each cell."""
 
     @property
@@ -56,7 +57,7 @@ def alike_crops(views: Sequence[Grid], tokens: int, k: int, device: torch.device
     """
     if not views:
         return [Crops(torch.arange(tokens, device=device)[None], k)]
-    crops = [crop for first, view in _starts(views) for crop in _tiles(first, view, device)]
+    crops = [tile.to(device, non_blocking=True) for first, view in _starts(views) for tile in _tiles(first, view)]
     budgets = split_budget(k, [len(crop) for crop in crops])
     runs = groupby(zip(crops, budgets, strict=True), key=lambda crop: (len(crop[0]), crop[1]))
     return [Crops(torch.stack([cells for cells, _ in run]), quota) for (_, quota), run in runs if quota]
@@ -70,11 +71,12 @@ def _starts(views: Sequence[Grid]) -> Iterator[tuple[int, Grid]]:
         first += view.grid[0] * view.grid[1]
 
 
-def _tiles(first: int, view: Grid, device: torch.device) -> Iterator[Tensor]:
-    """Slots of each tile of a view; a cell belongs to the tile that its centre is in."""
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _tiles(first: int, view: Grid) -> tuple[Tensor, ...]:
+    """Slots of each tile of a view, on the CPU; a cell belongs to the tile that its centre is in. The same pictures come again."""
     if not any(view.seams):
-        yield torch.arange(first, first + view.grid[0] * view.grid[1], device=device)
-        return
+        return (torch.arange(first, first + view.grid[0] * view.grid[1]),)
     numbers = view.tiles()
     cells = first + numbers.sort(stable=True).indices
-    yield from (tile.to(device, non_blocking=True) for tile in cells.split(numbers.bincount().tolist()) if len(tile))
+    return tuple(tile for tile in cells.split(numbers.bincount().tolist()) if len(tile))

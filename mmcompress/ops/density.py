@@ -11,18 +11,18 @@ from ..kernels.gather import gather
 
 
 @torch.no_grad()
-def density_peaks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def density_peaks(x: Tensor, count: int, neighbours: int | None = None) -> tuple[Tensor, Tensor]:
     """`count` clusters of the tokens `x` [U, n, C] around density peaks: the tokens that are their centres, [U, count] int64,
     the clearest peak first, and the cluster of each token, [U, n] int64.
 
-    Distances are Euclidean over sqrt(C). The density of a token is exp(-mean of its `count` smallest squared distances),
-    its own 0 included; its gap is the distance to the nearest denser token, for the densest one the largest distance there
-    is. Centres are the tokens with the largest products of both; every other token joins its nearest centre. Of equally
-    dense tokens the lower one counts as denser, so that copies of a token make one peak. Ties of the product go to the lower
-    index, ties of distances to the clearer peak. Products are compared by their logarithm: densities of tokens that
-    lie far apart would all be 0. Cost n^2 C, memory n.
+    Distances are Euclidean over sqrt(C). The density of a token is exp(-mean of its `neighbours` smallest squared distances),
+    its own 0 included (`count` of them if not given); its gap is the distance to the nearest denser token, for the densest one
+    the largest distance there is. Centres are the tokens with the largest products of both; every other token joins its nearest
+    centre. Of equally dense tokens the lower one counts as denser, so that copies of a token make one peak. Ties of the product
+    go to the lower index, ties of distances to the clearer peak. Products are compared by their logarithm: densities of tokens
+    that lie far apart would all be 0. Cost n^2 C, memory n.
     """
-    spread, gap = density.density_peaks(x, count)
+    spread, gap = density.density_peaks(x, neighbours or count)
     centres = (gap.log() - spread).sort(dim=1, descending=True, stable=True).indices[:, :count]
     into = density.nearest(x, gather(x, centres))[1]
     order = torch.arange(count, device=x.device).expand_as(centres)

@@ -23,6 +23,18 @@ def group_sizes(groups: Tensor, count: int) -> Tensor:
     return group_sum(torch.ones_like(groups), groups, count)
 
 
+def rank_within(score: Tensor, groups: Tensor) -> Tensor:
+    """Place of each token among those of its group by falling score, from 0, [U, N] int64; ties go to the lower token.
+
+    score [U, N]; groups [U, N] int64, any numbers."""
+    order = score.sort(dim=1, descending=True, stable=True).indices
+    order = order.gather(1, groups.gather(1, order).sort(dim=1, stable=True).indices)
+    ordered = groups.gather(1, order)
+    place = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
+    first = torch.where(ordered.diff(dim=1, prepend=ordered[:, :1] - 1) != 0, place, 0).cummax(1).values
+    return torch.zeros_like(groups).scatter(1, order, place - first)
+
+
 def apportion(sizes: Tensor, k: int, largest: int) -> Tensor:
     """`k` tokens shared out in proportion to `sizes` [U, G] (Webster's rule): [U, G] int64 with sum k in every row.
 
@@ -36,3 +48,9 @@ def apportion(sizes: Tensor, k: int, largest: int) -> Tensor:
     claim = claim.masked_fill(seat >= sizes[..., None], -1)
     winners = claim.flatten(1).sort(dim=1, descending=True, stable=True).indices[:, :k] // len(seat)
     return group_sizes(winners, sizes.shape[1])
+
+
+def best_of_groups(scores: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
+    """Mask [U, N] of the `counts` [U, G] largest `scores` [U, N] of each of the groups [U, N] in [0, G); all of a smaller group;
+    ties to the lower index."""
+    return rank_within(scores, groups) < counts.gather(1, groups)

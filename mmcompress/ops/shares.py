@@ -20,10 +20,11 @@ def split_budget(k: int, sizes: Sequence[int]) -> list[int]:
     return parts
 
 
-def worth_shares(worth: Tensor, room: Tensor, k: int) -> Tensor:
+def worth_shares(worth: Tensor, room: Tensor, k: int | Tensor) -> Tensor:
     """`k` tokens over parts in proportion to their worth, [U, P] int64 that sums to exactly `k` in every row.
 
-    worth [U, P], not negative; room [P] or [U, P] int64: the most that a part can take; k at most the sum of the room. What
+    worth [U, P], not negative; room [P] or [U, P] int64: the most that a part can take; k, or one [U, 1] for each row, at most the
+    sum of the room. What
     full parts cannot take goes to the others by worth, until nothing is left over (in closed form: the parts fill up in the
     order of room / worth). Shares are rounded down, the rest goes one by one to the parts of the largest worth; ties to the
     lower part. Parts without worth share equally what all others cannot take. Cost P log P.
@@ -38,7 +39,7 @@ def worth_shares(worth: Tensor, room: Tensor, k: int) -> Tensor:
     full = (rate * weight >= size).long().cumprod(1).sum(1, keepdim=True)
     rate = rate.gather(1, full.clamp_max(worth.shape[1] - 1))
     share = torch.minimum((rate * worth).floor(), room).long()
-    share = _fill(share, torch.full_like(share[:, :1], k))  # rounding must never give out more than k
+    share = _fill(share, torch.zeros_like(share[:, :1]) + k)  # rounding must never give out more than k
 
     by_worth = worth.masked_fill(share >= room, -1).sort(dim=1, descending=True, stable=True).indices
     one = _fill((share < room).long().gather(1, by_worth), k - share.sum(1, keepdim=True))

@@ -59,6 +59,10 @@ def outlying(hidden: Tensor) -> Tensor:
 
 def sink_magnitude(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     """phi: the largest |x_d| / rms(x) of hidden states [..., D] over the sink dimensions `dims`, [...] float32."""
+    if max(dims) >= hidden.shape[-1]:
+        raise ValueError(
+            f"sink dimension {max(dims)} of states with {hidden.shape[-1]} numbers: give those of this model"
+        )
     scale = (hidden.float().square().mean(-1) + TINY).rsqrt()
     return torch.stack([hidden[..., d] for d in dims], -1).float().abs().amax(-1) * scale
 

@@ -223,7 +223,8 @@ class Encoded:
     layouts   of its visuals.
     signals   by name, one tensor per visual: [N, ...] (`cls_feature`: [De]).
     clusters  which tokens an encoder stage merged: equal numbers for each visual, [N]; None without one.
-    left      how many tokens of each visual are left after it.
+    chosen    which tokens of each visual come of frames that were encoded, [k] ascending; None where all were.
+    left      how many tokens of each visual are left after either.
     pixels    small pictures of the tiles, where an adapter needs them to find out how they lie.
     merged    how many tokens each block of the encoder merged away; None without an encoder stage.
     seconds   how long the encoder took, nan where that is not measured.
@@ -233,6 +234,7 @@ class Encoded:
     layouts: list[Layout]
     signals: dict[str, list[Tensor]] = field(default_factory=dict)
     clusters: list[Tensor] | None = None
+    chosen: list[Tensor] | None = None
     left: list[int] = field(default_factory=list)
     pixels: Tensor | None = None
     merged: list[int] | None = None

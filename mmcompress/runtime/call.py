@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..stage import MODALITIES, Pipeline
+from ..visuals import Layout
 from .adapter import Encoded
 from .packing import Array, Group, sent
 from .record import CallRecord, Span
@@ -72,6 +73,9 @@ class Call(Scope):
                       0 for others; pool_counts: how many of each pool per row; structural: structural tokens in all rows.
     texts             [B, physical] bool: which slots hold the instruction (where a layer stage reads it); text_counts: how many.
     kept              by name: a number for each slot of the last group, [B, physical], for signals that come from before.
+    layouts           how all visuals of each row lie, one behind the other, where a layer stage reads that (None in a row without);
+                      `kept["cells"]` then are the cells of it that the tokens are.
+    seconds           from frame to frame of each video, as the model was told, in prompt order; None: it was not.
     entered           how many visual tokens of each row came to the first cut of the stage that is cutting.
     cuts              layers whose stage has been decided.
     sight             where its visuals are, and notes, carried: the state of each layer that has changed, and what goes from
@@ -106,6 +110,8 @@ class Call(Scope):
     text_counts: list[int] = field(default_factory=list)
     structural: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
+    layouts: list[Layout | None] = field(default_factory=list)
+    seconds: Any = None
     entered: list[int] = field(default_factory=list)
     cuts: set[int] = field(default_factory=set)
     sight: Sight | None = None
@@ -165,18 +171,19 @@ def alike(spans: list[Span]) -> list[list[Span]]:
 
 
 def rows_alike(
-    call: Call, pools: Collection[int], budget: Callable[[int], int]
-) -> dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]]:
-    """Rows of the batch that can be decided as one dense tensor, by (visual tokens of the pools, budget, text tokens): their
-    numbers [U, 1], and the places of these visual tokens [U, N] and of their instruction [U, T] in the last group."""
+    call: Call, pools: Collection[int], budget: Callable[[int], int], lays: bool = False
+) -> dict[tuple[int, int, int, Layout | None], tuple[Tensor, Tensor, Tensor]]:
+    """Rows of the batch that can be decided as one dense tensor, by (visual tokens of the pools, budget, text tokens, with `lays`
+    how all visuals of the row lie, else None): their numbers [U, 1], and the places of these visual tokens [U, N] and of their
+    instruction [U, T] in the last group."""
     assert call.texts is not None
     patches = call.patches(pools)
-    members: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    members: dict[tuple[int, int, int, Layout | None], list[int]] = defaultdict(list)
     for row, tokens in enumerate(call.patch_counts(pools)):
         if tokens:
-            members[tokens, budget(row), call.text_counts[row]].append(row)
+            members[tokens, budget(row), call.text_counts[row], call.layouts[row] if lays else None].append(row)
     found = {}
-    for (tokens, k, words), numbers in members.items():
+    for (tokens, k, words, layout), numbers in members.items():
         rows = sent(np.array(numbers)[:, None], patches.device)
 
         def places(mask: Tensor, count: int, rows: Tensor = rows, some: bool = len(numbers) < call.batch) -> Tensor:
@@ -185,5 +192,17 @@ def rows_alike(
             mask = mask[rows[:, 0]] if some else mask
             return mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
 
-        found[tokens, k, words] = rows, places(patches, tokens), places(call.texts, words)
+        found[tokens, k, words, layout] = rows, places(patches, tokens), places(call.texts, words)
     return found
+
+
+def cells_of(call: Call, spans: list[Span], shape: tuple[int, int]) -> Array:
+    """Which cell of the layout of its row each patch token is, [B, S] int64 (0 elsewhere); notes these layouts in the call."""
+    cells = np.zeros(shape, np.int64)
+    lying: defaultdict[int, list[Layout]] = defaultdict(list)
+    for span in sorted(spans, key=lambda span: int(span.patches[0])):
+        first = sum(layout.cells for layout in lying[span.row])
+        cells[span.row, span.patches.numpy()] = first + np.arange(len(span.patches))
+        lying[span.row].append(span.layout)
+    call.layouts = [Layout.joined(lying[row]) if lying[row] else None for row in range(shape[0])]
+    return cells

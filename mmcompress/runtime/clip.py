@@ -57,6 +57,21 @@ def question_of(text: str, special: tuple[str, ...] = ()) -> str:
     return text
 
 
+def tokenizer_of(model: Any, name: str | None) -> Any:
+    """The tokenizer that the prompts of `model` are written with."""
+    from transformers import AutoTokenizer
+
+    name = name or getattr(model, "name_or_path", "")
+    if not name:
+        raise ValueError(
+            "the model does not say where it was loaded from: give its tokenizer by tokenizer=name or folder"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer at {name!r}: give that of the model by tokenizer=name or folder") from error
+
+
 class Pair(Protocol):
     """What is taken from a CLIP.
 
@@ -172,7 +187,7 @@ class Clip:
         self.pair = _loaded(name)
         self._check(tower)
         self.placeholders = tuple(adapter.placeholders.values())
-        self.tokenizer = self._tokenizer(adapter.model, tokenizer)
+        self.tokenizer = tokenizer_of(adapter.model, tokenizer)
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         self.special = tuple(sorted((token.content for token in added if token.special), key=len, reverse=True))
         self.remembered: dict[tuple[str, bool, torch.device], Tensor] = {}
@@ -209,20 +224,6 @@ class Clip:
                 f"of {cosine:.2f}; a fine-tuned tower has one of at least {SAME}): its text has nothing to do with these "
                 f"patches. Give the CLIP that the model was built from"
             )
-
-    def _tokenizer(self, model: Any, name: str | None) -> Any:
-        """The tokenizer that the prompts of `model` are written with."""
-        from transformers import AutoTokenizer
-
-        name = name or getattr(model, "name_or_path", "")
-        if not name:
-            raise ValueError(
-                "the model does not say where it was loaded from: give its tokenizer by tokenizer=name or folder"
-            )
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"no tokenizer at {name!r}: give that of the model by tokenizer=name or folder") from error
 
     @torch.no_grad()
     def project(self, hidden: Tensor, plain: bool) -> Tensor:

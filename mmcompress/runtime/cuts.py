@@ -155,7 +155,8 @@ class Cutter:
         merges, scores, mass = [], [], before.mass
         if mass is None and self.plan.weighs:
             mass = torch.ones(places.shape, device=device)
-        for (tokens, k, _), (rows, at, text) in rows_alike(call, pools, lambda row: budgets.get(row, 0)).items():
+        groups = rows_alike(call, pools, lambda row: budgets.get(row, 0), stage.lays)
+        for (tokens, k, _, lying), (rows, at, text) in groups.items():
             if k >= tokens:
                 continue
             places = places.index_put((rows.expand_as(at), at), torch.full_like(at, -1))
@@ -163,8 +164,10 @@ class Cutter:
                 cut = replace(around, rows=rows, at=at, text=text)
                 signals = {name: cut.signal(name).to(device) for name in names_of(stage.needs)}
                 features = hidden[rows.to(hidden.device), at.to(hidden.device)]
-                layout = Layout.raster(1, 1, tokens)
-                chosen = choose(stage, Visuals(features, layout, k, signals, cut=number))
+                layout, slots = lying or Layout.raster(1, 1, tokens), None
+                if lying is not None:
+                    slots = call.kept["cells"][rows, at]
+                chosen = choose(stage, Visuals(features, layout, k, signals, slots, cut=number))
                 slots = gather(at, chosen.keep)
                 places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
                 if chosen.merges:
@@ -201,7 +204,7 @@ class Cutter:
         pools = self.pools_in(stage)
         around = self._around(call, index, hidden, given, pools)
         gone: list[int] = []
-        for (tokens, _, _), (rows, at, text) in rows_alike(call, pools, lambda row: 0).items():
+        for (tokens, *_), (rows, at, text) in rows_alike(call, pools, lambda row: 0).items():
             cut = replace(around, rows=rows, at=at, text=text)
             signals = {name: cut.signal(name) for name in names_of(stage.needs)}
             features = hidden[rows.to(hidden.device), at.to(hidden.device)]

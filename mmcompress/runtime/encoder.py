@@ -408,7 +408,7 @@ class EncoderFacade(TowerScope):
         """Match the units of block `i` by the mean keys of their patches [n, P, d]."""
         state, unit, prefix = run.states[i], run.unit, self.encoder.prefix
         if run.to_tower is not None and state.source is None:
-            keys = gather(keys, run.to_tower.to(keys.device).expand(len(keys), -1))
+            keys = gather(keys, run.to_tower.to(keys.device, non_blocking=True).expand(len(keys), -1))
         if unit > 1:
             keys = torch.cat([keys[:, :prefix], keys[:, prefix:].unflatten(1, (-1, unit)).mean(2)], 1)
         target, lengths, count = self._match(run, i, keys, state.lengths)
@@ -420,7 +420,7 @@ class EncoderFacade(TowerScope):
         if self.encoder.windowed:  # what a window holds stays together
             corner = self._patches(run, first)[:, ::unit]
             if run.to_tower is not None:
-                corner = run.to_tower.to(corner.device).expand(len(corner), -1).gather(1, corner)
+                corner = run.to_tower.to(corner.device, non_blocking=True).expand(len(corner), -1).gather(1, corner)
             order = corner.argsort(1)
             first, number = first.gather(1, order), order.argsort(1)
             target, source = number.gather(1, target), number.gather(1, source)
@@ -517,9 +517,13 @@ def _before_others(order: Tensor, count: int) -> Tensor:
 
 def _ordered(order: Tensor, index: Tensor) -> Tensor:
     """What stands in `order` [n or 1, P] at the places `index` [n, T]."""
-    return order.to(index.device).expand(len(index), -1).gather(1, index)
+    return order.to(index.device, non_blocking=True).expand(len(index), -1).gather(1, index)
 
 
 def _in_tower_order(run: _Run, index: Tensor) -> Tensor:
     """Columns of [n, P], which stand unit after unit, as the patches of the tower stand."""
-    return index if run.from_tower is None else index.gather(1, run.from_tower.to(index.device).expand(len(index), -1))
+    return (
+        index
+        if run.from_tower is None
+        else index.gather(1, run.from_tower.to(index.device, non_blocking=True).expand(len(index), -1))
+    )

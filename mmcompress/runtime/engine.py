@@ -27,18 +27,19 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.compact import compact
-from ..stage import Pipeline
+from ..stage import FrameStage, Pipeline
 from .adapter import Adapter, Encoded
 from .around import Around, pixels_in
 from .attention import GIVEN, keep_notes, rewriters
 from .cache import CACHE, Ledger, book, cache_of, held_bytes, is_pruned, ledger_of, lengths
 from .calibration import calibrated_mask, check_calibration
-from .call import Call, Sight, alike
+from .call import Call, Sight, alike, cells_of
 from .channel import BIAS, Wide
 from .clip import Clip
 from .cuts import Cutter, of_words, words_meant
 from .deepstack import NAMES, give_levels, leading, levels_of
 from .encoder import RESTS, EncoderFacade
+from .frames import FILMS, FrameFacade, films_in
 from .hooks import Following
 from .inputs import InputStages, Prompt
 from .labels import VISUAL, loss
@@ -94,8 +95,11 @@ BY_THEMSELVES = frozenset(
 )
 """Keywords of the language model and its layers that the engine packs in a way of their own; all others follow the tokens."""
 
+STEPS = ("second_per_grid_ts", "video_second_per_grid")
+"""Keywords that tell the base model how many seconds there are from one frame of a video to the next."""
 
-Eye = tuple[Adapter, PixelFacade | EncoderFacade | None, VisionTap | None]
+Facade = PixelFacade | FrameFacade | EncoderFacade
+Eye = tuple[Adapter, Facade | None, VisionTap | None]
 """Who knows a vision encoder, what stands behind it, and what listens to it."""
 
 
@@ -165,9 +169,10 @@ class Engine(Following):
         """A vision encoder with what stands between it and the rest, where its tokens become fewer, and what listens to it."""
         for stage in (*self.plan.pixel_stages, *self.plan.encoder_stages):
             eye.check_stage(stage)
-        facade: PixelFacade | EncoderFacade | None = None
+        facade: Facade | None = None
         if self.plan.pixel_stages:
-            facade = PixelFacade(self, eye, self.plan.pixel_stages[0])
+            first = self.plan.pixel_stages[0]
+            facade = FrameFacade(self, eye, first) if isinstance(first, FrameStage) else PixelFacade(self, eye, first)
         elif self.plan.encoder_stages:
             facade = EncoderFacade(self, eye, self.plan.encoder_stages[0])
         return eye, facade, VisionTap(self, eye, names, facade, self.clip) if names else None
@@ -237,7 +242,8 @@ class Engine(Following):
             encoded, pixels = encoded + before, {**more, **pixels}
         for modality in pixels.keys() - set(self.adapter.modalities):
             raise self._unseen(modality, pixels[modality], "has no")
-        enter(Call(ids, embeds, encoded, self, pixels, mask=given.get("attention_mask")))
+        seconds = next((given[name] for name in STEPS if given.get(name) is not None), None)
+        enter(Call(ids, embeds, encoded, self, pixels, mask=given.get("attention_mask"), seconds=seconds))
 
     def _encoded_before(self, modality: str, output: Any) -> Encoded:
         """The record of features that `generate` encoded before the forward pass."""
@@ -289,8 +295,10 @@ class Engine(Following):
         modality = self.adapter.encoders[name]
         adapter, facade, tap = self.eyes.get(modality, (self.adapter, None, None))
         scope = enter(Scope(self, ENCODE))
-        if facade is not None and modality not in facade.stage.modalities:
+        films = modality == "video" or not isinstance(facade, FrameFacade)
+        if facade is not None and not (films and modality in facade.stage.modalities):
             scope.state[RESTS] = True
+        scope.state[FILMS] = films_in(arguments)
         start = self._now()
         try:
             output = original(*args, **kwargs)
@@ -309,7 +317,7 @@ class Engine(Following):
             if facade is not None and RESTS not in scope.state:
                 encoded.merged = facade.merged
                 encoded.clusters = facade.clusters(encoded, arguments)
-            if facade is not None and encoded.clusters is not None:
+            if facade is not None and (encoded.clusters is not None or encoded.chosen is not None):
                 encoded.left = facade.left(encoded.layouts)
         finally:
             leave(self, ENCODE)
@@ -497,6 +505,8 @@ class Engine(Following):
             counts[row] += span.kept - len(patches)
             call.pool_counts[pool][row] += span.kept
             call.text_counts[row] = len(span.text)
+        if any(stage.lays for stage in self.plan.layer_stages):
+            call.kept["cells"] = sent(cells_of(call, spans, places.shape), device)
         scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
         prompt = Prompt(sent(places, device), embeds, levels_of(kwargs, embeds), scores, leading(kwargs))
         if self.plan.weighs or self.plan.calibrates:
@@ -553,6 +563,7 @@ class Engine(Following):
         if self.cutter.first is not None:
             call.pools, call.texts = marks[:2]
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
+        call.kept = {name: values.gather(1, packed.source) for name, values in call.kept.items()}
         if prompt.scores is not None:
             call.kept["input_scores"] = prompt.scores.gather(1, packed.source)
         for stage in (*self.plan.layer_stages, *self.plan.exit_stages):

@@ -70,7 +70,7 @@ class InputStages:
         """How many tokens of a visual enter the LLM: known before anything is computed."""
         tokens = span.layout.cells
         encoded, index = call.origin(span)
-        if encoded.clusters is not None:
+        if encoded.clusters is not None or encoded.chosen is not None:
             tokens = encoded.left[index]
         for stage in self.stages(span.modality):
             tokens = stage.budget(tokens)
@@ -94,6 +94,9 @@ class InputStages:
             clusters = sent(torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]), device)
             early = (*self.plan.pixel_stages, *self.plan.encoder_stages)
             passage.follow(Selection.of_clusters(clusters, first.left[number]), " >> ".join(map(repr, early)))
+        if first.chosen is not None:
+            kept = torch.stack([e.chosen[i] for e, i in origin if e.chosen is not None])
+            passage.follow(Selection(sent(kept, device)), repr(self.plan.pixel_stages[0]))
         passage.through(self.stages(spans[0].modality), prompt.scores is not None)
         total = passage.total
         for i, span in enumerate(spans):

@@ -8,6 +8,7 @@ arithmetic on small arrays, which waits for nothing and launches nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .packing import Array
 from .record import Span
 
 MARKS = ("start", "end")
+MICRO = 1_000_000
 SMALL = 1 << 16
 """Numbers in a tensor that is still a list of sizes, grids or places, and no picture."""
 
@@ -97,7 +99,11 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
         )
     broken = (embeds - embeds).any(-1)  # not finite: what is makes 0
     past = call.past.view(1, 1) if isinstance(call.past, Tensor) else None
-    host = fetched({"ids": ids, "broken": broken, "valid": valid, "before": call.past_valid, "past": past})
+    steps = call.seconds.reshape(1, -1) if isinstance(call.seconds, Tensor) else None
+    if steps is not None and steps.device.type != "cpu":
+        steps = (steps.double() * MICRO).round()  # what comes from a device comes as whole numbers
+    parts = {"ids": ids, "broken": broken, "valid": valid, "before": call.past_valid, "past": past, "steps": steps}
+    host = fetched(parts)
     ids_, broken_, before = host["ids"], host["broken"] != 0, host.get("before")
     if past is not None:
         call.past = int(host["past"].flat[0])
@@ -117,6 +123,13 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
     call.visual, hidden = torch.from_numpy(visual), visual & ~real
     places = {modality: kinds == code for code, modality in enumerate(adapter.placeholders, start=1)}
     spans = [span for span in _spans(call, adapter, places, ids_) if not _hidden(span, hidden)]
+    if call.seconds is not None:
+        seconds = (
+            list(call.seconds) if steps is None else (host["steps"][0] / (1 if steps.device.type == "cpu" else MICRO))
+        )
+        for span in spans:
+            if span.modality == "video" and span.index < len(seconds):
+                span.layout = replace(span.layout, seconds=float(seconds[span.index]))
     if text:
         samples = np.zeros_like(ids_) if call.samples is None else call.samples.numpy()
         for sample in np.unique(samples):

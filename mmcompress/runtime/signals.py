@@ -19,6 +19,7 @@ from ..selection import gather
 from .adapter import OF_CLS, PER_TOKEN, Adapter, Encoded
 from .clip import CLIP_PATCHES, Clip
 from .encoder import EncoderFacade
+from .frames import FrameFacade
 from .hooks import running
 from .pixels import PixelFacade
 from .probe import Heard, heard
@@ -49,7 +50,7 @@ class VisionTap:
         owner: Any,
         adapter: Adapter,
         names: set[str],
-        facade: PixelFacade | EncoderFacade | None,
+        facade: PixelFacade | FrameFacade | EncoderFacade | None,
         clip: Clip | None = None,
     ) -> None:
         self.owner, self.adapter, self.names, self.facade, self.clip = owner, adapter, names, facade, clip

@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..explain.fates import step_of_layer, steps_of
 from ..explain.panes import panes
 from ..trace import VisualTrace
-from .fates import step_of_layer, steps_of
 from .figure import new_figure, written
+from .legend import fate_legend
 from .overlay import fate_overlay, laid_out
 
 
@@ -53,9 +54,9 @@ class Panel:
 
 
 def kept_figure(rows: Sequence[Sequence[Panel]], title: str, path: Path) -> Path:
-    """Write a grid of panels as a PNG; needs matplotlib (`pip install mmcompress[viz]`)."""
+    """Write a grid of panels as a PNG, with a legend; needs matplotlib (`pip install mmcompress[viz]`)."""
     columns = max(map(len, rows))
-    figure = new_figure(3.0 * columns, 3.5 * len(rows) + 0.5, title)
+    figure = new_figure(3.0 * columns, 3.5 * len(rows) + 0.9, title)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for i, row in enumerate(rows):
         for j in range(columns):
@@ -64,9 +65,11 @@ def kept_figure(rows: Sequence[Sequence[Panel]], title: str, path: Path) -> Path
             if j < len(row):
                 panel = row[j]
                 axis.imshow(np.asarray(panel.picture))
-                axis.set_title(panel.above, fontsize=9)
+                axis.set_title(panel.above, fontsize=9, parse_math=False, wrap=True)
                 color = {True: "#1a7f37", False: "#b42318", None: "#333333"}[panel.good]
                 axis.text(
-                    0.5, -0.03, panel.below, transform=axis.transAxes, ha="center", va="top", fontsize=10, color=color
-                )
+                    0.5, -0.03, panel.below, transform=axis.transAxes, ha="center", va="top", fontsize=10, color=color,
+                    parse_math=False,
+                )  # fmt: skip
+    fate_legend(figure)
     return written(figure, path)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..explain.panes import Pane
+from ..explain.fates import DROPPED, KEPT, Step
+from ..explain.panes import Pane, picture_number
 from ..pictures import to_rgb
 from .colours import DIM, GLOW, KEPT_EDGE, SEAM, TINT, cluster_colour, heat
-from .fates import DROPPED, KEPT, Step
 
 Draw = Callable[[Image.Image, Pane], Image.Image]
 _THUMBNAIL, _GAP = 0.45, 8
@@ -86,12 +86,11 @@ def laid_out(
 
 
 def picture_of(pictures: Sequence[Image.Image], panes: Sequence[Pane], pane: Pane) -> Image.Image:
-    """What a pane lies on. A model that reads several frames at a time has fewer panes than there are frames: the first of them."""
-    frames = sum(p.role == "frame" for p in panes)
+    """What a pane lies on; without pictures something grey."""
     if not pictures:
         rows, columns = pane.grid
         return Image.new("RGB", (24 * columns, 24 * rows), (150, 150, 150))
-    return pictures[pane.frame * len(pictures) // max(frames, 1)] if pane.role == "frame" else pictures[0]
+    return pictures[picture_number(panes, pane, len(pictures))]
 
 
 def scaled(picture: Image.Image, side: int) -> Image.Image:

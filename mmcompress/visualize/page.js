@@ -9,8 +9,10 @@
   const MISSING = 255;
   const WIDTH = 720;
   const state = { method: data.runs[0].method, mode: "fate", stretch: true, grey: false, word: 0, stop: data.stops.length - 1, frame: 0 };
+  const SMALL = 160;
+  const LINES = 6;
   const pictures = data.pictures.map((source) => Object.assign(new Image(), { src: source }));
-  let drawn = [];
+  const drawn = () => shown().flatMap((run) => [...(run.large || []), ...(run.small || [])]);
   let pointed = null;
 
   for (const run of data.runs) {
@@ -18,6 +20,7 @@
     run.map = Uint8Array.from(bytes, (c) => c.charCodeAt(0));
     run.cells = run.visuals.reduce((sum, visual) => sum + visual.cells, 0);
     run.most = run.words.map((_, word) => run.map.subarray(word * run.cells, (word + 1) * run.cells).reduce((a, b) => (b === MISSING ? a : Math.max(a, b)), 0) / (MISSING - 1));
+    run.film = run.films[0] || null;
     run.place = new Array(run.cells);
     run.visuals.forEach((visual) => visual.panes.forEach((pane) => pane.cells.forEach((cell, i) => {
       run.place[cell] = { visual, pane, row: Math.floor(i / pane.grid[1]), column: i % pane.grid[1] };
@@ -32,6 +35,9 @@
 
   // maps of the chosen sort; of anything else one run of each model
   const shown = () => data.runs.filter((run, i) => (state.mode === "map" ? run.method === state.method : data.runs.findIndex((one) => one.name === run.name) === i));
+  // which frame of a video a pane is; null for pictures
+  const frameOf = (visual, pane) => (visual.frame !== null ? visual.frame : pane.role === "frame" ? pane.frame : null);
+  const frameName = (run, frame) => (run.film && run.film.labels[frame] ? (run.film.times ? `frame ${frame} at ${run.film.labels[frame]}` : run.film.labels[frame]) : `frame ${frame}`);
   const stepOf = (run) => run.steps[run.at_stop[Math.min(state.stop, run.at_stop.length - 1)]];
   const fateOf = (step, cell) => (step.stands[cell] < 0 ? DROPPED : step.stands[cell] === cell ? KEPT : MERGED);
   const heat = (value) => {
@@ -112,7 +118,7 @@
         pen.fillRect(...box);
         if (now === KEPT) {
           pen.strokeStyle = "#fff";
-          pen.lineWidth = 1.5;
+          pen.lineWidth = view.small ? 1 : 1.5;
           pen.strokeRect(box[0] + 1, box[1] + 1, box[2] - 2, box[3] - 2);
         }
         return;
@@ -126,7 +132,7 @@
     const [rows, columns] = pane.grid;
     const [left, top, right, bottom] = pane.box;
     pen.strokeStyle = `rgb(${data.style.seam.join(",")})`;
-    pen.lineWidth = 3;
+    pen.lineWidth = view.small ? 1 : 3;
     pen.beginPath();
     for (const seam of pane.seams[0]) {
       const y = (top + ((bottom - top) * seam) / rows) * canvas.height;
@@ -139,7 +145,7 @@
       pen.lineTo(x, bottom * canvas.height);
     }
     pen.stroke();
-    if (pointed && pointed.run.visuals.length === run.visuals.length) {
+    if (pointed && !view.small && pointed.run.visuals.length === run.visuals.length) {
       const at = pane.cells.indexOf(pointed.cell);
       const to = step.stands[pointed.cell];
       if (to >= 0 && (step.share.get(to) || 0) > 1) pane.cells.forEach((cell, i) => step.stands[cell] === to && ring(pen, boxOf(view, i), "#fff", 1.5));
@@ -162,7 +168,7 @@
     const [rows, columns] = pane.grid;
     const [left, top, right, bottom] = pane.box;
     const per = (from, to, i, n) => Math.round(100 * (from + ((to - from) * i) / n));
-    const where = pane.role === "frame" ? `${visual.name}, frame ${pane.frame}` : pane.role === "thumbnail" ? `${visual.name}, thumbnail` : visual.name;
+    const where = frameOf(visual, pane) !== null ? `${visual.name}, ${frameName(run, frameOf(visual, pane))}` : pane.role === "thumbnail" ? `${visual.name}, thumbnail` : visual.name;
     const parts = [
       `${where}: row ${row + 1}, column ${column + 1} (x ${per(left, right, column, columns)}–${per(left, right, column + 1, columns)} %, y ${per(top, bottom, row, rows)}–${per(top, bottom, row + 1, rows)} %)`,
     ];
@@ -194,8 +200,10 @@
     detail.className = event && event.pointerType === "mouse" ? "near" : "";
     detail.style.cssText = detail.className && `left: ${Math.max(0, Math.min(event.clientX + 16, innerWidth - 400))}px; top: ${event.clientY + 20}px`;
     if (detail.className && event.clientY + 20 + detail.offsetHeight > innerHeight) detail.style.top = `${Math.max(0, event.clientY - 12 - detail.offsetHeight)}px`;
-    drawn.forEach(draw);
+    redraw();
   }
+
+  const redraw = () => drawn().forEach(draw);
 
   function view(run, visual, pane) {
     const figure = make("figure", pane.role);
@@ -236,16 +244,52 @@
       if (row >= 0 && row < rows && column >= 0 && column < columns) go(index, event);
     }
     canvas.addEventListener("pointerleave", () => (by("detail").className = by("detail").style.cssText = ""));
-    figure.append(canvas, make("figcaption", "", pane.role === "image" ? "" : pane.role === "frame" ? `frame ${pane.frame}` : pane.role));
-    drawn.push(one);
-    return figure;
+    figure.append(canvas, make("figcaption", "", frameOf(visual, pane) !== null ? frameName(run, frameOf(visual, pane)) : pane.role === "image" ? "" : pane.role));
+    return [figure, one];
+  }
+
+  // the pictures of a run, of its videos the frame that the slider is at
+  function fill(run) {
+    run.large = [];
+    run.views.replaceChildren(...run.visuals.flatMap((visual) => {
+      const views = make("div", "views");
+      const panes = visual.panes.filter((pane) => [null, state.frame].includes(frameOf(visual, pane)));
+      for (const pane of panes.sort((a, b) => (a.role === "thumbnail") - (b.role === "thumbnail"))) {
+        const [figure, one] = view(run, visual, pane);
+        views.append(figure);
+        run.large.push(one);
+      }
+      return panes.length ? [views] : [];
+    }));
+  }
+
+  // all frames of its first video, small
+  function reel(run) {
+    const row = make("div", "reel");
+    row.setAttribute("role", "group");
+    row.setAttribute("aria-label", `${run.name}: all frames`);
+    run.film.places.forEach(([number, frame], i) => {
+      const visual = run.visuals[number];
+      const pane = visual.panes.find((one) => one.role !== "frame" || one.frame === frame);
+      const button = make("button", "shot");
+      const canvas = make("canvas");
+      canvas.width = SMALL;
+      canvas.height = Math.max(1, Math.round((SMALL * pane.size[1]) / pane.size[0]));
+      canvas.setAttribute("aria-hidden", "true");
+      button.type = "button";
+      button.dataset.frame = i;
+      button.append(canvas, make("div", "said", run.film.labels[i]), make("div", "said much"));
+      button.addEventListener("click", () => set({ frame: i }));
+      run.small.push({ run, visual, pane, canvas, small: true });
+      row.append(button);
+    });
+    return row;
   }
 
   function build() {
-    drawn = [];
     pointed = null;
     const parts = shown().map((run) => {
-      const article = make("article");
+      const article = make("article", run.steps.length > 1 ? "reduced" : "");
       article.append(make("h3", "", run.name), make("p", "note step"));
       for (const part of ["question", "answer"]) {
         const line = make("p", "words of-map");
@@ -266,16 +310,16 @@
         });
         if (line.childElementCount > 1) article.append(line);
       }
-      for (const visual of run.visuals) {
-        const views = make("div", "views");
-        visual.panes.filter((pane) => pane.role !== "frame" || pane.frame === state.frame).sort((a, b) => (a.role === "thumbnail") - (b.role === "thumbnail")).forEach((pane) => views.append(view(run, visual, pane)));
-        if (views.childElementCount) article.append(views);
-      }
+      run.views = make("div");
+      article.append(run.views);
+      run.small = [];
+      if (run.film) article.append(reel(run));
       run.article = article;
+      fill(run);
       return article;
     });
     by("runs").replaceChildren(...parts);
-    const frames = Math.max(0, ...shown().flatMap((run) => run.visuals.flatMap((visual) => visual.panes.map((pane) => (pane.role === "frame" ? pane.frame + 1 : 0)))));
+    const frames = Math.max(0, ...shown().flatMap((run) => run.films.map((film) => film.labels.length)));
     by("frames").hidden = frames < 2;
     by("frame").max = Math.max(frames - 1, 0);
     by("word").max = Math.max(0, ...shown().map((run) => run.words.length - 1));
@@ -303,6 +347,93 @@
     }));
   }
 
+  // the largest value of the word's map in each frame
+  const overTime = (run) => run.film.cells.map((cells) => {
+    const values = cells.map((cell) => run.map[state.word * run.cells + cell]).filter((value) => value !== MISSING);
+    return values.length ? Math.max(...values) / (MISSING - 1) : null;
+  });
+
+  // a plot: lines are { name, values, style }
+  function curve(title, film, lines) {
+    const box = make("div", "curve");
+    const at = film.times || film.labels.map((_, i) => i);
+    const span = at[at.length - 1] - at[0] || 1;
+    const most = Math.max(...lines.flatMap((line) => line.values.map((value) => value || 0))) || 1;
+    const x = (i) => (at.length > 1 ? (100 * (at[i] - at[0])) / span : 50);
+    const y = (value) => 100 - (100 * value) / most;
+    const svg = by("plot").content.firstElementChild.cloneNode();
+    const path = (name, d, colour) => {
+      const one = document.createElementNS(svg.namespaceURI, "path");
+      one.setAttribute("d", d);
+      one.setAttribute("class", name);
+      if (colour) one.style.stroke = colour;
+      svg.append(one);
+      return one;
+    };
+    svg.setAttribute("aria-label", `${title}: ${lines.map((line) => `${line.name}: ${line.values.map(number).join(", ")}`).join("; ")}`);
+    for (const part of [0, 50, 100]) path("grid", `M0 ${part}H100`);
+    path("cursor", "").dataset.x = JSON.stringify(at.map((_, i) => x(i)));
+    const list = make("ul");
+    for (const { name, values, style } of lines) {
+      const colour = `var(--line${style % LINES})`;
+      let d = "";
+      values.forEach((value, i) => (d += value === null ? "" : `${i && values[i - 1] !== null ? "L" : "M"}${x(i)} ${y(value)}`));
+      path("", d, colour);
+      path("dots", values.map((value, i) => (value === null ? "" : `M${x(i)} ${y(value)}h0`)).join(""), colour);
+      const item = make("li");
+      const key = make("span", "key");
+      key.style.borderColor = colour;
+      item.append(key, name);
+      list.append(item);
+    }
+    svg.addEventListener("click", (event) => {
+      const area = svg.getBoundingClientRect();
+      const wanted = (100 * (event.clientX - area.left)) / area.width;
+      set({ frame: at.reduce((best, _, i) => (Math.abs(x(i) - wanted) < Math.abs(x(best) - wanted) ? i : best), 0) });
+    });
+    const ticks = make("div", "ticks");
+    ticks.append(...[most, most / 2, 0].map((value) => make("span", "", number(value))));
+    const below = make("div", "ticks below");
+    const unit = (value) => (film.times ? `${number(value)} s` : number(value));
+    below.append(make("span", "", film.times ? unit(at[0]) : `frame ${at[0]}`), make("span", "", unit(at[at.length - 1])));
+    box.append(make("h3", "", title), ticks, svg, below, list);
+    return box;
+  }
+
+  function curves() {
+    const runs = shown().filter((run) => run.film);
+    by("time").hidden = !runs.length;
+    const reduced = runs.filter((run) => run.steps.length > 1);
+    const plots = (reduced.length ? reduced : runs.slice(0, 1)).map((run) => {
+      const lines = run.steps.map((step, i) => ({
+        name: `${step.stage ? `${step.place}: ${step.stage}` : step.place} (${run.film.tokens[i].reduce((a, b) => a + b, 0)})`,
+        values: run.film.tokens[i],
+        style: i,
+      }));
+      return curve(`${run.name}: tokens of each frame`, run.film, lines);
+    });
+    const word = runs.map((run) => run.words[state.word]).find(Boolean);
+    if (word) {
+      const lines = runs.filter((run) => run.words[state.word]).map((run, i) => ({ name: `${run.name}: “${run.words[state.word].text}”`, values: overTime(run), style: i }));
+      plots.push(curve(`${runs.find((run) => run.words[state.word]).method} of ${lines.length > 1 && !runs.every(matching) ? "a word" : `“${word.text}”`}: the most in each frame`, runs[0].film, lines));
+    }
+    by("curves").replaceChildren(...plots);
+  }
+
+  function legend(ramp, brightest) {
+    const part = (name, text) => {
+      const one = make("span");
+      one.append(...(name ? [make("span", `swatch ${name}`)] : []), text);
+      return one;
+    };
+    if (state.mode === "fate") return [part("kept", "kept"), part("merged", "merged, one colour for each token"), part("dropped", "dropped")];
+    const [low, high, unseen] = state.mode === "map" ? ["0", `${brightest}: how much a place has to do with it`, "hatched: no token"] : ["lowest", "highest, by which the stage chose", "hatched: not seen"];
+    const scale = make("span");
+    scale.style.whiteSpace = "normal";
+    scale.append(low, ramp, high);
+    return [scale, part("none", unseen)];
+  }
+
   function update() {
     const runs = shown();
     const word = runs.map((run) => run.words[state.word]).find(Boolean);
@@ -313,7 +444,8 @@
     by("layer-is").textContent = data.stops[state.stop] + (state.stop === data.stops.length - 1 ? ", the last" : "");
     by("layer").setAttribute("aria-valuetext", by("layer-is").textContent);
     by("frame").value = state.frame;
-    by("frame-is").textContent = state.frame;
+    by("frame-is").textContent = frameName(runs[0], state.frame).replace(/^frame /, "");
+    by("frame").setAttribute("aria-valuetext", frameName(runs[0], state.frame));
     const layer = state.stop - data.early;
     document.querySelectorAll(".bar").forEach((bar) => bar.classList.toggle("now", Number(bar.dataset.layer) === layer));
     for (const run of runs) {
@@ -323,9 +455,17 @@
       let note = `${what}; ${kept} of ${run.cells} visual tokens kept${merged ? `, ${merged} merged into them` : ""}${dropped ? `, ${dropped} dropped` : ""}`;
       run.top = top(run);
       if (state.mode === "score" && !step.scores) note += "; no scores here";
-      if (state.mode === "map" && run.words[state.word]) note += `; map up to ${number(run.most[state.word])}`;
+      if (state.mode === "map" && run.words[state.word]) note += run.words[state.word].strength === null ? "; this word was not explained" : `; map up to ${number(run.most[state.word])}`;
       if (state.mode === "map" && !matching(run)) note += "; another word stands here in this answer";
       run.article.querySelector(".step").textContent = note;
+      run.article.querySelectorAll(".shot").forEach((button) => {
+        const i = Number(button.dataset.frame);
+        const value = state.mode === "map" && run.words[state.word] ? overTime(run)[i] : null;
+        const tokens = run.film.tokens[run.steps.indexOf(step)][i];
+        button.querySelector(".much").textContent = state.mode !== "map" ? `${tokens} tokens` : value === null ? "no token" : `up to ${value.toFixed(2)}`;
+        button.setAttribute("aria-label", `${frameName(run, i)}, ${tokens} of ${run.film.cells[i].length} tokens`);
+        button.setAttribute("aria-pressed", String(i === state.frame));
+      });
       run.article.querySelectorAll(".word").forEach((button) => button.setAttribute("aria-pressed", String(Number(button.dataset.word) === state.word)));
     }
     const gradient = `linear-gradient(90deg, ${data.style.heat.join(",")})`;
@@ -333,17 +473,29 @@
     box.style.background = gradient;
     const brightest = state.stretch ? `${[...new Set(runs.map((run) => number(run.top)))].join(" or ")}, the most for this word` : "1, the most for any word";
     by("faithful").textContent = `Shown: ${state.method}. How faithful: ${data.faithful[state.method]}.`;
-    const text = { map: ["0", `${brightest}: how much a place has to do with it; hatched: no token`], score: ["lowest", "highest, by which the stage chose; hatched: not seen"] }[state.mode];
-    by("legend").replaceChildren(...(text ? [text[0], box, text[1]] : ["bright with a white frame: kept; coloured: merged, one colour per merged token; dark: dropped"]));
-    drawn.forEach(draw);
+    by("legend").replaceChildren(...legend(box, brightest).flatMap((one) => [one, " "]));
+    curves();
+    document.querySelectorAll(".cursor").forEach((line) => {
+      const x = JSON.parse(line.dataset.x)[state.frame];
+      line.setAttribute("d", x === undefined ? "" : `M${x} 0V100`);
+    });
+    redraw();
     if (pointed) by("detail").textContent = describe(pointed.run, pointed.cell);
   }
 
   function set(change) {
-    const again = ["method", "frame", "mode"].some((name) => name in change);
+    const again = ["method", "mode"].some((name) => name in change);
     Object.assign(state, change);
     document.body.dataset.mode = state.mode;
     if (again) build();
+    else if ("frame" in change) {
+      pointed = null;
+      shown().forEach(fill);
+      document.querySelectorAll(`.shot[data-frame="${state.frame}"]`).forEach((shot) => {
+        const [one, all] = [shot.getBoundingClientRect(), shot.parentNode.getBoundingClientRect()];
+        if (one.left < all.left || one.right > all.right) shot.parentNode.scrollLeft += one.left - all.left - (all.width - one.width) / 2;
+      });
+    }
     update();
   }
 
@@ -363,29 +515,26 @@
   by("frame").addEventListener("input", (event) => set({ frame: Number(event.target.value) }));
   document.querySelectorAll("[name=mode]").forEach((radio) => radio.addEventListener("change", () => set({ mode: radio.value })));
   let timer = 0;
+  const step = () => {
+    const { film } = shown().find((run) => run.film);
+    timer = setTimeout(() => {
+      set({ frame: (state.frame + 1) % (Number(by("frame").max) + 1) });
+      step();
+    }, film.milliseconds[state.frame]);
+  };
   by("play").addEventListener("click", () => {
     const playing = by("play").getAttribute("aria-pressed") === "true";
-    clearInterval(timer);
-    if (!playing) timer = setInterval(() => set({ frame: (state.frame + 1) % (Number(by("frame").max) + 1) }), 500);
+    clearTimeout(timer);
+    if (!playing) step();
     by("play").setAttribute("aria-pressed", String(!playing));
     by("play").textContent = playing ? "play" : "pause";
   });
-  const dark = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-  const label = () => (by("theme").textContent = dark() ? "light theme" : "dark theme");
-  by("theme").addEventListener("click", () => {
-    document.documentElement.dataset.theme = dark() ? "light" : "dark";
-    label();
-  });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", label);
-  label();
-
-  const first = data.runs[0].words.findIndex((word) => word.part === "answer" && !word.special);
-  state.word = Math.max(first, 0);
+  state.word = data.word;
   const worded = data.runs[0].words.length > 0;
   const reduced = data.runs.some((run) => run.steps.some((step) => step.fates[1] + step.fates[2]));
   const mode = worded && !reduced ? "map" : "fate";
   document.querySelector("[value=map]").closest("label").hidden = !worded;
   document.querySelector(`[value=${mode}]`).checked = true;
   set({ mode });
-  pictures.forEach((picture) => picture.decode().catch(() => {}).then(() => drawn.forEach(draw)));
+  pictures.forEach((picture) => picture.decode().catch(() => {}).then(() => redraw()));
 })();

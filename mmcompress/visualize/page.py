@@ -7,7 +7,7 @@ import base64
 import functools
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..explain import Explanation
 from ..pictures import to_rgb
 from ..records import write_text
 from .colours import DIM, GLOW, HEAT, KEPT_EDGE, SEAM, TINT
+from .headline import Gain, headlines
 from .payload import payload
 
 _LARGEST = 1024
@@ -47,22 +48,42 @@ class Page:
         return f"<page of {len(self.html) // 1024} KiB: save(path) it, or end a notebook cell with it>"
 
 
-def page(found: Sequence[Explanation], title: str = "", *, about: str = "", notes: Sequence[str] = ()) -> Page:
+def page(
+    found: Sequence[Explanation],
+    title: str = "",
+    *,
+    about: str = "",
+    notes: Sequence[str] = (),
+    words: Sequence[str] = (),
+    gains: Mapping[str, Gain] | None = None,
+) -> Page:
     """A page about explanations of the same prompt: stock and compressed models, by one or several methods. It opens with what was
-    kept, merged and dropped; then maps of words, and scores; sliders over words and layers; every token's value, place and fate.
+    kept, merged and dropped; then maps of words, and scores; sliders over words, layers and frames; every token's value, place and
+    fate; of videos a strip of all frames and curves over time.
 
-    title  default: the question. about: the line below it, such as the model. notes: what else a reader should know.
+    title  default: the question. about: what the line below begins with, such as the model. notes: what else a reader should know.
+    words  the first of these that is there is the word whose map is shown at first; else the answer's first.
+    gains  by plan: what it saves of the whole prefill, where that was measured. Else FLOPs of the LLM layers are named.
     Raises ImportError without jinja2.
     """
     if not found:
         raise ValueError("no explanation to show: give at least one")
-    content = payload(found, embedded)
+    content = payload(found, embedded, words)
     style = {"heat": HEAT, "glow": GLOW, "dim": DIM, "tint": TINT, "kept": KEPT_EDGE, "seam": SEAM}
     name = title or found[0].question or "visual tokens"
     models = {run["name"]: run for run in reversed(content["runs"])}.values()  # each once
     return Page(
-        _template().render(
-            title=name, about=about, notes=notes, models=list(models)[::-1], data=content | {"style": style}, **_parts()
+        environment()
+        .get_template("page.html")
+        .render(
+            title=name,
+            about=about,
+            notes=notes,
+            lines=headlines(found, gains),
+            gains=gains or {},
+            models=list(models)[::-1],
+            data=content | {"style": style},
+            **_parts(),
         )
     )
 
@@ -99,5 +120,8 @@ def need_jinja2() -> Any:
 
 
 @functools.cache
-def _template() -> Any:
-    return need_jinja2()(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_file("page.html"))
+def environment() -> Any:
+    """Of the templates in this folder: a page `{% extends "frame.html" %}`, which has themes, phone widths and tables."""
+    from jinja2 import FunctionLoader
+
+    return need_jinja2()(loader=FunctionLoader(_file), autoescape=True, trim_blocks=True, lstrip_blocks=True)

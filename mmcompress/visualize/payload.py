@@ -12,19 +12,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..explain import Explanation
+from ..explain import Explanation, Film
+from ..explain.fates import DROPPED, KEPT, MERGED, Step, step_of_layer, steps
 from .colours import cluster_hue
-from .fates import DROPPED, KEPT, MERGED, Step, step_of_layer, steps
-from .figures import named, place_name, strength
+from .figures import named, place_name, strength, words_of
+from .headline import part_of_llm
 from .overlay import picture_of
 
 MISSING = 255
 """In maps of one byte per cell: nothing is known. Other values are 0 to 254 for 0 to 1."""
 
 
-def payload(found: Sequence[Explanation], embed: Callable[[Image.Image], str]) -> dict[str, Any]:
+def payload(
+    found: Sequence[Explanation], embed: Callable[[Image.Image], str], words: Sequence[str] = ()
+) -> dict[str, Any]:
     """Pictures (each once, through `embed`), one run per explanation, how faithful each sort is, and the stops of the slider over
-    layers: all tokens, what the stages before the LLM leave, then each layer."""
+    layers: all tokens, what the stages before the LLM leave, then each layer. words: the first that is there opens the page."""
     pictures: dict[tuple[tuple[int, int], bytes], int] = {}
     sources: list[str] = []
 
@@ -35,7 +38,7 @@ def payload(found: Sequence[Explanation], embed: Callable[[Image.Image], str]) -
             sources.append(embed(picture))
         return pictures[key]
 
-    decided = [steps(one.trace, row_of(one)) for one in found]
+    decided = [steps(one.trace, one.row) for one in found]
     early = max(sum(step.layer is None for step in mine) for mine in decided)
     depth = max(len(layers_of(one)) for one in found)
     stops = [
@@ -44,7 +47,16 @@ def payload(found: Sequence[Explanation], embed: Callable[[Image.Image], str]) -
         *(f"layer {i}" for i in range(depth)),
     ]
     runs = [_run(one, mine, early, number) for one, mine in zip(found, decided, strict=True)]
-    return {"pictures": sources, "stops": stops, "early": early, "runs": runs, "faithful": faithfulness(found)}
+    return {
+        "pictures": sources, "stops": stops, "early": early, "runs": runs, "faithful": faithfulness(found),
+        "word": _first_word(found, words),
+    }  # fmt: skip
+
+
+def _first_word(found: Sequence[Explanation], words: Sequence[str]) -> int:
+    """Number of the word that the page opens with: of the explanations that have one of `words` the first; else of the answer."""
+    named = [one.find(word)[0] for word in words for one in found if one.has(word)]
+    return (named or [*words_of(found[0]), 0])[0]
 
 
 def faithfulness(found: Sequence[Explanation]) -> dict[str, str]:
@@ -62,13 +74,8 @@ def faithfulness(found: Sequence[Explanation]) -> dict[str, str]:
     return said
 
 
-def row_of(found: Explanation) -> int:
-    """Row of the batch that an explanation is about: explanations have one, a trace may have more."""
-    return int(found.options.get("row", 0))
-
-
 def layers_of(found: Explanation) -> list[int]:
-    return found.trace.tokens_per_layer(row_of(found))
+    return found.trace.tokens_per_layer(found.row)
 
 
 def _run(
@@ -86,21 +93,16 @@ def _run(
         "question": found.question,
         "answer": found.answer,
         "coverage": round(found.coverage, 4),
-        "flops": _flops(found),
+        "flops": _rounded(part_of_llm(found)),
         "words": [_word(found, i) for i in range(len(found.words))],
         "maps": _maps(found),
         "relevance": _relevance(found),
         "visuals": _visuals(found, number),
         "steps": [_step(step) for step in decided],
         "at_stop": at_stop,
+        "films": [_film(film) for film in found.films],
         "layers": layers,
     }
-
-
-def _flops(found: Explanation) -> float | None:
-    """What the prompt costs in the layers of the language model, as a part of what it would without compression."""
-    report = found.trace.report()
-    return _rounded(report.flops / report.full_flops) if found.trace.call.batch == 1 else None
 
 
 def _word(found: Explanation, number: int) -> dict[str, Any]:
@@ -159,7 +161,8 @@ def _visuals(found: Explanation, number: Callable[[Image.Image], int]) -> list[d
                     "size": list(picture.size),
                 }
             )
-        visuals.append({"name": f"{one.modality} {i + 1}", "panes": panes, "first": first, "cells": len(one.valid)})
+        name = f"{one.modality} {i + 1}"
+        visuals.append({"name": name, "panes": panes, "first": first, "cells": len(one.valid), "frame": one.frame})
         first += len(one.valid)
     return visuals
 
@@ -175,6 +178,19 @@ def _step(step: Step) -> dict[str, Any]:
         "scores": scores,
         "tokens": step.tokens,
         "fates": [int((step.fate == fate).sum()) for fate in (KEPT, MERGED, DROPPED)],
+    }
+
+
+def _film(film: Film) -> dict[str, Any]:
+    """A video: of each frame its visual, its number there, its cells and its name; when it is shown; tokens behind each step."""
+    return {
+        "name": film.name,
+        "places": [list(place) for place in film.places],
+        "cells": [cells.tolist() for cells in film.cells],
+        "labels": [film.label(i) for i in range(len(film))],
+        "times": film.times,
+        "milliseconds": film.milliseconds(),
+        "tokens": film.tokens.tolist(),
     }
 
 

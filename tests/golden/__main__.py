@@ -8,10 +8,10 @@ from pathlib import Path
 from .replay import cases, replay
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description="replay recorded cases of a folder")
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent)
-    folder = parser.parse_args().folder
+    folder = parser.parse_args(arguments).folder
     found = cases(folder)
     if not found:
         print(f"no cases <name>_<case>.npz in {folder}")

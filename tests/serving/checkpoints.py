@@ -77,8 +77,8 @@ def _made(name: str) -> tuple[Any, Any]:
     if name == "qwen3-vl-moe":
         kept = T.AutoConfig.from_pretrained(origin)
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True, "mrope_section": [6, 5, 5]}
-        text = TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "rope_parameters": rope}
-        text |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+        text = TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "rope_parameters": rope}
+        text |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}  # as released ones say
         config = T.Qwen3VLMoeConfig(
             vision_config=kept.vision_config.to_dict() | {"model_type": "qwen3_vl_moe_vision"},
             text_config=text,
@@ -141,15 +141,13 @@ def _scattered(model: Any) -> Any:
 
 
 def _renamed(path: Path) -> None:
-    """Towers by the name that they have on the hub, which vLLM reads; transformers 5 saves them by a shorter one."""
-    tower = json.loads((path / "config.json").read_text())["vision_config"]["model_type"]
-    if tower not in ("clip_vision_model", "siglip_vision_model"):
-        return
+    """Weights as they are on the hub, which vLLM reads; transformers 5 saves towers by a shorter name, and experts transposed."""
+    config = json.loads((path / "config.json").read_text())
+    tower = config["vision_config"]["model_type"] in ("clip_vision_model", "siglip_vision_model")
     for file in path.glob("*.safetensors"):
-        weights = {
-            name.replace("vision_tower.", "vision_tower.vision_model.")
-            if "vision_tower.vision_model." not in name
-            else name: x
-            for name, x in load_file(file).items()
-        }
+        weights = {}
+        for name, x in load_file(file).items():
+            if tower and "vision_tower.vision_model." not in name:
+                name = name.replace("vision_tower.", "vision_tower.vision_model.")
+            weights[name] = x.transpose(1, 2).contiguous() if ".experts." in name else x
         save_file(weights, file, {"format": "pt"})

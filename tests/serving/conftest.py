@@ -30,6 +30,15 @@ if THERE:
     sys.path.insert(0, str(HERE))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def here() -> None:
+    """vLLM looks at the class of a model in a process of its own, which takes longer than a test; here it is this one. Tests of
+    servers go the long way."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where checkpoints are made, once."""

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 import mmcompress as mm
 
 TOKENS = 12
+LEAST = 5e-4
 
 
 class Request(NamedTuple):
@@ -29,11 +31,30 @@ class Request(NamedTuple):
         return found | ({"video": self.video} if self.video is not None else {})
 
 
-class Answer(NamedTuple):
-    """How many tokens the prompt had, and the tokens of the answer."""
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """How many tokens the prompt had, the tokens of the answer, and by how much each was better than the next best.
+
+    Answers are equal if their tokens are, up to one that transformers itself chose by less than what rounding can turn: LEAST,
+    where logits have a standard deviation of about 3. One token in some thousands is such a one.
+    """
 
     length: int
     tokens: list[int]
+    margins: tuple[float, ...] = ()
+
+    @property
+    def sure(self) -> int:
+        return next((i for i, margin in enumerate(self.margins) if margin < LEAST), len(self.tokens))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Answer):
+            return NotImplemented
+        least = min(self.sure, other.sure)
+        same = self.tokens[:least] == other.tokens[:least]
+        return self.length == other.length and len(self.tokens) == len(other.tokens) and same
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def picture(seed: int, width: int = 96, height: int = 96) -> Image.Image:
@@ -56,6 +77,7 @@ def engine(path: str, plan: Any = None, **options: Any) -> Iterator[Any]:
     }  # fmt: skip
     if "llava" in path and "onevision" not in path:
         settings["limit_mm_per_prompt"] = {"image": 3}
+    gc.freeze()  # vLLM collects garbage nine times in the life of an engine, each time in all modules of this process
     llm = LLM(**settings | options)
     try:
         yield llm
@@ -63,7 +85,6 @@ def engine(path: str, plan: Any = None, **options: Any) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
-        gc.collect()
 
 
 def served(llm: Any, requests: Sequence[Request], tokens: int = TOKENS) -> list[Answer]:
@@ -100,8 +121,11 @@ def expected(
         for request in requests:
             inputs = processor(text=[request.prompt], images=list(request.images) or None, return_tensors="pt")
             length = inputs["input_ids"].shape[1]
-            out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
+            how: dict[str, Any] = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+            out = model.generate(**inputs, **how, max_new_tokens=tokens)
             if plan is not None and request.images:
                 length = mm.trace(model).tokens_per_layer()[0]
-            found.append(Answer(length, out[0, inputs["input_ids"].shape[1] :].tolist()))
+            best = torch.cat([logits[:1].float().topk(2).values for logits in out.logits])
+            margins = tuple((best[:, 0] - best[:, 1]).tolist())
+            found.append(Answer(length, out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), margins))
     return found
