@@ -169,7 +169,12 @@ def test_one_repeat_is_enough(capsys: Said) -> None:
 
 @pytest.mark.parametrize("raised", ["interrupt", "SIGTERM", "SIGHUP"])
 def test_a_run_that_is_stopped_says_how_to_go_on(
-    raised: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
+    raised: str,
+    table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Said,
+    request: pytest.FixtureRequest,
 ) -> None:
     real, asked = evaluator._generate, []
 
@@ -182,6 +187,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
         return real(*given)
 
     monkeypatch.setattr(evaluator, "_generate", generate)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # below nohup it is ignored, and stays so
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     handler = signal.getsignal(signal.SIGTERM)
     out = tmp_path / "out"
     expected = 130 if raised == "interrupt" else 128 + getattr(signal, raised)

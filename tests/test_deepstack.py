@@ -72,7 +72,7 @@ def test_levels_by_layer_equal_means_and_gathers_made_by_hand(early: str, cut: i
     for handle in handles:
         handle.remove()
     wanted = model.lm_head(hidden) / model.config.text_config.logits_scaling
-    assert torch.allclose(out[0, kept[-6:]], wanted[0, -6:], atol=1e-5)
+    assert torch.allclose(out[0, kept[-6:]], wanted[0, -6:], atol=5e-5)  # logits of up to 10
     assert gone.sum() == (0 if cut is None else 16)
 
 
