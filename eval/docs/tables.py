@@ -461,11 +461,13 @@ def mass_tables(sweeps: Mapping[str, dict[str, Any]], pages: Mapping[str, dict[s
         "models together, where there are several. The same number of tokens enters the LLM, but for methods that cut inside it "
         "(`keep` is then the mean over layers, or what is left behind the cut)."
     )
+    later = "; ".join(added_later(sweeps.values()))
+    later = f" Added later: {later}." if later else ""
     gain = "Accuracy (%) over all models of the host alone and completed, and the difference, paired, * more than two errors."
     return {
         "against": f"{how} Questions from a seed on that nothing was chosen by {asked(shapes, sweeps)}.\n\n"
         + against_tables(shapes, keeps),
-        "completed": f"{gain}\n\n{table(*completed(shapes, (0.25, 0.1)))}",
+        "completed": f"{gain}{later}\n\n" + table(*completed(shapes, (0.25, 0.1))),
         "pages": f"{how} Fresh questions {asked(dense, pages)}.\n\n" + against_tables(dense, keeps)
         if pages
         else NOT_YET,
@@ -496,8 +498,7 @@ def videos(sweep: Mapping[str, Any]) -> str:
     answers = Answers({VIDEO: sweep}, "videos")
     headings, lines, beaten = over(answers, (0.5, 0.25, 0.1), FLOORS)
     names = ", ".join(f"`{name}`" for name in beaten)
-    later = {f"`{point['method']}` {point['commit']}": None for point in sweep["points"] if "commit" in point}
-    where = ", ".join((conditions(dict(sweep)), *later))
+    where = ", ".join((conditions(dict(sweep)), *added_later([sweep])))
     return (
         f"Accuracy (%) on {answers.questions[VIDEO]} fresh questions; in brackets what a method is above the best floor at the "
         "same number of visual tokens, paired, ± one standard error, * more than two errors. Floors: fewer frames (`keyframes` "
@@ -505,6 +506,16 @@ def videos(sweep: Mapping[str, Any]) -> str:
         f"`keep` is the mean over layers, or what is left behind the cut. {where}.\n\n{table(headings, lines)}"
         f"\n\nAbove the best floor by two errors at no ratio: {names or 'none'}."
     )
+
+
+def added_later(sweeps: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What was measured behind the rest: "METHOD at RATIOS: COMMITS", and the processor where it was another one."""
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for point in (point for sweep in sweeps for point in sweep["points"] if "commit" in point):
+        keeps, places = found.setdefault(point["method"].partition("(")[0], ({}, {}))
+        keeps[f"{point['keep']:.0%}"] = None
+        places[f"{point['commit']} on {point['device']}" if "device" in point else point["commit"]] = None
+    return [f"`{method}` at {', '.join(keeps)}: {', '.join(places)}" for method, (keeps, places) in found.items()]
 
 
 def _reindexed(keep: float) -> str:
