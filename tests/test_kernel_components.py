@@ -163,3 +163,32 @@ def test_wrong_options_are_named() -> None:
         components(x[0], 0.5)
     with pytest.raises(ValueError, match="fewer than"):
         components(torch.ones(1).expand(1, 1 << 24, 1), 0.5)
+
+
+@pytest.mark.parametrize("threshold", [-0.2, 0.5, 0.8, 0.99, 0.99999])
+def test_sketches_leave_out_no_edge(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of many features are compared along a few directions first: heaps, what is like nothing, zeros, one token twice."""
+    monkeypatch.setattr(blocked, "_PAIRS", 1 << 12)
+    monkeypatch.setattr(blocked, "_LEAST", 32)
+    monkeypatch.setattr(blocked, "_DIRECTIONS", 12)
+    fewer, near = [], blocked._near
+
+    def watched(sketch: Tensor, threshold: float, first: int, end: int) -> Tensor:
+        found = near(sketch, threshold, first, end)
+        fewer.append(2 * len(found) <= len(sketch) - first)
+        return found
+
+    monkeypatch.setattr(blocked, "_near", watched)
+    for seed in range(6):
+        drawn = torch.Generator().manual_seed(seed)
+        heap = torch.randint(0, 12, (300,), generator=drawn)
+        x = torch.randn(12, 48, generator=drawn)[heap] + 10.0**-seed * torch.randn(300, 48, generator=drawn)
+        x[::7] = torch.randn(43, 48, generator=drawn)
+        x[50:60], x[60:70] = 0, x[:10]
+        mask = torch.rand(300, generator=drawn) < 0.8 if seed % 2 else None
+        if mask is not None and seed == 5:
+            x[~mask] = math.nan
+        options = {} if mask is None else {"mask": mask[None]}
+        wanted, found = run("naive", x[None], threshold, **options), run("blocked", x[None], threshold, **options)
+        assert torch.equal(wanted[0], found[0]) and torch.equal(wanted[1], found[1]), seed
+    assert any(fewer) == (threshold > 0 and DEVICE == "cpu")

@@ -16,6 +16,10 @@ _PAIRS = 1 << 20
 """Pairs in a block of rows."""
 _LEAST = 192
 """Rows in a block at least: products of fewer take longer than their share."""
+_DIRECTIONS = 64
+"""Along so many tokens are compared first, where they have four times as many features and do not fit in a block."""
+_ROUNDING = 1e-5
+"""Bounds of cosines are raised by more than float32 gets wrong in them."""
 _FEW = 64
 """Up to so many tokens the time of the calls counts: the graph is whole, and labels spread over it as in `naive`."""
 
@@ -59,19 +63,64 @@ def _components(x: Tensor, scale: Tensor, threshold: float, mask: Tensor | None,
             continue
         if small:  # filled up once for all of its blocks
             part, buffers[3] = filled_up(part, COLUMNS, buffers[3])
-        root = torch.arange(n, device=x.device).repeat(len(part), 1)
-        count = torch.ones_like(root)
-        for first in range(0, n, height):
-            edge = _edges(part, scale[group], threshold, known, first, height, buffers)
-            if edge.device.type == "cpu" and not edge.any().tolist():
-                continue
-            count[:, first : first + edge.shape[1]].add_(edge.sum(2))
-            count[:, first:].add_(edge.sum(1))
-            root = _joined(root, edge, first)
+        if small or x.device.type != "cpu" or x.shape[2] < 4 * _DIRECTIONS:
+            root, count = _grown(part, scale[group], threshold, known, height, buffers)
+        else:
+            sketch, order = _sketch(part[0], scale[g])
+            known = None if known is None else known[:, order]
+            root, count = _grown(part[:, order], scale[group, order], threshold, known, height, buffers, sketch)
+            lowest = torch.full_like(root, n).scatter_reduce(1, root, order[None], "amin")
+            root, count = (torch.empty_like(y).scatter(1, order[None], y) for y in (lowest.gather(1, root), count))
         label[group], degree[group] = root, count
-        if known is not None:
-            label[group].masked_fill_(~known, -1)
-            degree[group].masked_fill_(~known, 0)
+        if mask is not None:
+            label[group].masked_fill_(~mask[group], -1)
+            degree[group].masked_fill_(~mask[group], 0)
+
+
+def _grown(
+    x: Tensor, scale: Tensor, threshold: float, mask: Tensor | None, height: int, buffers: list[Tensor],
+    sketch: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Labels and degrees [g, n] of x, which may be filled up, from blocks of `height` rows. With a `sketch` of one group a block
+    is compared with those tokens only that are near to it, if they are few."""
+    n = scale.shape[1]
+    root = torch.arange(n, device=x.device).repeat(len(x), 1)
+    count = torch.ones_like(root)
+    for first in range(0, n, height):
+        at = torch.arange(first, n, device=x.device)
+        near = at if sketch is None else _near(sketch, threshold, first, min(first + height, n))
+        if 2 * len(near) > len(at):  # to gather them would not pay
+            edge = _edges(x, scale, threshold, mask, first, height, buffers)
+        else:
+            at, masked = near, None if mask is None else mask[:, near]
+            edge = _edges(x[:, at], scale[:, at], threshold, masked, 0, height, buffers)
+        if edge.device.type == "cpu" and not edge.any().tolist():
+            continue
+        count[:, first : first + edge.shape[1]].add_(edge.sum(2))
+        count.index_add_(1, at, edge.sum(1))
+        root = _joined(root, edge, at)
+    return root, count
+
+
+def _sketch(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens x [n, D] as unit vectors along the directions in which most of a sample lies, with the length of the rest as one
+    more number, and an order [n] in which like ones are together. In it, the sketch [n, _DIRECTIONS + 1]: products of its rows are
+    nowhere below the cosines."""
+    n, size = x.shape
+    step = max(1, n // (4 * _DIRECTIONS))
+    sample = x[::step].float() * scale[::step, None]
+    axes = torch.linalg.qr(sample[::4][:_DIRECTIONS].T)[0]
+    axes = torch.linalg.qr(sample.T @ (sample @ axes))[0]
+    along = torch.cat([part.float() @ axes for part in x.split(_PAIRS // size + 1)]) * scale[:, None]
+    rest = (1 - along.square().sum(1)).clamp_min(0) + _ROUNDING
+    order = (along @ along[::step].T).argmax(1).sort(stable=True).indices
+    return torch.cat([along, rest.sqrt()[:, None]], 1)[order], order
+
+
+def _near(sketch: Tensor, threshold: float, first: int, end: int) -> Tensor:
+    """Numbers of the tokens from `first` on, all before `end` and of the later ones those that may have an edge to one of these."""
+    bound = (sketch[first:end] @ sketch[end:].T).amax(0)
+    return torch.cat([torch.arange(first, end), end + (~(bound <= threshold)).nonzero()[:, 0]])
 
 
 def _cosines(x: Tensor, scale: Tensor) -> Tensor:
@@ -111,20 +160,22 @@ def _edges(
     return edge
 
 
-def _joined(root: Tensor, edge: Tensor, first: int) -> Tensor:
-    """Roots [g, n] int64 (the lowest members of components) with the edges [g, r, n - first] of rows from `first` taken in.
+def _joined(root: Tensor, edge: Tensor, at: Tensor) -> Tensor:
+    """Roots [g, n] int64 (the lowest members of components) with the edges [g, r, c] between the first r of the tokens `at` [c]
+    and these taken in.
 
     The lowest root that a row touches becomes that of all the components that it touches, until nothing changes.
     """
     rows, n = edge.shape[1], root.shape[1]
     number = torch.arange(n, device=root.device).expand_as(root)
     while True:
-        mine = root[:, first:].float()  # whole numbers below 2^24
+        known = root[:, at]
+        mine = known.float()  # whole numbers below 2^24
         low = torch.where(edge, mine[:, None], float(n)).amin(2)
         low = torch.minimum(low, mine[:, :rows])
         offer = torch.minimum(torch.where(edge, low[..., None], float(n)).amin(1), mine)
         offer[:, :rows] = torch.minimum(offer[:, :rows], low)
-        target = number.scatter_reduce(1, root[:, first:], offer.long(), "amin")
+        target = number.scatter_reduce(1, known, offer.long(), "amin")
         while not torch.equal(further := target.gather(1, target), target):
             target = further
         joined = target.gather(1, root)
