@@ -43,8 +43,9 @@ class LLaVAScissor(InputStage):
 
     At most `probes` thresholds are tried: one by how tokens are like those of the frame before, and if that leaves at most
     M = sqrt(N k) components of the first step (or 4,096) others up to M. Cost n^2 C / 2 for frames of n and M^2 C / 2 for their M
-    components for each, which is N^2 C / 2 once at most, n^2 C twice or three times to find them, N k C in the end; in blocks. It
-    waits for the device twice, and twice for each threshold, to read how many components there are.
+    components for each, which is N^2 C / 2 once at most (on the CPU often a small part of it: `kernels.components`), n^2 C twice
+    or three times to find them, N k C in the end; in blocks. It waits for the device twice, and twice for each threshold, to read
+    how many components there are.
 
     Departs from the reference in that the budget is exact, components are too (there they are sampled where there are many), and
     output is in the order of places.
@@ -82,14 +83,19 @@ class LLaVAScissor(InputStage):
             size = group_sizes(torch.searchsorted(keys, parts.temporal)[None], len(keys))
             stay = size.sort(dim=1, descending=True, stable=True).indices[0, :k].sort().values
             keys, own = keys[stay], own[stay]
-        elif len(keys) < k:
-            near = match(known, own.detach()[None])[0]
+        near, into = match(known, own.detach()[None])
+        if (m := len(keys)) < k:
             taken = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, keys[None], True)
-            alone = largest(-near, torch.full_like(keys[:1, None], k - len(keys)), ~taken)
-            more = alone[0].to(torch.uint8).sort(descending=True, stable=True).indices[: k - len(keys)]
+            alone = largest(-near, torch.full_like(keys[:1, None], k - m), ~taken)
+            more = alone[0].to(torch.uint8).sort(descending=True, stable=True).indices[: k - m]
+            new = wide(x[0, more])
+            nearer, other = match(known, new.detach()[None])
             keys, order = torch.cat([keys, more]).sort()
-            own = torch.cat([own, wide(x[0, more])])[order]
-        into, made = self.absorbed(x[0], own)
+            own = torch.cat([own, new])[order]
+            place = order.argsort()
+            into, other = place[into], place[m + other]
+            into = torch.where((nearer > near) | ((nearer == near) & (other < into)), other, into)
+        into, made = into[0], self.absorbed(x[0], own, into[0])
         place = torch.arange(k, device=x.device)
         into = into.scatter(0, keys, place)  # every output stands for a token at least
         return keys[None], into[None], mean_weights(into[None], k), made[None]
@@ -130,12 +136,11 @@ class LLaVAScissor(InputStage):
         return best or Connected.of(x, at, low[1])
 
     @staticmethod
-    def absorbed(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the representatives `own` [K, C] each token of x [N, C] is most like, [N], and their means with these, [K,
-        C]."""
-        into = match(x.detach()[None], own.detach()[None])[1]
-        many = torch.zeros_like(own[:, 0]).scatter_add(0, into[0], torch.ones_like(x[:, 0], dtype=own.dtype))
-        return into[0], (own + merge(wide(x)[None], into, len(own))[0]) / (many[:, None] + 1)
+    def absorbed(x: Tensor, own: Tensor, into: Tensor) -> Tensor:
+        """The means of the representatives `own` [K, C] with the tokens of x [N, C] that each is the most similar of, by `into`
+        [N]: [K, C]."""
+        many = torch.zeros_like(own[:, 0]).scatter_add(0, into, torch.ones_like(x[:, 0], dtype=own.dtype))
+        return (own + merge(wide(x)[None], into[None], len(own))[0]) / (many[:, None] + 1)
 
 
 def falling(level: Tensor) -> list[float]:

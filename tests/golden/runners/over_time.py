@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from mmcompress.kernels.match import match
 from torch import Tensor
 
 import mmcompress as mm
@@ -302,7 +303,9 @@ def llava_scissor(arrays: Arrays, params: dict[str, Any]) -> Results:
     yield "spatial_label", first - begins[:, None]
     yield "stage1", found.means
     yield "temporal_label", torch.searchsorted(found.keys, found.temporal[found.firsts])
-    into, made = mm.LLaVAScissor.absorbed(shown.features[0], found.representatives(shown.features[0]))
+    own = found.representatives(shown.features[0])
+    into = match(shown.features, own[None])[1][0]
+    made = mm.LLaVAScissor.absorbed(shown.features[0], own, into)
     yield "assignment", into
     yield "output", made
     chosen = mm.LLaVAScissor(keep=len(made), tau=params["tau"]).select(replace(shown, k=len(made)))
