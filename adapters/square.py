@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..runtime.adapter import OF_CLS, OF_PATCHES, Adapter, Block, Encoded, Run, body_of
+from ..runtime.adapter import CLS_FEATURES, OF_CLS, OF_PATCHES, Adapter, Block, Encoded, Run, body_of
 from ..runtime.hooks import running
 from ..runtime.refusal import refusal
 from ..stage import PixelStage, Stage
@@ -131,7 +131,7 @@ class SquareAdapter(Adapter):
         if not self.alone:
             return found
         # a CLS token cannot take a road on which patches are fused
-        return found | {"encoder_features"} | ({"cls_feature"} if self.prefix and self.unit == 1 else set())
+        return found | {"encoder_features"} | (set(CLS_FEATURES) if self.prefix and self.unit == 1 else set())
 
     @property
     def lacks(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .ops.frames import Frames
 from .selection import Selection, gather
 
-PER_VISUAL = frozenset({"cls_feature", "text_embeddings", "clip_text", "clip_text_last"})
+PER_VISUAL = frozenset({"cls_feature", "cls_features", "text_embeddings", "clip_text", "clip_text_last"})
 """Signals that have one value per visual, not one per token."""
 
 
@@ -195,8 +195,9 @@ class Visuals:
               `received_attention`, `given_attention`, `received_logits`, `given_logits` [U, N] (means over the patches on
               the other side); `hub_attention:9.0` [U, N] (given by the hubs, those patches that receive more than 9 times the
               mean; by all where there are none); `keys` [U, N, d], `joint_keys` [U, N, C] (heads side by side).
-              `encoder_features` [U, N, De], `cls_feature` [U, De]; `text_embeddings` [U, T, D] of the instruction, as they
-              enter the LLM. Where a stage has a `clip`, in its joint space, float32: `clip_patches` [U, N, E] of a block,
+              `encoder_features` [U, N, De], `cls_feature` [U, De] (of a video: of the first frame), `cls_features` [U, T, De] (of
+              each frame or view); `text_embeddings` [U, T, D] of the instruction, as they enter the LLM. Where a stage has a
+              `clip`, in its joint space, float32: `clip_patches` [U, N, E] of a block,
               through CLIP's last norm and projection (`clip_patches_plain`: without the norm), and the question `clip_text`
               [U, E] (`clip_text_last`: read at the last place of the padded text) of unit length.
               In layer stages, of the layer before the cut or with "@next" of the one behind it: `last_attention` [U, N] (of the

@@ -70,6 +70,8 @@ def test_methods_for_pictures_frame_by_frame(host: str) -> None:
         for frame, count in enumerate(counts):
             part = slice(12 * frame, 12 * frame + 12)
             signals = {n: s[:, part] if s.shape[1:2] == (36,) else s for n, s in visuals.signals.items()}
+            if "cls_features" in signals:
+                signals["cls_feature"] = signals.pop("cls_features")[:, frame]
             mine = found.keep[(found.keep >= part.start) & (found.keep < part.stop)].view(2, -1) - part.start
             shown_ = mm.Visuals(visuals.features[:, part], still, count, signals, road=visuals.road)
             wanted = alone.select(shown_)
@@ -86,8 +88,35 @@ def test_methods_for_pictures_frame_by_frame(host: str) -> None:
                 assert torch.equal(found.assign[:, part], mapped)
     whole: Any = mm.as_pipeline(f"per_frame(host='{host}', over='whole')").parts[0]
     visuals = some(whole, 9, layout)
-    one = mm.Visuals(visuals.features, mm.Layout.raster(1, 9, 4), 9, visuals.signals, road=visuals.road)
+    of_first = {"cls_feature": visuals["cls_features"][:, 0]} if "cls_features" in visuals.signals else {}
+    one = mm.Visuals(visuals.features, mm.Layout.raster(1, 9, 4), 9, {**visuals.signals, **of_first}, road=visuals.road)
     assert torch.equal(chosen(whole, visuals).keep, alone.select(one).keep)
+
+
+@torch.no_grad()
+def test_each_frame_has_its_own_cls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host reads of CLS: its feature, and its attention; in a model, of two videos with other frames."""
+    family, given = "llava_next_video", []
+    model, host = build(family), mm.VisionZip
+    plain = host.select
+
+    def seen(self: Any, visuals: mm.Visuals) -> mm.Selection:
+        given.append(visuals)
+        return plain(self, visuals)
+
+    monkeypatch.setattr(host, "select", seen)
+    inputs = prompts(model, family, [[3, video(family), 5], [4, video(family), 4]])
+    with mm.compressed(model, "per_frame(host='visionzip', keep=0.5)"):
+        model(**inputs)
+        assert all(v.kept == round(0.5 * v.tokens) for v in mm.trace(model).visuals)
+    pixels = inputs["pixel_values_videos"].flatten(0, 1)
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[
+        model.config.vision_feature_layer
+    ]
+    found = torch.cat([visuals["cls_feature"].unflatten(0, (2, -1)) for visuals in given], 1)
+    assert torch.allclose(found, states[:, 0].unflatten(0, (2, -1)), atol=1e-5)
+    attention = torch.cat([visuals["cls_attention"].unflatten(0, (2, -1)) for visuals in given], 1)
+    assert len(attention.flatten(0, 1).unique(dim=0)) == len(pixels) == 6
 
 
 # ---------------------------------------------------------------------- beside plain loops

@@ -14,7 +14,7 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 
-from ...runtime.adapter import Adapter
+from ...runtime.adapter import CLS_FEATURES, Adapter
 from ...runtime.signals import KEYS, VisionTap, kind_of, of_rows
 
 
@@ -25,7 +25,7 @@ class ServedTap(VisionTap):
     def __init__(self, owner: Any, adapter: Adapter, names: set[str], tower: nn.Module) -> None:
         super().__init__(owner, adapter, names, None)
         self.layers = layers_of(tower)
-        for index in {*self.at, *(adapter.feature_blocks if "cls_feature" in names else ())}:
+        for index in {*self.at, *(adapter.feature_blocks if names.intersection(CLS_FEATURES) else ())}:
             if index >= len(self.layers):
                 asked = ", ".join(self.at.get(index, ()))
                 raise NotImplementedError(
@@ -48,7 +48,7 @@ class ServedTap(VisionTap):
                 handles.append(rotary.register_forward_pre_hook(before))
         if "encoder_features" in self.names:
             _listen(self.adapter.projector, lambda given, made: self._keep_features(given))
-        for index in self.adapter.feature_blocks if "cls_feature" in self.names else ():
+        for index in self.adapter.feature_blocks if self.names.intersection(CLS_FEATURES) else ():
             _listen(self.layers[index], functools.partial(self._keep_made, f"output {index}"))
         return handles
 

@@ -47,9 +47,9 @@ class SelectionTime:
 
 
 def random_signal(
-    name: str, visuals: int, tokens: int, sizes: Sizes, generator: torch.Generator, spread: float
+    name: str, visuals: int, tokens: int, sizes: Sizes, generator: torch.Generator, spread: float, frames: int = 1
 ) -> Tensor:
-    """A signal of the shape that `Visuals` says; `spread` 0: the same for every token."""
+    """A signal of the shape that `Visuals` says, where there are so many frames; `spread` 0: the same for every token."""
     kind = name.partition("@")[0]
 
     def noise(*shape: int) -> Tensor:
@@ -61,6 +61,8 @@ def random_signal(
     }  # fmt: skip
     if kind in widths:
         return noise(visuals, tokens, widths[kind]) + torch.randn(widths[kind], generator=generator)
+    if kind == "cls_features":
+        return torch.randn(visuals, frames, sizes.encoder, generator=generator)
     if kind in ("cls_feature", "clip_text"):
         return torch.randn(visuals, sizes.encoder, generator=generator)
     if kind in ("text_embeddings", "text_final_states"):
@@ -82,7 +84,10 @@ def random_visuals(
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(visuals, layout.cells, sizes.features, generator=generator) * spread
     features = features + torch.randn(sizes.features, generator=generator)
-    signals = {n: random_signal(n, visuals, layout.cells, sizes, generator, spread) for n in names_of(stage.needs)}
+    signals = {
+        n: random_signal(n, visuals, layout.cells, sizes, generator, spread, layout.frames)
+        for n in names_of(stage.needs)
+    }
 
     def road(rows: Tensor) -> Tensor:  # the projector's time is not the selection's
         same = sizes.encoder == sizes.features

@@ -12,7 +12,7 @@ from ..budget import check_each
 from ..ops.shares import split_budget
 from ..plan import as_pipeline, register
 from ..selection import Selection, gather
-from ..stage import InputStage
+from ..stage import InputStage, Need
 from ..visuals import PER_VISUAL, Layout, Visuals
 from .hosted import Hosted
 
@@ -26,8 +26,8 @@ class PerFrame(Hosted):
     is split over the frames as evenly as whole numbers can be, the first ones get what is left over, and the host sees each as a
     picture; fewer tokens than frames raise ValueError. `over="whole"`: frames one below the other are one picture, also
     for hosts that treat each frame alone. By themselves hosts that compare all tokens take a video as a whole (divprune, cdpruner),
-    those that go by crops each frame alone (fopru, prumerge, aim_merge). A host that reads the CLS feature is given that of the
-    first frame for each. Pictures, and what an earlier stage has left, are the host's as ever. Cost: the host's, for T visuals of
+    those that go by crops each frame alone (fopru, prumerge, aim_merge). A host that reads the CLS feature is given that of
+    its own frame. Pictures, and what an earlier stage has left, are the host's as ever. Cost: the host's, for T visuals of
     N / T tokens, or for one of N.
     """
 
@@ -51,6 +51,16 @@ class PerFrame(Hosted):
         return one
 
     @property
+    def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
+        """Those of the host, and the CLS feature of each frame where it reads one."""
+
+        def each(name: str | None) -> str | None:
+            return "cls_features" if name == "cls_feature" else name
+
+        needs = self.stage().needs
+        return tuple(each(need) or need if isinstance(need, str) else tuple(map(each, need)) for need in needs)
+
+    @property
     def positions(self) -> str:  # type: ignore[override]
         return self.stage().positions
 
@@ -60,11 +70,14 @@ class PerFrame(Hosted):
 
     def select(self, visuals: Visuals) -> Selection:
         host, frames = self.stage(), visuals.layout.frames
+        cls = visuals.signals.get("cls_features")
+        first_cls = {} if cls is None else {"cls_feature": cls[:, 0]}
+        whole = replace(visuals, signals={**visuals.signals, **first_cls})
         if frames == 1 or visuals.slots is not None:
-            return host.select(visuals)
+            return host.select(whole)
         rows, columns = visuals.layout.views[0].grid
         if self.over == "whole":
-            return host.select(replace(visuals, layout=Layout.raster(1, frames * rows, columns)))
+            return host.select(replace(whole, layout=Layout.raster(1, frames * rows, columns)))
         check_each(self, visuals.k, visuals.n, frames)
         places, first, made = rows * columns, 0, []
         for k, run in groupby(split_budget(visuals.k, [places] * frames)):
@@ -83,6 +96,8 @@ class PerFrame(Hosted):
             return x[:, part].unflatten(1, (count, places)).flatten(0, 1)
 
         signals = {n: s.repeat_interleave(count, 0) if n in PER_VISUAL else cut(s) for n, s in visuals.signals.items()}
+        if "cls_features" in signals:
+            signals["cls_feature"] = visuals["cls_features"][:, first : first + count].flatten(0, 1)
         layout = Layout.raster(1, *visuals.layout.views[0].grid)
         found = host.select(replace(visuals, features=cut(visuals.features), layout=layout, k=k, signals=signals))
         frame = torch.arange(count, device=found.keep.device)[:, None]

@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from ..stage import MODALITIES, Stage
 from ..visuals import Layout
 
+CLS_FEATURES = ("cls_feature", "cls_features")
+"""Signals of the CLS token's own feature: of the view that shows a visual whole, and of each of its views."""
 OF_CLS = frozenset({"cls_attention", "cls_logits", "cls_joint_attention"})
 OF_PATCHES = frozenset(
     {
@@ -221,7 +223,7 @@ class Encoded:
     """What one call of an encoder method gave.
 
     layouts   of its visuals.
-    signals   by name, one tensor per visual: [N, ...] (`cls_feature`: [De]).
+    signals   by name, one tensor per visual: [N, ...] (`cls_feature`: [De], `cls_features`: [views, De]).
     clusters  which tokens an encoder stage merged: equal numbers for each visual, [N]; None without one.
     chosen    which tokens of each visual come of frames that were encoded, [k] ascending; None where all were.
     left      how many tokens of each visual are left after either.

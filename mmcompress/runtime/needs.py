@@ -9,7 +9,7 @@ from typing import Any
 
 from ..plan import methods
 from ..stage import MODALITIES, USUAL, ExitStage, InputStage, LayerStage, Need, Pipeline
-from .adapter import PER_TOKEN, Adapter
+from .adapter import CLS_FEATURES, PER_TOKEN, Adapter
 from .clip import CLIP_PATCHES, CLIP_SIGNALS
 from .layers import SIGNALS
 from .masks import ATTENTION_OF
@@ -19,7 +19,7 @@ from .prompt import PROMPT_SIGNALS, check_prompt_signals
 from .signals import kind_of
 from .windows import SLIDING, windows_of
 
-VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", "cls_feature", *CLIP_PATCHES})
+VISION_SIGNALS = frozenset({*PER_TOKEN, "encoder_features", *CLS_FEATURES, *CLIP_PATCHES})
 TEXT_SIGNALS = ("text_embeddings",)
 STATES = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"})
 """Kinds of layers that carry a state from token to token."""

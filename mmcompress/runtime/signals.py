@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..ops import attention_received, attention_rows
 from ..ops.marginals import attention_marginals, hub_attention
 from ..selection import gather
-from .adapter import OF_CLS, PER_TOKEN, Adapter, Encoded
+from .adapter import CLS_FEATURES, OF_CLS, PER_TOKEN, Adapter, Encoded
 from .clip import CLIP_PATCHES, Clip
 from .encoder import EncoderFacade
 from .frames import FrameFacade
@@ -86,7 +86,7 @@ class VisionTap:
             handles.append(block.attention.register_forward_pre_hook(record, with_kwargs=True))
         if "encoder_features" in self.names:
             handles.append(self.adapter.tap_features(self._keep_features))
-        of_cls = self.adapter.feature_blocks if "cls_feature" in self.names else []
+        of_cls = self.adapter.feature_blocks if self.names.intersection(CLS_FEATURES) else []
         for i in sorted({*of_cls, *self.joint.values()}):
             output = functools.partial(self._keep_output, f"output {i}")
             handles.append(self.adapter.blocks[i].module.register_forward_hook(output))
@@ -103,7 +103,8 @@ class VisionTap:
         return seen[name]
 
     def collect(self, encoded: Encoded, arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
-        """The signals of all visuals of the encoder call, one tensor [N, ...] for each (`cls_feature`: [De])."""
+        """The signals of all visuals of the encoder call, one tensor [N, ...] for each (`cls_feature`: [De],
+        `cls_features`: [views, De])."""
         rows: dict[str, Tensor] = {}
         if "encoder_features" in self.names:
             features = self._recorded("features")
@@ -128,9 +129,12 @@ class VisionTap:
             name: [v[:, 0] for v in arrange(x[..., None])] if x.dim() < 2 + (not flat) else arrange(x)
             for name, x in rows.items()
         }
-        if "cls_feature" in self.names:
+        if self.names.intersection(CLS_FEATURES):
             cls = torch.cat([self._recorded(f"output {i}")[:, 0] for i in self.adapter.feature_blocks], -1)
-            signals["cls_feature"] = self._of_first_view(cls, encoded, arguments)
+            if CLS_FEATURES[0] in self.names:
+                signals[CLS_FEATURES[0]] = self._of_first_view(cls, encoded, arguments)
+            if CLS_FEATURES[1] in self.names:
+                signals[CLS_FEATURES[1]] = list(cls.split(self.adapter.views(encoded, arguments)))
         return signals
 
     def _batched(self, index: int, q: Tensor, k: Tensor, names: list[str]) -> dict[str, Tensor]:
