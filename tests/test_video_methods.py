@@ -119,6 +119,24 @@ def test_each_frame_has_its_own_cls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(attention.flatten(0, 1).unique(dim=0)) == len(pixels) == 6
 
 
+@torch.no_grad()
+def test_frames_that_are_given_as_pictures_are_pictures() -> None:
+    """InternVL: each frame has a budget of its own, as if it were alone, and a plan for videos is refused."""
+    model = build("internvl")
+    inputs = prompts(model, "internvl", [[3, image("internvl"), 9, image("internvl"), 5]])
+    frames = len(inputs["pixel_values"])
+    inputs["pixel_values"] = inputs["pixel_values"][: frames // 2].repeat(2, 1, 1, 1)
+    with mm.compressed(model, "evs(keep=0.5)"):
+        model(**inputs)
+        first, second = mm.trace(model).visuals
+        assert first.modality == "image" and first.kept == second.kept == round(0.5 * first.tokens)
+        assert torch.equal(
+            first.kept_cells(), second.kept_cells()
+        )  # of a video the second, which is the same, would go
+    with pytest.raises(NotImplementedError, match="no video"):
+        mm.compress(model, "evs(keep=0.5, on='video')")
+
+
 # ---------------------------------------------------------------------- beside plain loops
 def plain_evs(x: Tensor, frames: int, k: int) -> list[int]:
     x = x.unflatten(0, (frames, -1))

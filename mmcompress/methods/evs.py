@@ -27,7 +27,8 @@ class EVS(InputStage):
     Departs from vLLM in that the budget is exact (there it is never less than a frame): where it has no room for all tokens
     with nothing before them, of which the first frame is made, these are thinned out evenly, and no later frame is seen. So a
     picture, which is one frame, is thinned out evenly (in vLLM pictures stay whole: `on="video"`). Behind another stage, a
-    token whose place was empty in the frame before counts as new. Not here: the change of pixels that the paper measures.
+    token whose place was empty in the frame before counts as new. The paper measures the change of pixels (L1), as no
+    option here: a model is given pixels that are normalised, in the patches of its family.
     """
 
     keep: float | int = 0.25

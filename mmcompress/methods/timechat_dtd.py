@@ -30,8 +30,9 @@ class TimeChatDTD(InputStage):
 
     Departs from the reference in that the budget is exact. Its thresholds, by which the number of tokens follows the content,
     are in `dropped`, for streams: no stage of the frame can be like this, since budgets are known before the model runs. Where
-    k has no room for the first frame it is thinned out evenly, and so is a picture, which is one frame. Not here: the mode that
-    compares pixels, of which `pixel_difference` is the arithmetic.
+    k has no room for the first frame it is thinned out evenly, and so is a picture, which is one frame. The mode that
+    compares pixels is no option here, since a model is given pixels that are normalised, in the patches of its family;
+    `pixel_difference` is its arithmetic, for those who have the pixels.
     """
 
     keep: float | int = 0.25
