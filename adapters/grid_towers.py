@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.vision_utils import get_vision_window_index
 
-from ..runtime.adapter import OF_PATCHES, Adapter, Block
+from ..runtime.adapter import OF_PATCHES, Adapter, Block, in_windows
 from ..runtime.probe import plainly_rotated
 from ..stage import Stage
 from .raster import units
@@ -106,16 +105,11 @@ class GridTower(Adapter):
         frames = [units(h, w, self.side) for t, h, w in self._grids(arguments).tolist() for _ in range(t)]
         starts = itertools.accumulate(map(len, frames), initial=0)
         order = torch.cat([start + frame for start, frame in zip(starts, frames, strict=False)])
-        return order if (index := self._windows(arguments)) is None else index.argsort()[order]
+        return order if (places := self._in_windows(arguments)) is None else places[order]
 
-    def _windows(self, arguments: dict[str, Any]) -> Tensor | None:
-        """The units (patches, where they are not grouped) of the tower in the order of its windows; None: it has no windows."""
+    def _in_windows(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Where each unit (patch, where they are not grouped) of the tower stands among its windows; None: it has no windows."""
         if not self.windowed:
             return None
-        index, _ = get_vision_window_index(
-            self._grids(arguments),
-            spatial_merge_size=self.tower.spatial_merge_size,
-            window_size=self.tower.window_size,
-            patch_size=self.tower.patch_size,
-        )
-        return index
+        tower, grids = self.tower, tuple(map(tuple, self._grids(arguments).tolist()))
+        return in_windows(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)

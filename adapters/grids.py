@@ -72,8 +72,8 @@ class GridAdapter(GridTower):
         return Encoded(modality, [laid(t, h // side, w // side, length) for (t, h, w), side, length in grids])
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
-        if self.grouped and (index := self._windows(arguments)) is not None:
-            rows = rows[torch.argsort(index).to(rows.device, non_blocking=True)]
+        if self.grouped and (places := self._in_windows(arguments)) is not None:
+            rows = rows[places.to(rows.device, non_blocking=True)]
         return list(rows.split([layout.cells for layout in encoded.layouts]))
 
     def feature_rows(self, features: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+import numpy as np
 
 from ..runtime.adapter import Encoded, Run, config_of
+from ..runtime.packing import Array
 from .square import SquareAdapter
 from .tiles import Picture, arrangement, join
 
@@ -40,10 +41,10 @@ class InternVLAdapter(SquareAdapter):
                 f"tiles of {tokens} tokens: a picture is one run between its start and end token"
             )
         tiles = [length // tokens for length in lengths]
-        parts = encoded.pixels.cpu().split(tiles)
+        parts = np.split(encoded.pixels.cpu().numpy(), np.cumsum(tiles)[:-1])
         join(encoded, [Picture(n, *_lie(part)) for n, part in zip(tiles, parts, strict=True)])
 
 
-def _lie(views: Tensor) -> tuple[int, int]:
+def _lie(views: Array) -> tuple[int, int]:
     """Rows and columns of the tiles of one picture, its view as a whole last."""
     return arrangement(views[:-1], views[-1])[:2] if len(views) > 1 else (1, 1)

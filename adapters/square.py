@@ -175,7 +175,7 @@ class SquareAdapter(Adapter):
 
     def assemble(self, encoded: Encoded, runs: list[Run]) -> None:
         if encoded.pixels is not None:
-            join(encoded, pictures(encoded.pixels.cpu(), runs, [layout.tokens for layout in encoded.layouts]))
+            join(encoded, pictures(encoded.pixels, runs, [layout.tokens for layout in encoded.layouts]))
 
     def arrange(self, encoded: Encoded, arguments: dict[str, Any], rows: Tensor, nearest: bool = False) -> list[Tensor]:
         return list(rows)

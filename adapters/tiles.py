@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.adapter import Encoded, Run
+from ..runtime.packing import Array
 from ..visuals import Layout, View
 from .layouts import tiled
 
@@ -47,15 +49,15 @@ def small(arguments: dict[str, Any], views: int) -> Tensor | None:
 
 
 def pictures(views: Tensor, runs: list[Run], tokens: Sequence[int]) -> list[Picture]:
-    """The pictures that small views [n, 3, p, p] make, which stand in `runs` with `tokens` of each."""
-    near = _near(runs, tokens)
+    """The pictures that small views [n, 3, p, p] make, which stand in `runs` with `tokens` of each. Waits for the device."""
+    shown, near = views.cpu().numpy(), _near(runs, tokens)
     found: list[Picture] = []
     start = 0
-    while start < len(views):
+    while start < len(shown):
         end = start + 1
         while end < len(near) and near[end]:
             end += 1
-        found.append(_first_picture(views[start:end]))
+        found.append(_first_picture(shown[start:end]))
         start += found[-1].views
     return found
 
@@ -76,27 +78,28 @@ def _near(runs: list[Run], tokens: Sequence[int]) -> list[bool]:
     return near
 
 
-def _first_picture(views: Tensor) -> Picture:
+def _first_picture(views: Array) -> Picture:
     """The picture that begins with the first of some views, each close to the next."""
     best, least = Picture(), ALIKE
     for count in range(3, len(views) + 1):
         for first in (False, True):
             whole, tiles = (views[0], views[1:count]) if first else (views[count - 1], views[: count - 1])
             rows, columns, difference = arrangement(tiles, whole)
-            spread = float(whole.flatten(1).var(1).mean())
+            spread = float(whole.reshape(len(whole), -1).var(1, ddof=1).mean())
             if spread and difference / spread < least:
                 best, least = Picture(count, rows, columns, first), difference / spread
     return best
 
 
-def arrangement(tiles: Tensor, whole: Tensor) -> tuple[int, int, float]:
+def arrangement(tiles: Array, whole: Array) -> tuple[int, int, float]:
     """Rows and columns of tiles [n, 3, p, p] that laid together look most like `whole` [3, p, p], and the mean squared error."""
-    count = len(tiles)
+    count, side = len(tiles), whole.shape[-1]
     found = (1, count, math.inf)
     for rows in (r for r in range(1, count + 1) if count % r == 0):
         columns = count // rows
-        laid = tiles.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-        difference = float((F.adaptive_avg_pool2d(laid, whole.shape[-1]) - whole).square().mean())
+        laid = tiles.reshape(rows, columns, -1, side, side).transpose(2, 0, 3, 1, 4)
+        pooled = laid.reshape(-1, side, rows, side, columns).mean((2, 4))
+        difference = float(np.square(pooled - whole).mean())
         if difference < found[2]:
             found = (rows, columns, difference)
     return found

@@ -18,7 +18,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     if x.dim() == 2:
         return x.gather(1, index)
     if len(x) == 1:
-        return x[0].index_select(0, index[0])[None]
+        return x.index_select(1, index[0])
     first = torch.arange(x.shape[0], device=x.device)[:, None]
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x[first, index]

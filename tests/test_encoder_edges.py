@@ -255,5 +255,5 @@ def test_seams_move_when_onevision_shrinks() -> None:
 @pytest.mark.parametrize(("tiles", "rows"), [(2, (1, 2)), (4, (1, 4)), (6, (1, 6))])
 def test_tiles_of_a_flat_picture_lie_in_a_row(tiles: int, rows: tuple[int, int]) -> None:
     """Nothing tells how they lie, every arrangement fits as well: the first one, in a row."""
-    flat = torch.full((tiles + 1, 3, 8, 8), 0.5)
+    flat = torch.full((tiles + 1, 3, 8, 8), 0.5).numpy()
     assert arrangement(flat[:-1], flat[-1]) == (*rows, 0.0)

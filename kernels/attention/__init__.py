@@ -160,10 +160,10 @@ def _call(name: str, implementation: str, q: Tensor, k: Tensor, *arguments: Any)
     chosen = choose(implementation, q)
     if chosen == "triton" and implementation == "auto" and q.shape[3] > WIDEST:
         chosen = "blocked"
-    kind = torch.promote_types(q.dtype, k.dtype)
+    kind = q.dtype if q.dtype == k.dtype else torch.promote_types(q.dtype, k.dtype)
     kind = torch.float32 if kind == torch.float64 else kind
     q, k = q.to(kind), k.to(kind)
-    given = [a.detach() if isinstance(a, Tensor) else a for a in (q, k, *arguments)]
+    given = [a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in (q, k, *arguments)]
     if chosen == "triton" or torch.compiler.is_compiling():
         return getattr(torch.ops.mmcompress, f"attention_{name}")(*given, chosen)
     return _run(name, chosen, *given)

@@ -113,15 +113,21 @@ def attention_received(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """[n, heads, S] float32."""
-    if cu_seqlens is not None:
-        return _in_segments(q, k, scale, reduce, weight, key_mask, key_bias, offset, cu_seqlens.tolist())
+    if cu_seqlens is not None and (bounds := cu_seqlens.tolist()) != [0, k.shape[2]]:
+        return _in_segments(q, k, scale, reduce, weight, key_mask, key_bias, offset, bounds)
     n, heads, queries, _ = q.shape
     found = q.new_zeros(n, heads, k.shape[2], dtype=torch.float32)
+    masks = [mask[:, None, None] for mask in (key_bias, key_mask) if mask is not None]
+    if reduce != "max" and weight is None and not masks and at is None and offset is None:
+        for block in blocks(q, k, scale):  # all queries count, and see all keys
+            share = block.share.flatten(0, 1).transpose(1, 2)
+            into = found[block.batch, block.heads]
+            into.add_(torch.bmm(share, block.exps.flatten(0, 1)).view_as(into))
+        return found / max(1, queries) if reduce == "mean" else found
     total = found.new_zeros(n, heads, 1)
     counts = None if weight is None else weight != 0
     weight = found.new_ones(1, 1, 1) if weight is None else weight.float()
     weight = weight.expand(n, heads, queries)[..., None]
-    masks = [mask[:, None, None] for mask in (key_bias, key_mask) if mask is not None]
     for block in blocks(q, k, scale, masks, counts, at, offset):
         mine = weight[block.batch, block.heads, block.rows]
         into = found[block.batch, block.heads, : block.columns]

@@ -92,33 +92,36 @@ class HiPrune(InputStage):
         tokens, slots = self.anchors(visuals), visuals.slots
         cells = tokens if slots is None else slots.to(tokens.device).gather(1, tokens)
         # a copy that the host need not wait for
-        places = _places(visuals.layout).to(cells.device, non_blocking=True)
-        first, columns, width, size = places[:, cells]
-        inside = (cells - first) // columns * width + (cells - first) % columns
+        near = _near(visuals.layout, self.clamp == "drop").to(cells.device, non_blocking=True)
         tier = torch.zeros(len(cells), visuals.layout.cells, dtype=torch.uint8, device=cells.device)
-        x = inside % width
-        for step, there in ((-1, x > 0), (1, x < width - 1), (-width, inside >= width), (width, inside < size - width)):
-            near = (inside + step).clamp_min(0).minimum(size - 1)
-            if self.clamp == "drop":
-                near = torch.where(there, near, inside)
-            tier = tier.scatter(1, first + near // width * columns + near % width, 1)
-        tier = tier.scatter(1, cells, 2)
+        tier = tier.scatter(1, near[cells].flatten(1), 1).scatter(1, cells, 2)
         return tier if slots is None else tier.gather(1, slots.to(tier.device))
 
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _places(layout: Layout) -> Tensor:
-    """For every cell of a layout: the first cell of its crop, the columns of its view, and the width and number of cells of
-    its crop, [4, cells] on the CPU."""
+def _near(layout: Layout, drop: bool) -> Tensor:
+    """The four neighbours of every cell of a layout in its crop, [cells, 4] on the CPU; beyond an edge the cell itself with `drop`,
+    else where its number, one or a row away, is cut off at the ends of the crop. The same pictures come again."""
     parts, start = [], 0
     for view in layout.views:
         parts.append(_places_in(view, start))
         start += view.cells
-    return torch.cat(parts, 1)
+    first, columns, width, size = torch.cat(parts, 1)
+    cells = torch.arange(start)
+    inside = (cells - first) // columns * width + (cells - first) % columns
+    x, found = inside % width, []
+    for step, there in ((-1, x > 0), (1, x < width - 1), (-width, inside >= width), (width, inside < size - width)):
+        near = (inside + step).clamp_min(0).minimum(size - 1)
+        if drop:
+            near = torch.where(there, near, inside)
+        found.append(first + near // width * columns + near % width)
+    return torch.stack(found, 1)
 
 
 def _places_in(view: View, start: int) -> Tensor:
+    """For every cell of a view: the first cell of its crop, the columns of the view, and the width and number of cells of its
+    crop, [4, cells]."""
     begins, lengths = [], []
     for cells, seams in zip(view.grid, view.seams, strict=True):
         band = torch.bucketize(torch.arange(cells) + 0.5, torch.tensor(seams))

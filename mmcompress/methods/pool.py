@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from math import isqrt
 from typing import ClassVar
@@ -33,19 +34,32 @@ class Pool(InputStage):
 
     def select(self, visuals: Visuals) -> Selection:
         features, k = visuals.features, visuals.k
-        one = visuals.slots is None  # then all visuals lie alike
-        group, y, x = _groups(visuals.layout, k, visuals.slots, features[:1] if one else features)
-        size = group_sizes(group, k)
-        own = size.gather(1, group)
-        off = [at - group_sum(at, group, k).gather(1, group) / own for at in (y, x)]
-        near = (off[0] ** 2 + off[1] ** 2).sort(dim=1, stable=True).indices
-        near = near.gather(1, group.gather(1, near).sort(dim=1, stable=True).indices)
-        keep, order = near.gather(1, size.cumsum(1) - size).sort(dim=1)
-        place = torch.arange(k, device=order.device).expand_as(order)
-        assign = torch.empty_like(order).scatter(1, order, place).gather(1, group)
-        keep, assign, weight = (t.expand(len(features), -1) for t in (keep, assign, 1 / own))
-        merged = Selection(keep, assign, weight)
+        if visuals.slots is None:  # then all visuals lie alike
+            tables = tuple(t.to(features.device, non_blocking=True) for t in _raster(visuals.layout, k))
+        else:
+            tables = _pooled(visuals.layout, k, visuals.slots, features)
+        merged = Selection(*(t.expand(len(features), -1) for t in tables))
         return replace(merged, rows=merged.apply(features))
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _raster(layout: Layout, k: int) -> tuple[Tensor, ...]:
+    """The same for all visuals of a layout that nothing has left, [1, ...] each, on the CPU. The same pictures come again."""
+    return _pooled(layout, k, None, torch.empty(1, layout.cells, 0))
+
+
+def _pooled(layout: Layout, k: int, slots: Tensor | None, features: Tensor) -> tuple[Tensor, ...]:
+    """The token that each output token stands at [U, k], the output token of every token and its share of that [U, N]."""
+    group, y, x = _groups(layout, k, slots, features)
+    size = group_sizes(group, k)
+    own = size.gather(1, group)
+    off = [at - group_sum(at, group, k).gather(1, group) / own for at in (y, x)]
+    near = (off[0] ** 2 + off[1] ** 2).sort(dim=1, stable=True).indices
+    near = near.gather(1, group.gather(1, near).sort(dim=1, stable=True).indices)
+    keep, order = near.gather(1, size.cumsum(1) - size).sort(dim=1)
+    place = torch.arange(k, device=order.device).expand_as(order)
+    return keep, torch.empty_like(order).scatter(1, order, place).gather(1, group), 1 / own
 
 
 def _groups(layout: Layout, k: int, slots: Tensor | None, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,15 +71,17 @@ class TokenFlex(Learned, InputStage):
         views = visuals.layout.views if visuals.slots is None else (View((1, visuals.n)),)
         pooled, keep, into = self.pool(features, views, visuals.k)
         rows = self.trained(pooled) if self.trained is not None else visuals.project(pooled.to(features.dtype))
-        keep, into = (t.to(features.device, non_blocking=True).expand(len(features), -1) for t in (keep, into))
-        weight = 1 / group_sizes(into, visuals.k).gather(1, into)
+        weight = _shares(views, visuals.k)
+        keep, into, weight = (
+            t.to(features.device, non_blocking=True).expand(len(features), -1) for t in (keep, into, weight)
+        )
         return Selection(keep, into, weight, rows.to(visuals.features.dtype))
 
     @staticmethod
     def pool(features: Tensor, views: tuple[View, ...], k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled features [U, k, C] float32; the cell that each of them stands at [k], and the token that each cell lies in [N]."""
         cells = [view.cells for view in views]
-        quotas = apportion(torch.tensor([cells]), k, max(cells))[0].tolist()
+        quotas, keep, into = _lying(views, k)
         parts = features.split(cells, dim=1)
         kinds = [(view.grid, quota) for view, quota in zip(views, quotas, strict=True)]
         made: dict[int, Tensor] = {}
@@ -89,15 +92,31 @@ class TokenFlex(Learned, InputStage):
                 grids = torch.cat([parts[i] for i in mine]).unflatten(1, (height, width))
                 found = flexible_pool(grids, columns_of(quota, height, width)).chunk(len(mine))
                 made.update(zip(mine, found, strict=True))
-        keep, into, first, done = [], [], 0, 0
-        for (grid, quota), count in zip(kinds, cells, strict=True):
-            if quota:
-                middle, inside = pooled_cells(grid[0], columns_of(quota, *grid), grid[1])
-                keep.append(middle + first)
-                into.append(inside + done)
-            else:
-                into.append(
-                    torch.full((count,), min(done, k - 1))
-                )  # fewer tokens than views: with the next one that has some
-            first, done = first + count, done + quota
-        return torch.cat([made[i] for i in sorted(made)], 1), torch.cat(keep), torch.cat(into)
+        return torch.cat([made[i] for i in sorted(made)], 1), keep, into
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _lying(views: tuple[View, ...], k: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
+    """How many of `k` tokens each view gives, and of all of them together, on the CPU: the cell that each token stands at [k], and
+    the token that each cell lies in [N]. The same pictures come again."""
+    cells = [view.cells for view in views]
+    quotas = apportion(torch.tensor([cells]), k, max(cells))[0].tolist()
+    keep, into, first, done = [], [], 0, 0
+    for view, quota in zip(views, quotas, strict=True):
+        if quota:
+            middle, inside = pooled_cells(view.grid[0], columns_of(quota, *view.grid), view.grid[1])
+            keep.append(middle + first)
+            into.append(inside + done)
+        else:  # fewer tokens than views: with the next one that has some
+            into.append(torch.full((view.cells,), min(done, k - 1)))
+        first, done = first + view.cells, done + quota
+    return tuple(quotas), torch.cat(keep), torch.cat(into)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _shares(views: tuple[View, ...], k: int) -> Tensor:
+    """The share of each cell in the token that it lies in, [N] on the CPU."""
+    into = _lying(views, k)[2][None]
+    return (1 / group_sizes(into, k).gather(1, into))[0]

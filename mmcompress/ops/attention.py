@@ -43,14 +43,19 @@ def capped_rows(
     q: Tensor,
     k: Tensor,
     scale: float,
-    mask: Tensor,
+    mask: Tensor | None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`attention_rows` with soft-capped logits or sinks: [n, heads, Q, S] float32, the map as a whole. `bias`: of keys."""
+    """`attention_rows` with soft-capped logits or sinks: [n, heads, Q, S] float32, the map as a whole. `mask`: None where all is
+    seen; `bias`: of keys."""
     if softcap is None and sinks is None:
-        return attention_rows(q, k, scale, mask if bias is None else torch.where(mask, bias, float("-inf")))
+        if mask is not None and bias is not None:
+            mask, bias = torch.where(mask, bias, float("-inf")), None
+        return attention_rows(q, k, scale, bias if mask is None else mask)
+    if mask is None:
+        mask = torch.ones(1, dtype=torch.bool, device=q.device)
     grouped = q.float().unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     logits = (grouped @ k.float().transpose(2, 3) * scale).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
     return masked_softmax(logits, mask, softcap, sinks, bias).masked_fill(~mask, 0)

@@ -33,17 +33,21 @@ class Crops:
 
     cells  [g, n] int64: the slots of each crop, ascending.
     k      how many tokens each of them keeps.
+    whole  whether it is one crop of all slots.
     """
 
     cells: Tensor
     k: int
+    whole: bool = False
 
     def take(self, x: Tensor) -> Tensor:
         """The tokens of these crops, [U * g, n, ...], of `x` [U, N, ...]."""
-        return x[:, self.cells].flatten(0, 1)
+        return x if self.whole else x[:, self.cells].flatten(0, 1)
 
     def slots(self, picks: Tensor) -> Tensor:
         """Slots in the visual, [U, g * m], of places in the crops, [U * g, m]."""
+        if self.whole:
+            return picks
         places = picks.unflatten(0, (-1, len(self.cells)))
         return self.cells.expand(len(places), -1, -1).gather(2, places).flatten(1)
 
@@ -56,11 +60,15 @@ def alike_crops(views: Sequence[Grid], tokens: int, k: int, device: torch.device
     size, exactly (`split_budget`); crops that get nothing are left out. Host arithmetic on shapes, no synchronisation.
     """
     if not views:
-        return [Crops(torch.arange(tokens, device=device)[None], k)]
+        return [Crops(torch.arange(tokens, device=device)[None], k, whole=True)]
     crops = [tile.to(device, non_blocking=True) for first, view in _starts(views) for tile in _tiles(first, view)]
     budgets = split_budget(k, [len(crop) for crop in crops])
     runs = groupby(zip(crops, budgets, strict=True), key=lambda crop: (len(crop[0]), crop[1]))
-    return [Crops(torch.stack([cells for cells, _ in run]), quota) for (_, quota), run in runs if quota]
+    return [
+        Crops(torch.stack([cells for cells, _ in run]), quota, whole=len(crops) == 1)
+        for (_, quota), run in runs
+        if quota
+    ]
 
 
 def _starts(views: Sequence[Grid]) -> Iterator[tuple[int, Grid]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +50,12 @@ class Frames:
         visuals, frames, places = self.x.shape[:3]
         return visuals, frames, places
 
-    @property
+    @functools.cached_property
     def full(self) -> Tensor:
         """At which places there is a token, [U, T, P] bool."""
         return torch.ones(self.shape, dtype=torch.bool, device=self.x.device) if self.there is None else self.there
 
-    @property
+    @functools.cached_property
     def room(self) -> Tensor:
         """How many tokens each frame has, [U, T] int64."""
         return self.full.sum(2)
@@ -81,7 +82,8 @@ class Frames:
         scores = scores if self.there is None else scores.masked_fill(~self.there, float("-inf"))
         order = scores.sort(dim=2, descending=True, stable=True).indices
         first = torch.arange(scores.shape[2], device=scores.device) < counts[..., None]
-        return torch.zeros_like(first).scatter(2, order, first) & self.full
+        best = torch.zeros_like(first).scatter(2, order, first)
+        return best if self.there is None else best & self.there
 
     def chosen(self, mask: Tensor, k: int) -> Tensor:
         """The tokens [U, k] at the k places of `mask` [U, T, P] in each row, in order of places."""

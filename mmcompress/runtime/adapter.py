@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.vision_utils import get_vision_window_index
 
 from ..stage import MODALITIES, Stage
 from ..visuals import Layout
@@ -264,14 +266,14 @@ class Adapter(Encoder):
                 f"list of decoder layers by the name `layers`, where tokens could be followed"
             )
 
-    @property
+    @functools.cached_property
     def placeholders(self) -> dict[str, int]:
         """Token id that stands for one token of a modality in `input_ids`, by modality."""
         found = {modality: placeholder(self.config, modality) for modality in MODALITIES}
         there = {*self.encoders.values(), *self.listened}
         return {m: token for m, token in found.items() if token is not None and m in there}
 
-    @property
+    @functools.cached_property
     def encoders(self) -> dict[str, str]:
         """Methods of the base model that encode pixels or sound, with the modality that each one encodes."""
         there = {f"get_{modality}_features": modality for modality in MODALITIES}
@@ -385,6 +387,14 @@ class Adapter(Encoder):
     def project(self, rows: Tensor) -> Tensor:
         """Encoder features [U, m, De] as LLM tokens [U, m, D]."""
         return self.projector(rows)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def in_windows(grids: tuple[tuple[int, ...], ...], side: int, window: int, patch: int) -> Tensor:
+    """Where each unit of `grids` (frames, rows, columns) stands window after window, on the CPU. The same pictures come again."""
+    sizes: dict[str, Any] = {"spatial_merge_size": side, "window_size": window, "patch_size": patch}
+    return get_vision_window_index(torch.tensor(grids), **sizes)[0].argsort()
 
 
 def _first_argument(record: Callable[[Tensor], None], module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
