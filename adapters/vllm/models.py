@@ -123,16 +123,17 @@ class Compressor:
         beside = torch.tensor(
             layout.structural[: self.twin.structural(len(layout.structural))], device=x.device, dtype=torch.int64
         )
-        parts = list(x[cells][None].split(self.width, -1))
-        visuals = Visuals(parts[0], layout, 0, signals, road=self.adapter.project)
-        passage = Passage(visuals, dict(enumerate(parts[1:])))
+        tokens = x[cells][None]
+        visuals = Visuals(tokens[..., : self.width], layout, 0, signals, road=self.adapter.project)
+        passage = Passage(visuals, tokens[..., self.width :] if tokens.shape[-1] > self.width else None)
         passage.through(self.twin.stages)
         source = cells[passage.total.keep[0]]
         order = torch.cat([source.sort().values, beside]).argsort()
         source = torch.cat([source, beside])[order]
         if not passage.remade:
             return Kept(source), None
-        made = torch.cat([passage.visuals.features, *passage.levels.values()], -1)[0].to(x.dtype)
+        made, levels = passage.features, passage.levels
+        made = (made if levels is None else torch.cat([made, levels], -1))[0].to(x.dtype)
         rows = torch.cat([made, x[beside]])[order]
         return Kept(source, rows.cpu()), rows
 

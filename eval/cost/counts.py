@@ -114,7 +114,7 @@ def _count(model: Any, inputs: Mapping[str, Any], plan: str, stock: Counts | Non
 def text_tokens(seen: Trace) -> int:
     """Tokens of the (one) prompt that belong to no visual."""
     spans = seen.call.spans
-    return seen.call.counts[0] - sum(len(span.patches) + len(span.structural) for span in spans)
+    return seen.call.counts[0] - sum(len(span.places) + len(span.apart) for span in spans)
 
 
 def language_model(model: Any) -> Any:

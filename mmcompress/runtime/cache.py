@@ -205,8 +205,10 @@ def cache_of(given: Any) -> Any:
 
 def is_pruned(cache: Cache | None) -> bool:
     """Whether tokens of a cache were dropped, by its first attention layer: all of them change together."""
-    layers = [] if cache is None else cache.layers
-    return isinstance(next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None), PrunedLayer)
+    for layer in () if cache is None else cache.layers:
+        if isinstance(layer, CacheLayerMixin):
+            return isinstance(layer, PrunedLayer)
+    return False
 
 
 def is_plain(layer: Any) -> bool:
@@ -229,6 +231,9 @@ STATES = ("conv_states", "recurrent_states")
 """Tensors of a cache that are as large for any number of tokens."""
 
 
+HOLDERS = (Tensor, dict, tuple, list)
+
+
 @dataclass(frozen=True)
 class Held:
     """Bytes of a cache in use: keys and values `now`, and `full`, had nothing been dropped; `states` of recurrent layers."""
@@ -244,8 +249,12 @@ def held_bytes(cache: Cache | None, fed: int | None = None) -> Held:
     now = full = states = 0
     layers: list[Any] = [] if cache is None else cache.layers
     for layer in layers:
-        states += sum(_bytes(layer.__dict__.get(name)) for name in STATES)
-        whole = sum(_bytes(value) for name, value in layer.__dict__.items() if name not in (*STATES, "ledger", "state"))
+        whole = 0
+        for name, value in layer.__dict__.items():
+            if name in STATES:
+                states += _bytes(value)
+            elif isinstance(value, HOLDERS) and name not in ("ledger", "state"):
+                whole += _bytes(value)
         stored, logical = _lengths(layer, fed)
         if not stored:
             continue

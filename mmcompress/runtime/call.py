@@ -44,9 +44,9 @@ class Sight:
         visual, ends = np.zeros_like(valid), np.full(len(valid), 0 if past else length)
         fresh = [False] * len(valid)
         for span in spans:
-            visual[span.row, span.patches.numpy()] = True
+            visual[span.row, span.places] = True
             trailing = span.layout.tokens - span.layout.patch_tokens()[-1]  # of structural tokens behind the last patch
-            end = int(span.patches[-1]) + trailing
+            end = int(span.places[-1]) + trailing
             ends[span.row] = max(ends[span.row], end) if fresh[span.row] else end
             fresh[span.row] = True
         behind = valid & (np.arange(length) >= ends[:, None])
@@ -91,7 +91,7 @@ class Call(Scope):
     owner: Any = None
     pixels: dict[str, str] = field(default_factory=dict)
     asleep: bool = False
-    visual: Tensor | None = None
+    visual: Array | None = None
     mask: Any = None
     ready: Any = None
     config: Any = None
@@ -130,7 +130,7 @@ class Call(Scope):
 
     def group_of(self, layer: int) -> Group:
         """The tokens that layer number `layer` has."""
-        return [group for group in self.groups if group.start <= layer][-1]
+        return next(group for group in reversed(self.groups) if group.start <= layer)
 
     def patches(self, pools: Collection[int]) -> Tensor:
         """Which slots of the last group hold patch tokens of some pools, [B, physical] bool."""
@@ -166,7 +166,7 @@ def alike(spans: list[Span]) -> list[list[Span]]:
     """Spans in batches that can be decided as one dense tensor."""
     batches: dict[Any, list[Span]] = defaultdict(list)
     for span in spans:
-        batches[span.modality, span.layout, span.kept, len(span.text)].append(span)
+        batches[span.modality, span.layout, span.kept, len(span.words)].append(span)
     return list(batches.values())
 
 
@@ -200,9 +200,9 @@ def cells_of(call: Call, spans: list[Span], shape: tuple[int, int]) -> Array:
     """Which cell of the layout of its row each patch token is, [B, S] int64 (0 elsewhere); notes these layouts in the call."""
     cells = np.zeros(shape, np.int64)
     lying: defaultdict[int, list[Layout]] = defaultdict(list)
-    for span in sorted(spans, key=lambda span: int(span.patches[0])):
+    for span in sorted(spans, key=lambda span: int(span.places[0])):
         first = sum(layout.cells for layout in lying[span.row])
-        cells[span.row, span.patches.numpy()] = first + np.arange(len(span.patches))
+        cells[span.row, span.places] = first + np.arange(len(span.places))
         lying[span.row].append(span.layout)
     call.layouts = [Layout.joined(lying[row]) if lying[row] else None for row in range(shape[0])]
     return cells

@@ -29,6 +29,9 @@ from .scope import current
 from .shards import whole
 from .signals import kind_of
 
+NOWHERE = torch.empty(0, 0, dtype=torch.int64)
+"""Places in no rows."""
+
 
 def choose(stage: Selecting, visuals: Visuals) -> Selection:
     """The decision of a stage, made in full precision and with the promised shape: a third-party method that breaks the
@@ -159,7 +162,7 @@ class Cutter:
         for (tokens, k, _, lying), (rows, at, text) in groups.items():
             if k >= tokens:
                 continue
-            places = places.index_put((rows.expand_as(at), at), torch.full_like(at, -1))
+            stand = torch.full_like(at, -1)
             if k:
                 cut = replace(around, rows=rows, at=at, text=text)
                 signals = {name: cut.signal(name).to(device) for name in names_of(stage.needs)}
@@ -169,13 +172,14 @@ class Cutter:
                     slots = call.kept["cells"][rows, at]
                 chosen = choose(stage, Visuals(features, layout, k, signals, slots, cut=number))
                 slots = gather(at, chosen.keep)
-                places = places.index_put((rows.expand_as(slots), slots), slots.sort(dim=1).values)
+                stand = stand.scatter(1, chosen.keep, slots.sort(dim=1).values)
                 if chosen.merges:
                     merges.append((rows, at, chosen))
                 if mass is not None:
-                    mass = mass.index_put((rows.expand_as(slots), slots), chosen.sizes(mass[rows, at]))
+                    mass = mass.index_put((rows, slots), chosen.sizes(mass[rows, at]))
                 if chosen.scores is not None:
                     scores.append((rows, at, chosen.scores.detach()))
+            places = places.index_put((rows, at), stand)
         for row, k in budgets.items():
             if k < left[row]:
                 counts[row] += k - left[row]
@@ -258,7 +262,10 @@ class Cutter:
             call.pools, call.texts = call.pools * packed.valid, call.texts & packed.valid
         call.kept = {name: follow(values) for name, values in call.kept.items()}
         assert before.place is not None
-        place = before.place.gather(1, packed.place.clamp_min(0)).masked_fill(packed.place < 0, -1)
+        if packed.valid is None:
+            place = before.place.gather(1, packed.place)
+        else:
+            place = before.place.gather(1, packed.place.clamp_min(0)).masked_fill(~packed.valid, -1)
         group = Group(
             index, before.logical, packed.source.shape[1], counts, packed.valid, follow(before.source), place,
             follow(before.from_base), packed.source, min(before.tail, packed.source.shape[1]), positions, gone, merges,
@@ -271,13 +278,14 @@ class Cutter:
         group, words = call.groups[-1], of_words(pools)
         kept = {**call.kept, "text_relevance": call.kept[words]} if words in call.kept else call.kept
 
-        def heads(i: int, states: Tensor, tables: Tables | None, ran: bool) -> Heads:
+        def heads(i: int, states: Tensor, tables: Tables | None, ran: bool, cache: Any = None) -> Heads:
             assert group.positions is not None
             positions = shifted(group.positions, ledger_of(call.cache, i))
-            return Heads(self.forms.of(i, self.plan), states, tables, group.valid, call, i, ran, positions)
+            return Heads(self.forms.of(i, self.plan), states, tables, group.valid, call, i, ran, positions, cache)
 
         def before() -> Heads:
-            return heads(index - 1, *self.layer_taps[index - 1].seen, ran=True)
+            states, tables, _ = self.layer_taps[index - 1].seen
+            return heads(index - 1, states, tables, True)
 
         def behind() -> Heads:
             ledger = ledger_of(call.cache, index)
@@ -301,7 +309,6 @@ class Cutter:
                 total = total + values.to(total.device)
             return total
 
-        none = torch.empty(0, 0, dtype=torch.int64)
         return Cut(
-            none, none, none, hidden, norm, functools.cache(before), functools.cache(behind), transitions, kept,
+            NOWHERE, NOWHERE, NOWHERE, hidden, norm, functools.cache(before), functools.cache(behind), transitions, kept,
         )  # fmt: skip

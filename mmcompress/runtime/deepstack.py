@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +35,43 @@ def form_of(kwargs: dict[str, Any]) -> Keywords | None:
     return next((form for form in FORMS if kwargs.get(form.levels) is not None), None)
 
 
-def levels_of(kwargs: dict[str, Any], embeds: Tensor) -> dict[int, Tensor]:
-    """By layer: what is added to its input, as full sequences [B, S, H], zero where there is no visual token."""
+@dataclass(frozen=True)
+class Levels:
+    """What layers add to their inputs, all levels side by side: what happens to tokens happens to them at once.
+
+    layers  before which they are added, ascending. rows [B, S, levels * H]: zero where there is no visual token.
+    """
+
+    layers: tuple[int, ...]
+    rows: Tensor
+
+    def of(self, layer: int) -> Tensor:
+        """The level of a layer, [B, S, H]."""
+        return self.rows.chunk(len(self.layers), -1)[self.layers.index(layer)]
+
+    def put(self, at: tuple[Tensor, Tensor], rows: Tensor, layer: int | None = None) -> Levels:
+        """With `rows` at some places: of all levels [U, k, levels * H], or of that of one layer [U, k, H]."""
+        if layer is None:
+            return Levels(self.layers, self.rows.index_put(at, rows.to(self.rows.dtype)))
+        parts = list(self.rows.chunk(len(self.layers), -1))
+        number = self.layers.index(layer)
+        parts[number] = parts[number].index_put(at, rows.to(self.rows.dtype))
+        return Levels(self.layers, torch.cat(parts, -1))
+
+
+def levels_of(kwargs: dict[str, Any], embeds: Tensor) -> Levels | None:
+    """The levels that a call brings, as full sequences; None if it brings none."""
     form = form_of(kwargs)
     if form is None:
-        return {}
-    where = _mask(kwargs, form).to(embeds.device)[..., None].expand_as(embeds)
+        return None
     given = kwargs[form.levels]
     levels = given if isinstance(given, dict) else dict(enumerate(given, start=1))
-    return {i: torch.zeros_like(embeds).masked_scatter(where, level.to(embeds)) for i, level in sorted(levels.items())}
+    layers = tuple(sorted(levels))
+    if not layers:
+        return None
+    beside = torch.cat([levels[i].to(embeds) for i in layers], -1)
+    rows = embeds.new_zeros(*embeds.shape[:2], beside.shape[-1])
+    return Levels(layers, rows.masked_scatter(_mask(kwargs, form).to(embeds.device)[..., None].expand_as(rows), beside))
 
 
 def leading(kwargs: dict[str, Any]) -> int | None:
@@ -52,17 +81,23 @@ def leading(kwargs: dict[str, Any]) -> int | None:
     return min(levels) if isinstance(levels, dict) and levels else None
 
 
-def give_levels(call: Call, kwargs: dict[str, Any], levels: dict[int, Tensor], visual: Tensor, cut: int | None) -> None:
-    """Give the model the levels [B, M, H] of the packed tokens: those up to layer `cut`, the first that drops tokens, in its
+def give_levels(call: Call, kwargs: dict[str, Any], levels: Levels, visual: Tensor, cut: int | None) -> None:
+    """Give the model the levels of the packed tokens: those up to layer `cut`, the first that drops tokens, in its
     own form; the others are added by the hooks of the layers. visual [B, M] bool: which tokens are visual, structural ones too."""
     form = form_of(kwargs)
     assert form is not None
-    call.deepstack = {i: level for i, level in levels.items() if cut is not None and i > cut}
+    late = {i for i in levels.layers if cut is not None and i > cut}
+    if late:
+        call.deepstack = {i: level for i, level in _apart(levels, levels.rows) if i in late}
     count = sum(call.patch_counts(call.pool_counts)) + call.structural
     order = visual.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
-    given = {i: level.flatten(0, 1)[order] for i, level in levels.items() if i not in call.deepstack}
+    given = {i: level for i, level in _apart(levels, levels.rows.flatten(0, 1)[order]) if i not in late}
     kwargs[form.levels] = given if isinstance(kwargs[form.levels], dict) else list(given.values())
     kwargs[form.mask] = visual if kwargs[form.mask].dim() == 2 else visual[..., None]
+
+
+def _apart(levels: Levels, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    return zip(levels.layers, rows.chunk(len(levels.layers), -1), strict=True)
 
 
 def _mask(kwargs: dict[str, Any], form: Keywords) -> Tensor:

@@ -37,7 +37,7 @@ from .call import Call, Sight, alike, cells_of
 from .channel import BIAS, Wide
 from .clip import Clip
 from .cuts import Cutter, of_words, words_meant
-from .deepstack import NAMES, give_levels, leading, levels_of
+from .deepstack import NAMES, Levels, give_levels, leading, levels_of
 from .encoder import RESTS, EncoderFacade
 from .frames import FILMS, FrameFacade, films_in
 from .hooks import Following
@@ -268,7 +268,8 @@ class Engine(Following):
             kept = notes(self)
             kept.clear()
             if call.groups and call.groups[-1].source is not None:
-                kept[VISUAL] = call.visual
+                assert call.visual is not None
+                kept[VISUAL] = torch.from_numpy(call.visual)
                 if self.around is not None:
                     self.around.note(call.groups[-1])
 
@@ -440,9 +441,9 @@ class Engine(Following):
 
     def _compress(self, call: Call, kwargs: dict[str, Any], valid: Tensor | None) -> bool:
         """Run the stages before the LLM and pack what is left; False (and nothing changed) if no stage drops anything."""
-        call.start = self._now()
         embeds: Tensor = kwargs["inputs_embeds"]
         device, length = embeds.device, embeds.shape[1]
+        call.start = self._now(device)
         config = self.language_model.config
         call.ready = ready_made(kwargs.get("attention_mask"))
         call.samples, packed_mask = packed_samples(call, kwargs, config)
@@ -484,14 +485,14 @@ class Engine(Following):
         if call.samples is not None:
             self._check_packed()
 
-        start = self._now()
+        start = self._now(device)
         places = np.where(host_valid, np.arange(length), -1)
         pools, texts = np.zeros(places.shape, np.int8), np.zeros(places.shape, bool)
         call.pool_counts = {pool: [0] * call.batch for pool in sorted(set(self.cutter.pools.values()))}
         call.text_counts = [0] * call.batch
         last_patch = -1
         for span in spans:
-            row, patches, structural = span.row, span.patches.numpy(), span.structural.numpy()
+            row, patches, structural = span.row, span.places, span.apart
             last_patch = max([last_patch, *patches[-1:].tolist(), *structural[-1:].tolist()])
             if self._loses_structural(span):
                 places[row, structural] = -1
@@ -500,11 +501,11 @@ class Engine(Following):
                 call.structural += len(structural)
             pool = self.cutter.pools[span.modality]
             pools[row, patches] = pool
-            texts[row, span.text.numpy()] = True
+            texts[row, span.words] = True
             places[row, patches] = -1
             counts[row] += span.kept - len(patches)
             call.pool_counts[pool][row] += span.kept
-            call.text_counts[row] = len(span.text)
+            call.text_counts[row] = len(span.words)
         if any(stage.lays for stage in self.plan.layer_stages):
             call.kept["cells"] = sent(cells_of(call, spans, places.shape), device)
         scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
@@ -549,17 +550,16 @@ class Engine(Following):
         for layer in told:
             if getattr(layer, "prefill_length", None) is not None:  # generate() has told it how long the prompt is
                 layer.prefill_length -= length - physical
-        for name in kwargs.keys() - BY_THEMSELVES - (NAMES if prompt.levels else frozenset()):
+        for name in kwargs.keys() - BY_THEMSELVES - (frozenset() if prompt.levels is None else NAMES):
             kwargs[name] = follow(kwargs[name], packed.source, length, name)
         marks: list[Tensor] = []
         if self.cutter.first is not None:
             marks += [sent(pools, device), sent(texts, device)]
-        if prompt.levels:
+        if prompt.levels is not None:
             assert call.visual is not None
-            marks += [sent(call.visual, device)]
-        moved = compact([prompt.embeds, *marks, *prompt.levels.values()], packed.source, packed.valid)
-        kwargs["inputs_embeds"], marks = moved[0], moved[1 : 1 + len(marks)]
-        levels = dict(zip(prompt.levels, moved[1 + len(marks) :], strict=True))
+            marks += [sent(call.visual, device), prompt.levels.rows]
+        kwargs["inputs_embeds"], *marks = compact([prompt.embeds, *marks], packed.source, packed.valid)
+        levels = None if prompt.levels is None else Levels(prompt.levels.layers, marks[-1])
         if self.cutter.first is not None:
             call.pools, call.texts = marks[:2]
         kwargs["position_ids"] = shifted(positions, ledger_of(call.cache, 0))
@@ -569,10 +569,10 @@ class Engine(Following):
         for stage in (*self.plan.layer_stages, *self.plan.exit_stages):
             if "text_relevance" in map(kind_of, names_of(stage.needs)):
                 read = self.cutter.pools_in(stage)
-                lead = levels.get(prompt.lead, 0) if prompt.lead is not None else 0
+                lead = levels.of(prompt.lead) if levels is not None and prompt.lead is not None else 0
                 call.kept[of_words(read)] = words_meant(call, read, kwargs["inputs_embeds"] + lead)
-        if levels:
-            give_levels(call, kwargs, levels, marks[-1], self.cutter.first)
+        if levels is not None:
+            give_levels(call, kwargs, levels, marks[-2], self.cutter.first)
         self._give_mask(call, kwargs, group)
         self.cutter.arm()
         return True
@@ -602,7 +602,7 @@ class Engine(Following):
         for span in spans:
             if span.modality not in self.plan.modalities:
                 continue
-            ends = [int(span.patches[-1]), *(span.structural[-1:].tolist() if self._loses_structural(span) else [])]
+            ends = [int(span.places[-1]), *(span.apart[-1:].tolist() if self._loses_structural(span) else [])]
             if last[span.row] in ends:
                 raise ValueError(
                     f"the prompt in batch row {span.row} ends with {span.modality} tokens, which compression may drop, and nothing "
@@ -610,7 +610,7 @@ class Engine(Following):
                 )
 
     def _loses_structural(self, span: Span) -> bool:
-        return self.plan.structural == "drop" and span.modality in self.plan.modalities and len(span.structural) > 0
+        return self.plan.structural == "drop" and span.modality in self.plan.modalities and len(span.apart) > 0
 
     @staticmethod
     def _given_positions(call: Call, kwargs: dict[str, Any], embeds: Tensor) -> Tensor:
@@ -640,7 +640,7 @@ class Engine(Following):
     def _drops_anything(self, spans: list[Span]) -> bool:
         left: dict[int, Counter[int]] = defaultdict(Counter)
         for span in spans:
-            if span.kept < len(span.patches) or self._loses_structural(span):
+            if span.kept < len(span.places) or self._loses_structural(span):
                 return True
             left[span.row][self.cutter.pools[span.modality]] += span.kept
         return any(map(self.cutter.drops, left.values()))
@@ -677,10 +677,11 @@ class Engine(Following):
         # else the last tokens alone were asked for
         if compressed and output.last_hidden_state.shape[1] == last.physical:
             assert call.visual is not None
-            visual = call.visual.numpy()
-            ends = visual & ~np.pad(visual, ((0, 0), (0, 1)))[:, 1:]
-            if self.around is not None:  # nothing is generated: each token shows its own
-                ends = np.zeros_like(ends)
+            if self.around is None:
+                ends = call.visual.copy()
+                ends[:, :-1] &= ~call.visual[:, 1:]
+            else:  # nothing is generated: each token shows its own
+                ends = np.zeros_like(call.visual)
             output.last_hidden_state = last.restore(output.last_hidden_state, ends)
         return output
 
@@ -703,7 +704,7 @@ class Engine(Following):
         here = index in self.cutter.at or index in self.cutter.exits
         if here and call.pools is not None and index not in call.cuts:
             call.cuts.add(index)  # decided once; gradient checkpointing replays layers and only applies it again
-            start = self._now()
+            start = self._now(hidden.device)
             decide = self.cutter.cut if index in self.cutter.at else self.cutter.leave
             decide(call, index, hidden, kwargs["position_embeddings"])
             if call.record is not None:
@@ -756,11 +757,13 @@ class Engine(Following):
         return given if group.from_base is None else follow(given, group.from_base, given.shape[-1], "position_ids")
 
     # ------------------------------------------------------------------ timing
-    def _now(self) -> float | None:
-        """Seconds on a clock: always on the CPU; on an accelerator, which has to be waited for, only with timing=True."""
+    def _now(self, device: torch.device | None = None) -> float | None:
+        """Seconds on a clock: always on the CPU; on an accelerator, which has to be waited for, only with timing=True. `device`: by
+        default that of the model."""
         if torch.compiler.is_compiling():
             return None
-        device = next(self.base.parameters()).device
+        if device is None:
+            device = next(self.base.parameters()).device
         if device.type not in ("cpu", "meta"):
             if not self.timing:
                 return None
@@ -769,8 +772,10 @@ class Engine(Following):
 
     def _since(self, start: float | None) -> float:
         """Seconds since `start`, nan where that is not measured."""
-        now = self._now() if start is not None else None
-        return now - start if now is not None and start is not None else float("nan")
+        if start is None:
+            return float("nan")
+        now = self._now() if self.timing else time.perf_counter()  # else it is the CPU, where nothing is waited for
+        return float("nan") if now is None else now - start
 
 
 def _fed(call: Call, length: int) -> int | None:

@@ -16,6 +16,7 @@ from ..visuals import Visuals
 from .adapter import Adapter
 from .call import Call
 from .clip import CLIP_TEXT, Clip
+from .deepstack import Levels
 from .needs import TEXT_SIGNALS
 from .packing import sent
 from .passage import Passage
@@ -30,8 +31,8 @@ class Prompt:
 
     places  [B, S] the slot whose place in the sequence a slot's token takes, -1 where none does.
     embeds  [B, S, H] what enters the LLM.
-    levels  DeepStack levels [B, S, H] by layer, merged like the embeddings; where a method makes its tokens anew, those of the
-            slots that they stand for.
+    levels  DeepStack levels, merged like the embeddings; where a method makes its tokens anew, those of the slots that they
+            stand for. None: there are none.
     scores  [B, S] of the last stage, where a later one reads them.
     mass    [B, S] float32: how many tokens a slot's token stands for; None where the plan does not weigh them. mean: the mean of
             its visual.
@@ -40,7 +41,7 @@ class Prompt:
 
     places: Tensor
     embeds: Tensor
-    levels: dict[int, Tensor]
+    levels: Levels | None
     scores: Tensor | None
     lead: int | None = None
     mass: Tensor | None = None
@@ -49,7 +50,10 @@ class Prompt:
     def shown(self, rows: Tensor, at: Tensor) -> Tensor:
         """What methods see of the tokens `at` [U, N] of the batch rows `rows` [U, 1]: [U, N, H]."""
         embeds = self.embeds[rows, at]
-        return embeds if self.lead is None else embeds + self.levels[self.lead][rows, at]
+        if self.lead is None:
+            return embeds
+        assert self.levels is not None
+        return embeds + self.levels.of(self.lead)[rows, at]
 
 
 class InputStages:
@@ -80,7 +84,7 @@ class InputStages:
         """Run everything on visuals of one layout, write it into `prompt`, and what was decided into the spans."""
         device = prompt.embeds.device
         rows = sent(np.array([[span.row] for span in spans]), device)
-        at = sent(np.stack([span.patches.numpy() for span in spans]), device)
+        at = sent(np.stack([span.places for span in spans]), device)
         origin = [call.origin(span) for span in spans]
         first, number = origin[0]
         signals = {
@@ -89,7 +93,7 @@ class InputStages:
         signals |= self._of_text(call, spans, rows, at, prompt.embeds, tap)
         features, layout = prompt.shown(rows, at), spans[0].layout
         visuals = Visuals(features, layout, spans[0].kept, signals, road=self.adapter.project)
-        passage = Passage(visuals, {i: level[rows, at] for i, level in prompt.levels.items()})
+        passage = Passage(visuals, None if prompt.levels is None else prompt.levels.rows[rows, at])
         if first.clusters is not None:
             clusters = sent(torch.stack([e.clusters[i] for e, i in origin if e.clusters is not None]), device)
             early = (*self.plan.pixel_stages, *self.plan.encoder_stages)
@@ -111,13 +115,14 @@ class InputStages:
         if prompt.scores is not None and passage.scores is not None:
             prompt.scores = prompt.scores.index_put(at_slots, passage.scores)
         if passage.remade:
-            levels, made = passage.levels, passage.visuals.features.to(prompt.embeds.dtype)
+            rows_made, made = passage.levels, passage.features.to(prompt.embeds.dtype)
             if prompt.lead is None:
                 prompt.embeds = prompt.embeds.index_put(at_slots, made)
-            else:
-                levels[prompt.lead] = made - prompt.embeds[at_slots]
-            for i, level in prompt.levels.items():
-                prompt.levels[i] = level.index_put(at_slots, levels[i].to(level.dtype))
+            if prompt.levels is not None:
+                assert rows_made is not None
+                prompt.levels = prompt.levels.put(at_slots, rows_made)
+                if prompt.lead is not None:
+                    prompt.levels = prompt.levels.put(at_slots, made - prompt.embeds[at_slots], prompt.lead)
 
     def _of_text(
         self, call: Call, spans: list[Span], rows: Tensor, at: Tensor, embeds: Tensor, tap: PromptTap | None
@@ -125,7 +130,7 @@ class InputStages:
         """Signals of visuals at the slots `at` [V, N] of `rows` [V, 1] that depend on the text beside them."""
         signals: dict[str, Tensor] = {}
         if self.reads_text:
-            text = sent(np.stack([span.text.numpy() for span in spans]), embeds.device)
+            text = sent(np.stack([span.words for span in spans]), embeds.device)
             signals["text_embeddings"] = embeds[rows, text]
             if tap is not None:
                 signals |= {name: tap.signal(name, rows, at, text).to(embeds.device) for name in self.of_prompt}

@@ -19,7 +19,7 @@ from ..ops import attention_received
 from ..ops.attention import capped_rows
 from ..ops.pagerank import attention_pagerank
 from ..ops.transitions import transition, transition_value
-from .cache import PrunedLayer, is_plain, ledger_of
+from .cache import PrunedLayer, cache_of, is_plain, ledger_of
 from .call import Call
 from .masks import who_sees
 from .mass import mass_of
@@ -41,11 +41,11 @@ class LayerTap:
     def _record(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         scope = current(self.owner)
         if scope is not None and scope.state.get(LISTENS):
-            scope.state[self] = (states_of(args, kwargs), kwargs["position_embeddings"])
+            scope.state[self] = states_of(args, kwargs), kwargs["position_embeddings"], cache_of(kwargs)
 
     @property
-    def seen(self) -> tuple[Tensor, Tables | None]:
-        """What came in this call, [B, S, D], and its rotary tables, if any."""
+    def seen(self) -> tuple[Tensor, Tables | None, Any]:
+        """What came in this call, [B, S, D], its rotary tables and the cache where it put its keys, if any."""
         return _noted(self.owner, self, self.attention)
 
 
@@ -106,24 +106,28 @@ class Heads:
     valid      [B, S] bool or None; the last token of every row is its last prompt token (rows are right-aligned).
     index      number of its cache layer, and `ran`: whether the module has put the keys of this call there already.
     positions  [..., B or 1, S], for modules that read them beside their tables; of several axes the first.
+    cache      where the keys are; by default the cache that the call was given.
     """
 
     def __init__(
         self, form: Form, hidden: Tensor, tables: Tables | None, valid: Tensor | None, call: Call, index: int, ran: bool,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, cache: Any = None,
     ) -> None:  # fmt: skip
-        self.form, self.hidden, self.valid = form, hidden, valid
+        self.form, self.hidden, self.valid, self._positions = form, hidden, valid, positions
         batch = len(hidden)
-        self.tables = () if tables is None else tuple(t.expand(batch, -1, -1) for t in tables)
-        if positions is not None:
-            positions = (
-                positions.to(hidden.device).flatten(0, -3)[0] if positions.dim() > 2 else positions.to(hidden.device)
-            )
-            positions = positions.expand(batch, -1)
-        self.positions = positions
-        self.call, self.index, self.ran = call, index, ran
+        self.tables = tuple(t if len(t) == batch else t.expand(batch, -1, -1) for t in tables or ())
+        self.call, self.index, self.ran, self.cache = call, index, ran, call.cache if cache is None else cache
         self.sinks: Tensor | None = None
         """Logits of the module's attention sinks, once queries have been made."""
+
+    @functools.cached_property
+    def positions(self) -> Tensor | None:
+        """[B, S], None where none are known."""
+        if self._positions is None:
+            return None
+        positions = self._positions.to(self.hidden.device)
+        positions = positions.flatten(0, -3)[0] if positions.dim() > 2 else positions
+        return positions.expand(len(self.hidden), -1)
 
     def project(self, which: str, take: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """Queries, keys or values ("q", "k", "v") of the tokens that `take` picks from tensors [B, S, ...]: [B, heads, S, d]."""
@@ -201,7 +205,7 @@ class Heads:
 
     @property
     def _cache_layer(self) -> Any:
-        return None if self.call.cache is None else self.call.cache.layers[self.index]
+        return None if self.cache is None else self.cache.layers[self.index]
 
     @property
     def _stored(self) -> int:
@@ -213,12 +217,15 @@ class Heads:
         ledger = ledger_of(self.call.cache, self.index)
         return int(self.call.past) - (0 if ledger is None else ledger.dropped)
 
-    def attention_of(self, rows: Tensor, at: Tensor) -> Tensor:
+    def attention_of(self, rows: Tensor, at: Tensor, last: bool = False) -> Tensor:
         """Causal softmax attention of the tokens `at` [U, Q] of the batch rows `rows` [U, 1] over everything before them, as
-        far as it falls on tokens of this call: [U, heads, Q, S] float32."""
+        far as it falls on tokens of this call: [U, heads, Q, S] float32. `last`: they are the last ones, which see all that is
+        there."""
         rows, at = rows.to(self.hidden.device), at.to(self.hidden.device)
-        mask = self.visible[rows[:, 0]][:, None, None]
         sees = who_sees(self.call, self.index, at.device)
+        if last and sees is None and self.valid is None and not self.past and self.bias is None:
+            return self.rows(self.queries(rows, at), self._of_rows(self.keys, rows), None)
+        mask = self._of_rows(self.visible, rows)[:, None, None]
         if sees is None:
             place = torch.arange(self.keys.shape[2], device=at.device)
             mask = mask & (place <= at[:, None, :, None] + self.past)
@@ -226,8 +233,13 @@ class Heads:
             sees = sees[rows[:, 0], ..., : mask.shape[3]]
             mask = mask & sees.take_along_dim(at[:, None, :, None], 2)
         bias = None if self.bias is None else self.bias[rows[:, 0]][:, None, None]
-        weights = self.rows(self.queries(rows, at), self.keys[rows[:, 0]], mask, bias)
-        return weights[..., self.past :]
+        weights = self.rows(self.queries(rows, at), self._of_rows(self.keys, rows), mask, bias)
+        return weights[..., self.past :] if self.past else weights
+
+    @staticmethod
+    def _of_rows(x: Tensor, rows: Tensor) -> Tensor:
+        """The rows `rows` [U, 1] of x [B, ...]."""
+        return x if len(rows) == len(x) == 1 else x[rows[:, 0]]
 
     @property
     def bias(self) -> Tensor | None:
@@ -236,7 +248,7 @@ class Heads:
             return None
         return mass_of(self.call, self.call.group_of(self.index), self.index, self.past, self.hidden.device)
 
-    def rows(self, q: Tensor, k: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    def rows(self, q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
         """Attention of queries that were just made on keys, [n, heads, Q, K] float32."""
         return capped_rows(q, k, self.form.scaling, mask, self.form.softcap, self.sinks, bias)
 
@@ -304,13 +316,17 @@ class Cut:
 
 
 def _last_attention(cut: Cut, where: str) -> Tensor:
-    last = torch.full_like(cut.rows, cut.hidden.shape[1] - 1)
-    weights = cut.heads(where).attention_of(cut.rows, last)
+    weights = _of_last(cut, where)
     return weights.mean(1)[:, 0].gather(1, cut.at.to(weights.device))
 
 
 def _last_attention_heads(cut: Cut, where: str) -> Tensor:
-    return _heads_on_visuals(cut, where, torch.full_like(cut.rows, cut.hidden.shape[1] - 1))
+    return _on_visuals(cut, _of_last(cut, where))
+
+
+def _of_last(cut: Cut, where: str) -> Tensor:
+    """Attention of the last token, [U, heads, 1, S]."""
+    return cut.heads(where).attention_of(cut.rows, torch.full_like(cut.rows, cut.hidden.shape[1] - 1), last=True)
 
 
 def _mean_attention(cut: Cut, where: str) -> Tensor:
@@ -328,12 +344,11 @@ def _pagerank(cut: Cut, where: str) -> Tensor:
 
 
 def _text_attention_heads(cut: Cut, where: str) -> Tensor:
-    return _heads_on_visuals(cut, where, cut.text)
+    return _on_visuals(cut, cut.heads(where).attention_of(cut.rows, cut.text))
 
 
-def _heads_on_visuals(cut: Cut, where: str, at: Tensor) -> Tensor:
-    """Attention of the tokens `at` [U, T] on the visual tokens, [U, heads, T, N]."""
-    weights = cut.heads(where).attention_of(cut.rows, at)
+def _on_visuals(cut: Cut, weights: Tensor) -> Tensor:
+    """Of attention [U, heads, T, S] what falls on the visual tokens, [U, heads, T, N]."""
     columns = cut.at.to(weights.device)[:, None, None].expand(*weights.shape[:3], -1)
     return weights.gather(3, columns)
 

@@ -54,7 +54,7 @@ def _marks(adapter: Adapter, modality: str) -> tuple[int, int] | None:
 
 def fetched(parts: Mapping[str, Tensor | None]) -> dict[str, Array]:
     """Tensors [B, *] of numbers or bool on the host, by name: those on a device come in one read, as int64."""
-    there = {name: x.detach() for name, x in parts.items() if x is not None}
+    there = {name: x.detach() if x.requires_grad else x for name, x in parts.items() if x is not None}
     away = {name: x for name, x in there.items() if x.device.type != "cpu"}
     found = {name: x.numpy() for name, x in there.items() if name not in away}
     for device in {x.device for x in away.values()}:
@@ -120,7 +120,7 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
             f"visual features of batch row {row} are not finite (NaN or Inf), so nothing can be chosen among them: look at the "
             f"picture's pixel values, and run a vision encoder that overflows in float16 in bfloat16 or float32"
         )
-    call.visual, hidden = torch.from_numpy(visual), visual & ~real
+    call.visual, hidden = visual, visual & ~real
     places = {modality: kinds == code for code, modality in enumerate(adapter.placeholders, start=1)}
     spans = [span for span in _spans(call, adapter, places, ids_) if not _hidden(span, hidden)]
     if call.seconds is not None:
@@ -136,8 +136,8 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
             mine = samples == sample
             instruction = instruction_of(np.where(mine & real, kinds, -1), adapter)
             for span in spans:
-                if mine[span.row, int(span.patches[0])]:
-                    span.text = torch.from_numpy(np.flatnonzero(instruction[span.row]))
+                if mine[span.row, span.places[0]]:
+                    span.words = np.flatnonzero(instruction[span.row])
     return real, spans
 
 
@@ -177,10 +177,10 @@ def _spans(call: Call, adapter: Adapter, places: dict[str, Array], ids: Array) -
 
 def _hidden(span: Span, hidden: Array) -> bool:
     """Whether `hidden` [B, S] hides a visual."""
-    part = int(hidden[span.row, span.patches.numpy()].sum())
-    if part not in (0, len(span.patches)):
+    part = int(hidden[span.row, span.places].sum())
+    if part not in (0, len(span.places)):
         raise ValueError(
-            f"the attention mask hides {part} of the {len(span.patches)} tokens of a {span.modality} in batch row {span.row}: "
+            f"the attention mask hides {part} of the {len(span.places)} tokens of a {span.modality} in batch row {span.row}: "
             f"hide all of a visual, or none of it"
         )
     return part > 0
@@ -193,7 +193,7 @@ def instruction_of(kinds: Array, adapter: Adapter) -> Array:
     """
     visual, words = kinds > 0, kinds == 0
     if adapter.delimited:
-        beside = np.pad(visual, ((0, 0), (1, 1)))
+        beside = _edged(visual)
         words &= ~(beside[:, :-2] | beside[:, 2:]) if adapter.opened else ~beside[:, :-2]
     after = words & ~np.maximum.accumulate(visual[:, ::-1], 1)[:, ::-1]
     return np.where(after.any(1, keepdims=True), after, words)  # where the question came before the picture
@@ -222,18 +222,24 @@ def _deal(modality: str, encoded: list[Encoded], mask: Array, adapter: Adapter) 
         while first < len(places):
             layout = layouts[index]
             mine = places[first : first + layout.tokens]
-            apart = list(layout.structural)
-            patches = torch.from_numpy(mine[layout.patch_tokens()] if apart else mine)
-            structural = torch.from_numpy(mine[apart] if apart else mine[:0])
-            spans += [Span(row + copy, index, modality, layout, patches, 0, structural) for copy in range(copies)]
+            apart, none = list(layout.structural), mine[:0]
+            cells, others = (mine[layout.patch_tokens()], mine[apart]) if apart else (mine, none)
+            spans += [Span(row + copy, index, modality, layout, cells, 0, others, none) for copy in range(copies)]
             first += layout.tokens
             index += 1
     return spans
 
 
+def _edged(mask: Array) -> Array:
+    """A mask [B, S] with False on both sides, [B, S + 2]."""
+    edged = np.zeros((len(mask), mask.shape[1] + 2), bool)
+    edged[:, 1:-1] = mask
+    return edged
+
+
 def _runs(mask: Array, beside: Array | None = None) -> list[Run]:
     """The runs of True in the rows of `mask` [B, S], row after row; `beside`: those of that one, with what `mask` has in them."""
-    edges = np.diff(np.pad(mask if beside is None else beside, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    edges = np.diff(_edged(mask if beside is None else beside).view(np.int8), axis=1)
     (rows, starts), ends = np.nonzero(edges == 1), np.nonzero(edges == -1)[1]
     found = [
         Run(row, start, int(mask[row, start:end].sum()))

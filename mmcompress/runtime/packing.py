@@ -111,13 +111,13 @@ def renumbered(
     if not reindex:
         return at(packed.source), None
     gone = places < 0
-    gone = (gone if valid is None else gone & valid.to(gone.device)).long().cumsum(1)
+    gone = (gone if valid is None else gone & valid.to(gone.device)).cumsum(1)
     if samples is not None:
         begins = torch.nn.functional.pad(sent(samples, gone.device).diff(dim=1) != 0, (1, 0), value=True)
         numbers = torch.arange(gone.shape[1], device=gone.device).expand_as(gone)
         first = numbers.masked_fill(~begins, 0).cummax(1).values
         gone = gone - torch.nn.functional.pad(gone, (1, 0)).gather(1, first)
-    place = packed.place.clamp_min(0)
+    place = packed.place if packed.valid is None else packed.place.clamp_min(0)
     moved = at(place)
     return moved - gone.gather(1, place).to(moved.device), gone[:, -1]
 
@@ -168,7 +168,7 @@ class Group:
             rows, at = rows.to(hidden.device), at.to(hidden.device)
             made = chosen.rows if chosen.rows is not None else chosen.apply(hidden[rows, at])
             slots = gather(at, chosen.keep)
-            hidden = hidden.index_put((rows.expand_as(slots), slots), made.to(hidden))
+            hidden = hidden.index_put((rows, slots), made.to(hidden))
         return hidden if self.from_previous is None else take([hidden], self.from_previous)[0]
 
     def restore(self, hidden: Tensor, ends: Array) -> Tensor:
@@ -176,18 +176,19 @@ class Group:
         left before it: that is what the next token follows. So does the last place of a run of visual tokens (`ends`
         [B, logical]), whatever the order inside. Zeros before the first token."""
         assert self.source is not None and self.place is not None
-        device, spare = hidden.device, 0 if self.valid is None else 1
-        slots = torch.arange(1, self.physical + 1, device=device).expand(len(self.source), -1)
-        none = slots.new_zeros(len(self.source), self.logical + spare)
-
-        def at(where: Tensor) -> Tensor:
-            """Number of the slot at each place, from 1 on, 0 where there is none; padding goes to a spare place."""
-            where = where.to(device)
-            if self.valid is None:
-                return none.scatter(1, where, slots)
-            return none.scatter(1, where.masked_fill(~self.valid.to(device), self.logical), slots)[:, :-1]
-
-        own, last = at(self.source), at(self.place).cummax(1).values
-        index = torch.where((own == 0) | sent(ends, device), last, own)
+        device = hidden.device
+        source, place = self.source.to(device), self.place.to(device)
+        numbers = torch.arange(1, self.logical + 1, device=device).expand(len(source), -1).contiguous()
+        slots = numbers[:, : self.physical]
+        # how many slots stand up to each place is the number of the last one of them; padding stands before all
+        last = torch.searchsorted(place.contiguous(), numbers)
+        if self.valid is None:
+            index = last.scatter(1, source, slots)
+        else:
+            valid = self.valid.to(device)
+            last = last.masked_fill(last <= (~valid).sum(1, keepdim=True), 0)
+            spare = torch.nn.functional.pad(last, (0, 1))
+            index = spare.scatter(1, source.masked_fill(~valid, self.logical), slots)[:, :-1]
+        index = torch.where(sent(ends, device), last, index)
         shown = torch.cat([hidden.new_zeros(len(hidden), 1, hidden.shape[2]), hidden], 1)
         return gather(shown, index)

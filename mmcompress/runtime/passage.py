@@ -20,12 +20,12 @@ from .record import Decision
 class Passage:
     """U visuals of one layout on their way through stages.
 
-    visuals    what the next stage sees. levels: DeepStack levels [U, n, H] by layer, merged like the tokens.
+    visuals    what the next stage sees. levels: DeepStack levels [U, n, levels * H], merged like the tokens; None: none.
     total      what was decided so far, of the N tokens in the beginning; sizes [U, n]: how many of these each token stands for.
     decisions  stage by stage. remade: whether a stage made tokens anew. scores [U, n]: of the last stage, if they were asked for.
     """
 
-    def __init__(self, visuals: Visuals, levels: dict[int, Tensor]) -> None:
+    def __init__(self, visuals: Visuals, levels: Tensor | None = None) -> None:
         self._visuals, self._levels = visuals, levels
         many, self.tokens, device = len(visuals.features), visuals.n, visuals.features.device
         self.total = Selection(torch.arange(self.tokens, device=device).expand(many, -1))
@@ -44,10 +44,16 @@ class Passage:
         return self._visuals
 
     @property
-    def levels(self) -> dict[int, Tensor]:
-        return {
-            i: functools.reduce(lambda x, chosen: chosen.apply(x), self._chosen, x) for i, x in self._levels.items()
-        }
+    def features(self) -> Tensor:
+        """The tokens alone, [U, n, D]: what else a stage would see is not gathered."""
+        x, chosen = self._visuals.features, self._chosen[self._shown :]
+        return functools.reduce(lambda x, one: one.rows if one.rows is not None else one.apply(x), chosen, x)
+
+    @property
+    def levels(self) -> Tensor | None:
+        if self._levels is None:
+            return None
+        return functools.reduce(lambda x, chosen: chosen.apply(x), self._chosen, self._levels)
 
     @property
     def sizes(self) -> Tensor:

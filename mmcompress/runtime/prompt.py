@@ -76,7 +76,9 @@ class PromptTap:
     def heads(self) -> Heads:
         embeds = self.given["inputs_embeds"]
         if leading(self.given) == 0:  # it enters with them
-            embeds = embeds + levels_of(self.given, embeds)[0]
+            levels = levels_of(self.given, embeds)
+            assert levels is not None
+            embeds = embeds + levels.of(0)
         return first_heads(self.forms, embeds, self.positions, self.valid, self.call)
 
     @functools.cache  # noqa: B019 - lives as long as its call

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..selection import Selection
 from ..visuals import Layout
 from .cache import Held
-from .packing import Group
+from .packing import Array, Group
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +32,11 @@ class Span:
 
     row        row of the batch.
     index      number of the visual in encoding order (rows that `generate` repeated share it).
-    patches    places of its patch tokens in the sequence, [N] on the host.
+    places     of its patch tokens in the sequence, [N]; as a tensor on the host `patches`.
     kept       number of tokens that enter the LLM.
-    structural places of its tokens that are no patches (newlines), on the host.
-    text       places of the instruction: the text after the last visual of the row (all text if there is none); empty if no
-               stage reads it.
+    apart      places of its tokens that are no patches (newlines); `structural`.
+    words      places of the instruction: the text after the last visual of the row (all text if there is none); empty if no
+               stage reads it; `text`.
     selection  the decision before the LLM for the batch of visuals that this one was in, and its row there.
     decisions  those of the stages that made it, in order.
     """
@@ -44,13 +45,25 @@ class Span:
     index: int
     modality: str
     layout: Layout
-    patches: Tensor
+    places: Array
     kept: int
-    structural: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    text: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    apart: Array
+    words: Array
     selection: Selection | None = None
     selection_row: int = 0
     decisions: list[Decision] = field(default_factory=list, repr=False)
+
+    @functools.cached_property
+    def patches(self) -> Tensor:
+        return torch.from_numpy(self.places)
+
+    @functools.cached_property
+    def structural(self) -> Tensor:
+        return torch.from_numpy(self.apart)
+
+    @functools.cached_property
+    def text(self) -> Tensor:
+        return torch.from_numpy(self.words)
 
     def entering(self, group: Group) -> Tensor:
         """Which patches of this visual the layers of `group` see: their numbers, ascending, [k] on the host."""
