@@ -284,8 +284,8 @@ class Cutter:
             return Heads(self.forms.of(i, self.plan), states, tables, group.valid, call, i, ran, positions, cache)
 
         def before() -> Heads:
-            states, tables, _ = self.layer_taps[index - 1].seen
-            return heads(index - 1, states, tables, True)
+            states, tables, cache = self.layer_taps[index - 1].seen
+            return heads(index - 1, states, tables, True, cache)
 
         def behind() -> Heads:
             ledger = ledger_of(call.cache, index)
