@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -50,4 +51,4 @@ def worth_shares(worth: Tensor, room: Tensor, k: int | Tensor) -> Tensor:
 def _fill(room: Tensor, count: Tensor) -> Tensor:
     """`count` [U, 1] over the parts from the left, each filled up before the next."""
     filled = torch.minimum(room.cumsum(1), count)
-    return filled.diff(dim=1, prepend=torch.zeros_like(count))
+    return filled - F.pad(filled, (1, -1))

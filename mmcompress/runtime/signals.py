@@ -160,22 +160,23 @@ class VisionTap:
 
     def _packed(self, index: int, q: Tensor, k: Tensor, names: list[str]) -> dict[str, Tensor]:
         """The same for a packed sequence: queries and keys [T, heads, d]; attention stays within its segments."""
-        found = {}
+        found: dict[str, Tensor] = {}
         q, k = (x[0] if x.dim() == 4 else x for x in (q, k))  # some have a batch of one
+        turned: list[Tensor] = []
         for name in names:
             if kind_of(name) in KEYS:
                 found[name] = k.mean(1) if kind_of(name) == "keys" else k.flatten(1)
             else:
                 (_, arguments), scale = self._recorded(f"arguments {index}"), self.adapter.blocks[index].scale
-                found[name] = self._in_segments(name, q, k, arguments, scale)
+                turned = turned or _turned(q, k, arguments)
+                found[name] = self._in_segments(name, turned, arguments, scale)
         spread = self.facade.spread(index) if self.facade else None
         return found if spread is None else {name: x[spread[0]] for name, x in found.items()}
 
     @staticmethod
-    def _in_segments(name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], scale: float) -> Tensor:
-        """What the patches of a packed sequence say of each other within its segments, [T]."""
-        cos, sin = (t[None].float() for t in arguments["position_embeddings"])
-        turned = [rotate(x.float().transpose(0, 1)[None], cos, sin).to(x.dtype) for x in (q, k)]
+    def _in_segments(name: str, turned: list[Tensor], arguments: dict[str, Any], scale: float) -> Tensor:
+        """What the patches of a packed sequence, of queries and keys `turned` [1, heads, T, d], say of each other within its
+        segments, [T]."""
         if kind_of(name) == "received_attention":
             return attention_received(*turned, scale, cu_seqlens=arguments["cu_seqlens"])[0]
         bounds = arguments["cu_seqlens"].tolist()
@@ -232,6 +233,12 @@ class VisionTap:
         if seen is not None:
             features = features[:, self.adapter.structural :] if self.adapter.structural else features
             seen.setdefault("features", []).append(features)
+
+
+def _turned(q: Tensor, k: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
+    """Queries and keys [T, heads, d] of a packed sequence behind the rotation, [1, heads, T, d]."""
+    cos, sin = (t[None].float() for t in arguments["position_embeddings"])
+    return [rotate(x.float().transpose(0, 1)[None], cos, sin).to(x.dtype) for x in (q, k)]
 
 
 def of_rows(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, prefix: int) -> Tensor:

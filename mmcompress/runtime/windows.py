@@ -85,7 +85,9 @@ def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Co
         past = layer.physical if isinstance(layer, PrunedLayer) else layer.get_seq_length()
         width, first = layer.get_mask_sizes(group.physical)
         first = first - (dropped if isinstance(layer, PrunedLayer) else 0)
-    number = torch.arange(width, device=device) + first
+    number = torch.arange(width, device=device)
+    if isinstance(first, Tensor) or first:
+        number = number + first
     valid = ledger.valid if ledger is not None else call.past_valid
     place = spread(ledger.place if ledger is not None else None, number, number + dropped)
     real = spread(valid, number, torch.ones_like(number, dtype=torch.bool))
@@ -98,6 +100,8 @@ def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Co
 
 def with_new(number: Tensor, past: Any, before: Tensor, new: Tensor) -> Tensor:
     """Values `before` [B or 1, K] of the keys `number` [K], with `new` [B, M] for those from `past` on: [B, K]."""
+    if not isinstance(past, Tensor) and not past and len(number) == new.shape[1]:  # there are no others
+        return new.to(number.device)
     at = (number - past).clamp(0, new.shape[1] - 1)
     return torch.where(number >= past, new.to(number.device)[:, at], before)
 
