@@ -13,6 +13,7 @@ import torch
 from mmcompress.kernels import configs, dispatch
 from mmcompress.kernels.compact import compact
 from mmcompress.kernels.dispatch import has_triton, interpreted
+from mmcompress.kernels.gather import gather
 from mmcompress.kernels.merge import blocked, merge
 from torch import Tensor
 
@@ -200,6 +201,26 @@ def test_moving_at_its_edges(implementation: str) -> None:
     bits = torch.tensor([[[math.nan, -0.0, math.inf, 1e-45]]])
     found = run_compact(implementation, [bits], torch.zeros(1, 1, dtype=torch.int64), None)[0]
     assert torch.equal(found.view(torch.int32), bits.view(torch.int32))
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (2, 5), (1, 5, 3), (2, 5, 3), (2, 5, 2, 3)])
+def test_rows_are_those_of_torch_gather_and_raise_where_there_are_none(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+
+    def ways(index: Tensor) -> list[Callable[[], Tensor]]:
+        wide = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *shape[2:])
+        moved = [lambda i=i: compact([x], index, implementation=i)[0] for i in ("naive", "blocked")]
+        return [lambda: x.expand(len(index), *shape[1:]).gather(1, wide), lambda: gather(x, index), *moved]
+
+    for index in (torch.randint(5, (shape[0], 4)), torch.randint(5, (2, 7)), torch.zeros(2, 0, dtype=torch.int64)):
+        wanted, *found = (way() for way in ways(index))
+        assert all(torch.equal(rows, wanted) for rows in found)
+    for sample, wrong in ((0, 5), (shape[0] - 1, -1)):  # the neighbouring sample has such a row
+        index = torch.zeros(shape[0], 2, dtype=torch.int64)
+        index[sample, 1] = wrong
+        for way in ways(index):
+            with pytest.raises(RuntimeError):
+                way()
 
 
 @FAST
