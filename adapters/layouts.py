@@ -16,7 +16,7 @@ from ..visuals import Layout, View
 
 
 @functools.lru_cache(maxsize=256)
-def _best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+def best_resolution(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """Height and width among `pinpoints` that a picture of `size` is fitted into (transformers' `select_best_resolution`)."""
     scales = [min(p[1] / size[1], p[0] / size[0]) for p in pinpoints]
     seen = [min(int(size[1] * s) * int(size[0] * s), size[0] * size[1]) for s in scales]
@@ -47,7 +47,7 @@ class AnyRes:
     @property
     def target(self) -> tuple[int, int]:
         """Height and width of the padded picture that is cut into tiles."""
-        return _best_resolution(self.size, self.pinpoints)
+        return best_resolution(self.size, self.pinpoints)
 
     @property
     def tiles(self) -> tuple[int, int]:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from mmcompress.adapters import Adapter, adapter_for
-from mmcompress.adapters.layouts import AnyRes, tiled
+from mmcompress.adapters.layouts import AnyRes, best_resolution, tiled
 from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -206,6 +207,20 @@ def test_video_frames_follow_each_other(family: str) -> None:
         assert layout.views == (View((2, 2), role="frame"),) * 3
     assert layout.structural == newline
     assert layout.view_of().tolist() == [0] * cells + [1] * cells + [2] * cells
+
+
+@pytest.mark.parametrize("most", [2, 4, 6])
+def test_best_resolution_is_that_of_transformers(most: int) -> None:
+    from transformers.image_processing_utils import select_best_resolution
+
+    sides = range(1, most + 1)
+    grids = [(336 * h, 336 * w) for h in sides for w in sides if h * w <= most or most == 6]
+    numbers = random.Random(most)
+    usual = [(1, 1), (1, 4000), (4000, 1), (2, 3), (336, 336), (672, 672), (1344, 336), (480, 640), (1080, 1920)]
+    sizes = usual + [tuple(numbers.randint(1, 10 ** numbers.randint(1, 4)) for _ in "hw") for _ in range(3000)]
+    for pinpoints in (grids, grids[::-1], grids + grids[:2], grids[:1]):
+        for size in sizes:
+            assert best_resolution(size, tuple(pinpoints)) == select_best_resolution(size, pinpoints), size
 
 
 def test_seams_and_tiles_of_cells() -> None:
