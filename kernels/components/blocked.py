@@ -51,16 +51,18 @@ def _components(x: Tensor, scale: Tensor, threshold: float, mask: Tensor | None,
     groups, n, _ = x.shape
     if not n:
         return
-    small = n * n <= _PAIRS
     many = max(1, _PAIRS // (n * n))
+    if n <= _FEW:
+        for group in (slice(g, g + many) for g in range(0, groups, many)):
+            above = _cosines(x[group], scale[group]) > threshold
+            label[group], degree[group] = of_graph(above, None if mask is None else mask[group])
+        return
+    small = n * n <= _PAIRS
     height = max(_LEAST, round_up(n // 4, COLUMNS) if small else _PAIRS // n // COLUMNS * COLUMNS)
     buffers = [torch.empty(0, device=x.device) for _ in range(4)]
     for g in range(0, groups, many):
         group = slice(g, g + many)
         known, part = None if mask is None else mask[group], x[group]
-        if n <= _FEW:
-            label[group], degree[group] = of_graph(_cosines(part, scale[group]) > threshold, known)
-            continue
         if small:  # filled up once for all of its blocks
             part, buffers[3] = filled_up(part, COLUMNS, buffers[3])
         if small or x.device.type != "cpu" or x.shape[2] < 4 * _DIRECTIONS:
