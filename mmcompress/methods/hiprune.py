@@ -91,30 +91,29 @@ class HiPrune(InputStage):
         """2 for anchors, 1 for their neighbours, 0 for the rest, [U, N] uint8."""
         tokens, slots = self.anchors(visuals), visuals.slots
         cells = tokens if slots is None else slots.to(tokens.device).gather(1, tokens)
-        # a copy that the host need not wait for
-        near = _near(visuals.layout, self.clamp == "drop").to(cells.device, non_blocking=True)
+        near = _neighbours(visuals.layout, self.clamp == "reference")
+        near = near.to(cells.device, non_blocking=True)[cells].flatten(1)  # a copy that the host need not wait for
         tier = torch.zeros(len(cells), visuals.layout.cells, dtype=torch.uint8, device=cells.device)
-        tier = tier.scatter(1, near[cells].flatten(1), 1).scatter(1, cells, 2)
+        tier = tier.scatter(1, near, 1).scatter(1, cells, 2)
         return tier if slots is None else tier.gather(1, slots.to(tier.device))
 
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _near(layout: Layout, drop: bool) -> Tensor:
-    """The four neighbours of every cell of a layout in its crop, [cells, 4] on the CPU; beyond an edge the cell itself with `drop`,
-    else where its number, one or a row away, is cut off at the ends of the crop. The same pictures come again."""
+def _neighbours(layout: Layout, across: bool) -> Tensor:
+    """The cells left, right, above and below of every cell of a layout, [cells, 4] on the CPU: beyond an edge of its crop the cell
+    itself, or what `clamp="reference"` takes (`across`)."""
     parts, start = [], 0
     for view in layout.views:
         parts.append(_places_in(view, start))
         start += view.cells
     first, columns, width, size = torch.cat(parts, 1)
-    cells = torch.arange(start)
-    inside = (cells - first) // columns * width + (cells - first) % columns
+    place = torch.arange(start) - first
+    inside = place // columns * width + place % columns
     x, found = inside % width, []
     for step, there in ((-1, x > 0), (1, x < width - 1), (-width, inside >= width), (width, inside < size - width)):
         near = (inside + step).clamp_min(0).minimum(size - 1)
-        if drop:
-            near = torch.where(there, near, inside)
+        near = near if across else torch.where(there, near, inside)
         found.append(first + near // width * columns + near % width)
     return torch.stack(found, 1)
 
