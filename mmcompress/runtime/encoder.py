@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
-from ..ops import merge_mean, proportional_bias
+from ..kernels.merge import merge as merged_rows
+from ..ops import proportional_bias
 from ..selection import gather
 from ..stage import EncoderStage
 from ..visuals import Layout
@@ -363,7 +364,7 @@ class EncoderFacade(TowerScope):
         size = run.states[i].size
         if size is None or not (self.proportional or self.encoder.padded):
             return None
-        patches = size if run.unit == 1 else self._sizes(run, size)
+        patches = self._sizes(run, size)
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
         bias = proportional_bias(patches if self.proportional else torch.ones_like(patches), dtype)
         if self.encoder.padded:
@@ -378,6 +379,8 @@ class EncoderFacade(TowerScope):
     def _sizes(self, run: _Run, size: Tensor) -> Tensor:
         """Sizes of units as sizes of patches."""
         prefix = self.encoder.prefix
+        if run.unit == 1:
+            return size
         return torch.cat([size[:, :prefix], size[:, prefix:].repeat_interleave(run.unit, 1)], 1)
 
     def _keep_keys(self, i: int, name: str, heads: Tensor) -> None:
@@ -394,13 +397,10 @@ class EncoderFacade(TowerScope):
             run.keys = None
         merge = run.merges[i]
         assert merge is not None
-        hidden = args[0]
-        rows = self._rows(hidden)
-        size = run.states[i].size
-        sizes = torch.ones(rows.shape[:2], device=hidden.device) if size is None else self._sizes(run, size)
-        prefix = self.encoder.prefix
+        hidden, size, prefix = args[0], run.states[i].size, self.encoder.prefix
+        sizes = None if size is None else self._sizes(run, size)
         count = prefix + (merge.count - prefix) * run.unit
-        merged, _ = merge_mean(rows, sizes, merge.patches, count)
+        merged = merged_rows(self._rows(hidden), merge.patches, count, sizes, mean=True)
         hidden.copy_(self._back(gather(merged, merge.patches), hidden))
         return (self._back(merged, hidden),)
 
