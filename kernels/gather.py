@@ -15,22 +15,38 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     code and on a GPU, which is not waited for, one of N or more does by an assertion there.
     """
     index = index.to(x.device)
-    samples, rows = x.shape[:2]
     if x.dim() == 2:
-        return x.expand(len(index), rows).gather(1, index)
-    at = index
+        return x.expand(len(index), -1).gather(1, index)
+    if len(x) > 1 and (x.device.type != "cpu" or torch.compiler.is_compiling()):
+        return x[torch.arange(len(x), device=x.device)[:, None], index]
+    if len(x) == len(index) == 1:
+        return _picked(x, 1, index[0])
+    return _rows(x, index).view(*index.shape, *x.shape[2:])
+
+
+def gather_into(out: Tensor, x: Tensor, index: Tensor) -> None:
+    """Write the rows of `x` [U, N, D] at `index` [U, k] into `out` [U, k, D], in place; as `gather`, but on a CPU, where nothing
+    learns, without a copy of them."""
+    direct = out.is_contiguous() and out.dtype == x.dtype and out.device == index.device
+    if direct and out.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        _rows(x, index, out.flatten(0, 1))
+    else:
+        out.copy_(gather(x, index))
+
+
+def _rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """Those of all samples, one behind the other, [U k, ...]: on a CPU faster than x[first, index]."""
+    samples, rows = x.shape[:2]
     if samples > 1:
-        first = torch.arange(samples, device=x.device)[:, None]
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return x[first, index]
         numbers = index.numpy()
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < rows:
             raise RuntimeError(f"index from {numbers.min()} to {numbers.max()}: give rows of x from 0 to {rows - 1}")
-        at = index + first * rows
-    try:  # of the rows of all samples, one behind the other: faster than x[first, index] on a CPU
-        if samples == len(index) == 1:
-            return x.index_select(1, index[0])
-        found = x.flatten(0, 1).index_select(0, at.flatten())
+        index = index + torch.arange(samples)[:, None] * rows
+    return _picked(x.flatten(0, 1), 0, index.flatten(), out)
+
+
+def _picked(x: Tensor, dim: int, index: Tensor, out: Tensor | None = None) -> Tensor:
+    try:
+        return torch.index_select(x, dim, index, out=out)
     except IndexError as error:
-        raise RuntimeError(f"{error}: give rows of x from 0 to {rows - 1}") from error
-    return found.view(*index.shape, *x.shape[2:])
+        raise RuntimeError(f"{error}: give rows of x from 0 to {x.shape[dim] - 1}") from error

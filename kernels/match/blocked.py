@@ -79,7 +79,11 @@ def _whole(
     if rule.exclude_self or rule.low is not None or rule.high is not None:
         number = torch.arange(max(rows, columns), device=a.device)
         scores = scores.masked_fill(~rule.allowed(number[:rows, None], number[:columns]), float("-inf"))
-    value, index = scores.max(2, keepdim=True)  # the first of equals
+    if scores.device.type == "cpu":  # NumPy finds where several times as fast
+        index = torch.from_numpy(scores.numpy().argmax(2))[..., None]
+        value = scores.gather(2, index)
+    else:
+        value, index = scores.max(2, keepdim=True)  # the first of equals
     none = value == float("-inf")
     if query_mask is not None:
         none |= ~query_mask[..., None]

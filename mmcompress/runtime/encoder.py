@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from ..kernels.gather import gather, gather_into
 from ..kernels.merge import merge as merged_rows
 from ..ops import proportional_bias
-from ..selection import gather
 from ..stage import EncoderStage
 from ..visuals import Layout
 from .adapter import Adapter, Encoded, Encoder
@@ -401,7 +401,7 @@ class EncoderFacade(TowerScope):
         sizes = None if size is None else self._sizes(run, size)
         count = prefix + (merge.count - prefix) * run.unit
         merged = merged_rows(self._rows(hidden), merge.patches, count, sizes, mean=True)
-        hidden.copy_(self._back(gather(merged, merge.patches), hidden))
+        gather_into(self._rows(hidden), merged, merge.patches)
         return (self._back(merged, hidden),)
 
     def _decide(self, run: _Run, i: int, keys: Tensor) -> _Merge:
