@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ragged import segments
@@ -19,6 +19,7 @@ _COPY = 1 << 23
 """Numbers in a block of `b`, where it has to be copied."""
 _SMALL = 1 << 17
 """Up to so many scores the time of the calls counts, and not that of a `max` with an index."""
+_NONE = np.float32("-inf")
 ROWS, COLUMNS = 8, 32
 """Sides of tiles are multiples of these (filled up with zeros): there the matrix products of MKL do not depend on the place in
 the tile or on its size, so that equal tokens have equal scores and a batch gives what its members give alone."""
@@ -37,7 +38,8 @@ def match(
     if rule.normalize:
         left, right = inverse_norms(a), inverse_norms(b)
         a, b = without_huge(a, left), without_huge(b, right)
-    if cu_a is None and rule.m == 1 and not rule.same_cell and 0 < a.shape[:-1].numel() * b.shape[1] <= _SMALL:
+    small = 0 < a.shape[:-1].numel() * b.shape[1] <= _SMALL and a.device.type == "cpu"
+    if small and cu_a is None and rule.m == 1 and not rule.same_cell:
         return _whole(a, b, left, right, rule, query_mask, key_mask)
     value = a.new_full((*a.shape[:-1], rule.m), float("-inf"), dtype=torch.float32)
     index = torch.full(value.shape, -1, device=a.device)
@@ -64,33 +66,35 @@ def _whole(
     query_mask: Tensor | None,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`match` for m = 1 in one small table, with few calls; `left`, `right`: factors of rows and columns. The products are those of
-    `_search`."""
+    """`match` for m = 1 in one small table on the CPU; `left`, `right`: factors of rows and columns. The products are those of
+    `_search`; the rest is NumPy, whose calls take a third of the time."""
     rows, columns = a.shape[1], b.shape[1]
-    high, wide = round_up(rows, ROWS) - rows, round_up(columns, COLUMNS) - columns
-    table = torch.bmm(F.pad(a.float(), (0, 0, 0, high)), F.pad(b.float(), (0, 0, 0, wide)).transpose(1, 2))
-    scores = table[:, :rows, :columns]
+    tall, wide = (_filled(x, unit) for x, unit in ((a, ROWS), (b, COLUMNS)))
+    scores = torch.bmm(tall, wide.transpose(1, 2)).numpy()[:, :rows, :columns]
     if right is not None:
-        scores = scores * right[:, None]
+        scores = scores * right.numpy()[:, None]
     if not rule.largest:
         scores = -scores
     if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None], float("-inf"))
+        scores = np.where(key_mask.numpy()[:, None], scores, _NONE)
     if rule.exclude_self or rule.low is not None or rule.high is not None:
-        number = torch.arange(max(rows, columns), device=a.device)
-        scores = scores.masked_fill(~rule.allowed(number[:rows, None], number[:columns]), float("-inf"))
-    if scores.device.type == "cpu":  # NumPy finds where several times as fast
-        index = torch.from_numpy(scores.numpy().argmax(2))[..., None]
-        value = scores.gather(2, index)
-    else:
-        value, index = scores.max(2, keepdim=True)  # the first of equals
-    none = value == float("-inf")
+        number = torch.arange(max(rows, columns))
+        scores = np.where(rule.allowed(number[:rows, None], number[:columns]).numpy(), scores, _NONE)
+    index, value = scores.argmax(2), scores.max(2, keepdims=True)  # the first of equals
+    none = value == _NONE
     if query_mask is not None:
-        none |= ~query_mask[..., None]
+        none |= ~query_mask.numpy()[..., None]
     if left is not None:
-        value = value * left[..., None]
-    value = value.masked_fill(none, float("-inf"))
-    return value if rule.largest else -value, index.masked_fill_(none, -1)
+        value *= left.numpy()[..., None]
+    value[none], index[none[..., 0]] = _NONE, -1
+    return torch.from_numpy(value if rule.largest else -value), torch.from_numpy(index[..., None])
+
+
+def _filled(x: Tensor, unit: int) -> Tensor:
+    """x [G, n, D] in float32, filled up with zero rows to a multiple of `unit`."""
+    found = np.zeros((len(x), round_up(x.shape[1], unit), x.shape[2]), np.float32)
+    found[:, : x.shape[1]] = x.detach().float().numpy()
+    return torch.from_numpy(found)
 
 
 def _search(
