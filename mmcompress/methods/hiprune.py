@@ -65,9 +65,9 @@ class HiPrune(InputStage):
     @torch.no_grad()
     def select(self, visuals: Visuals) -> Selection:
         score = visuals["received_attention"].float()
-        tier = self._tiers(visuals)
-        keep = []
-        for part in self._crops(visuals):
+        crops, keep = self._crops(visuals), []
+        tier = self._tiers(visuals, self._anchors(visuals, crops))
+        for part in crops:
             order = part.take(score).sort(dim=1, descending=True, stable=True).indices
             by_tier = part.take(tier).gather(1, order).sort(dim=1, descending=True, stable=True).indices
             keep.append(part.slots(order.gather(1, by_tier[:, : part.k])))
@@ -76,9 +76,12 @@ class HiPrune(InputStage):
     @torch.no_grad()
     def anchors(self, visuals: Visuals) -> Tensor:
         """Tokens of the anchors, [U, A], crop by crop, the best of each first."""
+        return self._anchors(visuals, self._crops(visuals))
+
+    def _anchors(self, visuals: Visuals, crops: list[Crops]) -> Tensor:
         score = visuals[str(self.needs[0])].float()
         found = [torch.empty_like(score[:, :0], dtype=torch.int64)]
-        for part in self._crops(visuals):
+        for part in crops:
             best = part.take(score).sort(dim=1, descending=True, stable=True).indices
             found.append(part.slots(best[:, : round(part.k * self.alpha / 5)]))
         return torch.cat(found, 1)
@@ -87,9 +90,9 @@ class HiPrune(InputStage):
         views = visuals.layout.views if visuals.slots is None else ()
         return alike_crops(views, visuals.n, visuals.k, visuals.features.device)
 
-    def _tiers(self, visuals: Visuals) -> Tensor:
-        """2 for anchors, 1 for their neighbours, 0 for the rest, [U, N] uint8."""
-        tokens, slots = self.anchors(visuals), visuals.slots
+    def _tiers(self, visuals: Visuals, tokens: Tensor) -> Tensor:
+        """2 for the anchors `tokens` [U, A], 1 for their neighbours, 0 for the rest, [U, N] uint8."""
+        slots = visuals.slots
         cells = tokens if slots is None else slots.to(tokens.device).gather(1, tokens)
         near = _neighbours(visuals.layout, self.clamp == "reference")
         near = near.to(cells.device, non_blocking=True)[cells].flatten(1)  # a copy that the host need not wait for

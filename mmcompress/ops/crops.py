@@ -42,7 +42,7 @@ class Crops:
 
     def take(self, x: Tensor) -> Tensor:
         """The tokens of these crops, [U * g, n, ...], of `x` [U, N, ...]."""
-        return x if self.whole else x[:, self.cells].flatten(0, 1)
+        return x if self.whole else x.index_select(1, self.cells.flatten()).unflatten(1, self.cells.shape).flatten(0, 1)
 
     def slots(self, picks: Tensor) -> Tensor:
         """Slots in the visual, [U, g * m], of places in the crops, [U * g, m]."""
