@@ -342,6 +342,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_another_commit_in_the_same_run(repository: Path) -> None:
     base = Base("slow", repository)
     sweep = Sweep(ops=["merge"], n=[8], d=[4], k=[2], providers=["blocked", "naive"], repeats=2)

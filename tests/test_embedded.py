@@ -357,6 +357,7 @@ def test_methods_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in text for name in ("divprune", "fastv", "random", "tome", "uniform", "visionzip"))
 
 
+@pytest.mark.slow
 def test_demo_writes_table_pictures_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = ["--model", "llava-shapes", "--model", "llava-next-shapes"]
     assert main(["demo", *models, "--questions", "14", "--keep", "0.25", "--out", str(tmp_path)]) == 0
@@ -449,6 +450,7 @@ def test_flops_are_counted_like_the_report_says() -> None:
     assert counted[1] - counted[0] == reported[1] - reported[0]
 
 
+@pytest.mark.slow
 def test_transfer_restarts_where_it_stopped(tmp_path: Path) -> None:
     """A run that is stopped and started again ends with the same weights as one that was not."""
     from mmcompress.eval.making.transfer import Transfer, TransferRecipe

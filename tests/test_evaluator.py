@@ -160,6 +160,7 @@ def launch(table: Path, out: Path, **settings: str) -> subprocess.CompletedProce
     return subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1", **settings}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(
     table: Path, whole: tuple[Path, dict[str, dict[str, Any]]], loaded: tuple[Any, Any], tmp_path: Path
 ) -> None:

@@ -368,7 +368,17 @@ def test_prompt_lookup_and_assisted_decoding(family: str, assistant: bool) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava",
+        "qwen2_5_vl",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llava_next", "llava_onevision", "qwen3_vl", "internvl")
+        ),
+    ],
+)
 def test_compiled_static_decode(family: str) -> None:
     from transformers import CompileConfig
 

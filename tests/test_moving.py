@@ -248,6 +248,7 @@ def test_evaluation_asks_as_training_does(trainer: VideoTrainer) -> None:
     assert inputs["input_ids"][0].tolist() == begin + words
 
 
+@pytest.mark.slow
 def test_training_of_videos_restarts_where_it_stopped(tmp_path: Path) -> None:
     """A run that is stopped and started again ends with the same weights as one that was not."""
     from mmcompress.eval.synthetic.benchmark import load

@@ -269,6 +269,7 @@ def test_packed_questions_are_answered_as_if_alone(trainer: PageTrainer, monkeyp
     torch.testing.assert_close(torch.cat(rows), packed_logits, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_of_pages_restarts_where_it_stopped(tmp_path: Path) -> None:
     """A run that is stopped and started again ends with the same weights as one that was not."""
     from mmcompress.eval.synthetic.benchmark import load

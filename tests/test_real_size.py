@@ -44,7 +44,9 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(OLDEST, reason="configs are in the form of the newest transformers")
-@pytest.mark.parametrize("name", real.NAMES)
+@pytest.mark.parametrize(
+    "name", [real.NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in real.NAMES[1:])]
+)
 def test_a_released_model_is_measured(name: str, narrow: None) -> None:
     plans = ["divprune(keep=0.25)", "fastv(keep=0.25)"]  # behind two layers
     found = real.measure(name, plans, batch=2, layers=4, repeats=1, warmup=0, new_tokens=3, text_tokens=12)
