@@ -252,7 +252,7 @@ def test_milliseconds_are_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmcompress.runtime.engine import Engine
 
     ticks = iter(range(1000))
-    monkeypatch.setattr(Engine, "_now", lambda self, device: float(next(ticks)))
+    monkeypatch.setattr(Engine, "_now", lambda self, device=None: float(next(ticks)))
     model = mm.compress(tiny.build(), "uniform(keep=0.5)", timing=True)
     model(**tiny.prompts(model, [[5, "image", 4]]))
     found = mm.report(model).milliseconds
