@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -676,3 +677,16 @@ def test_seen_from_outside_nothing_waits_and_graphs_stay_whole() -> None:
 def test_errors(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(tokens("random", 1, 6, 4))
+
+
+def test_spans_of_few_rows_become_one_product() -> None:
+    """Each row is multiplied with every pick that it does not know, whatever else it is multiplied with."""
+    assert lazy._together([(0, 4, 10), (4, 6, 12), (6, 300, 990)], 1000) == [(0, 6, 10), (6, 300, 990)]
+    assert lazy._together([(0, 400, 0), (400, 410, 999)], 1000) == [(0, 400, 0), (400, 410, 999)]
+    assert lazy._together([(0, 5, 7)], 9) == [(0, 5, 7)]
+
+
+def test_of_equal_cosines_the_lowest_pick_leads() -> None:
+    similar = np.array([[0.5, 0.7, 0.7], [0.9, 0.1, 0.9], [0.2, 0.3, 0.1]], np.float32)
+    best, pick = lazy._leading(similar.copy(), np.array([8, 6, 4]))
+    assert best.tolist() == similar.max(1).tolist() and pick.tolist() == [4, 4, 6]

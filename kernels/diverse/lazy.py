@@ -29,6 +29,8 @@ FEW = 1024
 """So many tokens have a table of cosines that is no more than a block (4 MB): faster than deciding which of them matter."""
 POOL = 512
 """Tokens that are kept up to date together."""
+SHORT = 32
+"""A product with few rows takes as long as if it had so many more: what it is multiplied with has to be read."""
 LOW, HIGH = 16, 64
 """With fewer picks than that from one pool more tokens are brought up to date before the next, with more of them fewer."""
 
@@ -151,14 +153,10 @@ class _Distance:
     def enter(self, pool: Indices, own: Tensor, spans: list[tuple[int, int, int]], done: int) -> Floats:
         self.pool, self.own = pool, own
         self.here, self.mine, self.gain = self.near[pool], self.owner[pool], self.bound[pool]
-        for a, b, seen in spans:
+        for a, b, seen in _together(spans, done):
             if seen < done:
-                order = np.argsort(self.picks[seen:done])
-                similar = (own[a:b] @ self.picked[seen:done].T).numpy()[:, order]
-                lead = similar.argmax(1)
-                self._meet(
-                    slice(a, b), np.take_along_axis(similar, lead[:, None], 1)[:, 0], self.picks[seen:done][order][lead]
-                )
+                similar = (own[a:b] @ self.picked[seen:done].T).numpy()
+                self._meet(slice(a, b), *_leading(similar, self.picks[seen:done]))
         return self._gain()
 
     def pick(self, place: int, done: int) -> Floats:
@@ -180,6 +178,30 @@ class _Distance:
 
     def leave(self, done: int) -> None:
         self.near[self.pool], self.owner[self.pool], self.bound[self.pool] = self.here, self.mine, self.gain
+
+
+def _together(spans: list[tuple[int, int, int]], done: int) -> list[tuple[int, int, int]]:
+    """Neighbouring spans as one that knows what the first of them knows, where one product takes less time than two."""
+    found = spans[:1]
+    for a, b, seen in spans[1:]:
+        first, _, known = found[-1]
+        if (b - a) * (seen - known) < SHORT * (done - seen):
+            found[-1] = first, b, known
+        else:
+            found.append((a, b, seen))
+    return found
+
+
+def _leading(similar: Floats, picks: Indices) -> tuple[Floats, Indices]:
+    """The largest of each row of `similar`, which is spoiled, and the lowest of the picks that have it."""
+    rows, lead = np.arange(len(similar)), similar.argmax(1)
+    best, pick = similar[rows, lead], picks[lead]
+    similar[rows, lead] = -np.inf
+    tied = np.flatnonzero(similar.max(1) == best)
+    if len(tied):
+        others = np.where(similar[tied] == best[tied, None], picks, picks.max())
+        pick[tied] = np.minimum(pick[tied], others.min(1))
+    return best, pick
 
 
 class _NewPart:
