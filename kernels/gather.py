@@ -16,7 +16,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     """
     index = index.to(x.device)
     if x.dim() == 2:
-        return x.expand(len(index), -1).gather(1, index)
+        return (x if len(x) == len(index) else x.expand(len(index), -1)).gather(1, index)
     if len(x) > 1 and (x.device.type != "cpu" or torch.compiler.is_compiling()):
         return x[torch.arange(len(x), device=x.device)[:, None], index]
     if len(x) == len(index) == 1:

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..match.blocked import COLUMNS, ROWS, filled_up, roomy, round_up, view
 from ..match.rule import inverse_norms, without_huge
 from ..ragged import segments
-from .naive import of_graph
 
 _PAIRS = 1 << 20
 """Pairs in a block of rows."""
@@ -21,7 +20,7 @@ _DIRECTIONS = 64
 _ROUNDING = 1e-5
 """Bounds of cosines are raised by more than float32 gets wrong in them."""
 _FEW = 64
-"""Up to so many tokens the time of the calls counts: the graph is whole, and labels spread over it as in `naive`."""
+"""Up to so many tokens the time of the calls counts: the graph is a table."""
 
 
 def components(
@@ -55,7 +54,7 @@ def _components(x: Tensor, scale: Tensor, threshold: float, mask: Tensor | None,
     if n <= _FEW:
         for group in (slice(g, g + many) for g in range(0, groups, many)):
             above = _cosines(x[group], scale[group]) > threshold
-            label[group], degree[group] = of_graph(above, None if mask is None else mask[group])
+            label[group], degree[group] = _whole(above, None if mask is None else mask[group])
         return
     small = n * n <= _PAIRS
     height = max(_LEAST, round_up(n // 4, COLUMNS) if small else _PAIRS // n // COLUMNS * COLUMNS)
@@ -77,6 +76,20 @@ def _components(x: Tensor, scale: Tensor, threshold: float, mask: Tensor | None,
         if mask is not None:
             label[group].masked_fill_(~mask[group], -1)
             degree[group].masked_fill_(~mask[group], 0)
+
+
+def _whole(above: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`naive.of_graph` of few tokens: paths grow twofold until they are as long as any can be, and nothing is read."""
+    n = above.shape[1]
+    edge = above.triu(1)
+    edge = edge | edge.transpose(1, 2) | torch.eye(n, dtype=torch.bool, device=edge.device)
+    if mask is not None:
+        edge &= mask[:, None] & mask[:, :, None]
+    reach = edge.float()
+    for _ in range((n - 1).bit_length()):
+        reach = torch.bmm(reach, reach).clamp_(max=1)
+    label = torch.where(reach > 0, torch.arange(n, device=edge.device), n).amin(2)
+    return label if mask is None else label.masked_fill_(~mask, -1), edge.sum(2)
 
 
 def _grown(
