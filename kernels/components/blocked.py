@@ -10,6 +10,7 @@ from torch import Tensor
 from ..match.blocked import COLUMNS, ROWS, filled_up, roomy, round_up, view
 from ..match.rule import inverse_norms, without_huge
 from ..ragged import segments
+from .naive import edges
 
 _PAIRS = 1 << 20
 """Pairs in a block of rows."""
@@ -80,11 +81,7 @@ def _components(x: Tensor, scale: Tensor, threshold: float, mask: Tensor | None,
 
 def _whole(above: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`naive.of_graph` of few tokens: paths grow twofold until they are as long as any can be, and nothing is read."""
-    n = above.shape[1]
-    edge = above.triu(1)
-    edge = edge | edge.transpose(1, 2) | torch.eye(n, dtype=torch.bool, device=edge.device)
-    if mask is not None:
-        edge &= mask[:, None] & mask[:, :, None]
+    n, edge = above.shape[1], edges(above, mask)
     reach = edge.float()
     for _ in range((n - 1).bit_length()):
         reach = torch.bmm(reach, reach).clamp_(max=1)

@@ -37,10 +37,7 @@ def _components(x: Tensor, threshold: float, mask: Tensor | None) -> tuple[Tenso
 def of_graph(above: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Labels and degrees [G, n] from above [G, n, n]: which later tokens each one is connected to; the rest of it is not read."""
     groups, n, _ = above.shape
-    edge = above.triu(1)
-    edge = edge | edge.transpose(1, 2) | torch.eye(n, dtype=torch.bool, device=edge.device)
-    if mask is not None:
-        edge &= mask[:, None] & mask[:, :, None]
+    edge = edges(above, mask)
     label = torch.arange(n, device=edge.device).expand(groups, n)
     while n:
         lower = torch.where(edge, label[:, None], n).amin(2)
@@ -48,3 +45,10 @@ def of_graph(above: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             break
         label = lower
     return label if mask is None else label.masked_fill(~mask, -1), edge.sum(2)
+
+
+def edges(above: Tensor, mask: Tensor | None) -> Tensor:
+    """All of them, both ways and of each token to itself, [G, n, n] bool."""
+    edge = above.triu(1)
+    edge = edge | edge.transpose(1, 2) | torch.eye(above.shape[1], dtype=torch.bool, device=above.device)
+    return edge if mask is None else edge & mask[:, None] & mask[:, :, None]
