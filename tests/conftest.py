@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,3 +39,15 @@ def browser() -> Iterator[Any]:
     found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield found
     found.quit()
+
+
+@pytest.fixture(scope="session")
+def watcher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the architecture of the embedded model of videos, untrained."""
+    from mmcompress.eval.making.videos.model import Watcher
+
+    made, family = tmp_path_factory.mktemp("watcher"), Watcher()
+    processor = family.make_processor()
+    family.make_model(processor.tokenizer).save_pretrained(made)
+    processor.save_pretrained(made)
+    return made

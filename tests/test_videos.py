@@ -265,18 +265,6 @@ def test_without_a_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # ---------------------------------------------------------------------- to a model
-@pytest.fixture(scope="module")
-def watcher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the architecture of the embedded model of videos, untrained on them."""
-    from mmcompress.eval.making.videos.model import Watcher
-
-    made, family = tmp_path_factory.mktemp("watcher"), Watcher()
-    processor = family.make_processor()
-    family.make_model(processor.tokenizer).save_pretrained(made)
-    processor.save_pretrained(made)
-    return made
-
-
 def test_a_file_becomes_inputs(folder: Path, watcher: Path) -> None:
     """True times reach the prompt, and a video of one frame is shown to an encoder of pairs."""
     from transformers import AutoProcessor

@@ -287,18 +287,6 @@ def test_what_is_missing_or_broken(tmp_path: Path) -> None:
         Showing(0)
 
 
-@pytest.fixture(scope="module")
-def watcher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the architecture of the embedded model of videos, untrained."""
-    from mmcompress.eval.making.videos.model import Watcher
-
-    made, family = tmp_path_factory.mktemp("watcher"), Watcher()
-    processor = family.make_processor()
-    family.make_model(processor.tokenizer).save_pretrained(made)
-    processor.save_pretrained(made)
-    return made
-
-
 @pytest.mark.slow
 def test_eval_and_sweep(watcher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a folder to a record and a plot; a broken video is left out and named."""
