@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +27,7 @@ from ..weights import TENSORS, base_of
 from .data import Question, digest, read_questions
 from .evaluator import Setup, evaluate, padded_left, shapes_questions
 from .inputs import inputs_of, texts_of
+from .making.loop import progress_of
 from .prompts import new_tokens
 from .synthetic.benchmark import takes_any_shape
 from .synthetic.questions import KINDS, ask
@@ -203,14 +203,7 @@ def train(
     model.eval().requires_grad_(False)
     labels = Labels(out / "labels", model, processor, asked, recipe)
     start = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_of(console) as progress:
         bar = progress.add_task("labels", total=len(labels.batches))
 
         def made(done: int, total: int, right: int) -> None:
@@ -221,7 +214,7 @@ def train(
     console.print(f"{right} of {len(asked)} answers are right; {len(pairs)} labels", highlight=False)
     back = max(1, round(HELD_OUT * len(pairs)))
     start = time.perf_counter()
-    with Progress(*columns, console=console) as progress:
+    with progress_of(console) as progress:
         bar = progress.add_task("compressor", total=fitting.epochs)
 
         def trained(epoch: int, loss: float, now: float) -> None:

@@ -57,6 +57,11 @@ def normalize(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - 0.5) / 0.25
 
 
+def noisy(pixels: Tensor) -> Tensor:
+    """Pixels of a training step, a little brighter or darker, with noise."""
+    return pixels * (1 + 0.1 * torch.randn(()).item()) + 0.05 * torch.randn_like(pixels)
+
+
 def patch_labels(scene: Scene) -> np.ndarray:
     """Labels of every patch of a square scene, int64 [labels, GRID * GRID], in the order of `PATCH_LABELS`."""
     centers = (np.arange(GRID) + 0.5) * PATCH

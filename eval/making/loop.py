@@ -19,6 +19,12 @@ from torch import Tensor, nn
 from ...records import replacing, write_json
 
 
+def progress_of(console: Console) -> Progress:
+    """A bar with counts and times."""
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(TextColumn("{task.description}"), *columns, console=console)
+
+
 class Loop:
     """Runs training stages in one folder; whatever the folder already holds is not done again."""
 
@@ -59,14 +65,7 @@ class Loop:
                 module.load_state_dict(weights)
             optimizer.load_state_dict(state["optimizer"])
             start = state["step"]
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console) as progress:
+        with progress_of(self.console) as progress:
             bar = progress.add_task(stage, total=steps, completed=start)
             for step in range(start, steps):
                 torch.manual_seed(self.seed * 1_000_003 + step)  # augmentation of this step, restarted or not

@@ -26,7 +26,7 @@ from ...assets import model_path
 from ...visuals import Layout
 from ..synthetic.questions import KINDS, Question
 from ..synthetic.scenes import BOARD, COLORS, SHAPES, Scene, draw, full_of_signs, scenes
-from .data import HARD, PATCH_LABELS, Encoder, Tokens, conversation, labels_at, normalize, pictures, scene_labels
+from .data import HARD, PATCH_LABELS, Encoder, Tokens, conversation, labels_at, noisy, normalize, pictures, scene_labels
 from .families import Family
 from .loop import Loop
 from .model import GRID, HIDDEN
@@ -177,8 +177,7 @@ class Transfer(Loop):
             return_tensors="pt",
         ).to(self.device)  # fmt: skip
         if augment:
-            pixels = made["pixel_values"]
-            made["pixel_values"] = pixels * (1 + 0.1 * torch.randn(()).item()) + 0.05 * torch.randn_like(pixels)
+            made["pixel_values"] = noisy(made["pixel_values"])
         return made
 
     # ------------------------------------------------------------------ stage 1

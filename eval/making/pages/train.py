@@ -18,25 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from .... import assets
 from ...synthetic.pages.content import COLUMNS, SPLITS
 from ...synthetic.pages.layout import Page, draw_page, make_page
 from ...synthetic.pages.questions import KINDS
 from ...synthetic.questions import Question
-from ..loop import Loop
+from ..answering import Answering
+from ..data import noisy
 from ..model import HIDDEN
-from ..packed import Packed, half_attention, pack, right_answers
+from ..packed import Packed, pack, right_answers
 from .labels import LABELS, token_labels, tokens_asked_about
 from .model import CHARACTERS_WRITTEN, WORDS, PageReader
 
 LOOKS, LOOKING = (3, 4), 2
 """Two layers of the language model, and how many of their heads, that are taught where to look."""
-READ = "read_out.safetensors"
-"""Weights of the read-outs beside those of the model, for `PageRecipe.start`."""
 
 
 @dataclass(frozen=True)
@@ -88,34 +84,23 @@ def questions_of(page: Page, most: int, rng: np.random.Generator) -> list[Questi
     return asked[:most]
 
 
-class PageTrainer(Loop):
+class PageTrainer(Answering):
     """Runs the stages in one folder; whatever the folder already holds is not done again."""
 
-    def __init__(self, folder: Path, recipe: PageRecipe | None = None, device: str | None = None) -> None:
-        self.recipe = recipe or PageRecipe()
-        super().__init__(folder, self.recipe.seed, self.recipe.save_every, device)
-        self.family = PageReader()
-        self.processor = self.family.make_processor()
-        torch.manual_seed(self.recipe.seed)
-        self.model = self.family.make_model(self.processor.tokenizer).to(self.device)
-        AttentionInterface.register("half", half_attention)
-        self.model.set_attn_implementation("half")
-        self.vocabulary = self.processor.tokenizer.get_vocab()
-        self.read = nn.Linear(HIDDEN, sum(LABELS.values())).to(self.device)
-        self.start_reading()
-        if self.recipe.start:
-            self.go_on_from(Path(assets.__file__).parent / self.recipe.start)
+    recipe: PageRecipe
+    family: PageReader
+    reads: nn.Linear
 
-    def go_on_from(self, folder: Path) -> None:
-        """Take over the weights of the run that saved `folder`, those of its read-outs too."""
-        self.model.load_state_dict(load_file(folder / "model.safetensors"))
-        self.read.load_state_dict(load_file(folder / READ))
+    def __init__(self, folder: Path, recipe: PageRecipe | None = None, device: str | None = None) -> None:
+        super().__init__(folder, recipe or PageRecipe(), PageReader(), device)
 
     @torch.no_grad()
-    def start_reading(self) -> None:
+    def make_reads(self) -> nn.Linear:
         """Words are read out of a token as the language model embeds them, at first."""
+        reads = nn.Linear(HIDDEN, sum(LABELS.values()))
         words = self.model.get_input_embeddings().weight[[self.vocabulary[word] for word in WORDS]]
-        self.read.weight[1 : 1 + len(WORDS)] = words / words.norm(dim=1, keepdim=True)
+        reads.weight[1 : 1 + len(WORDS)] = words / words.norm(dim=1, keepdim=True)
+        return reads
 
     @torch.no_grad()
     def start_answering(self) -> None:
@@ -123,7 +108,7 @@ class PageTrainer(Loop):
         embedded as the tokens that stand in its line, or below it, and those where it is written. What is left to learn is to
         look and to copy, which is the same for all words."""
         sizes = list(LABELS.values())
-        rows = {name: part - part.mean(0) for name, part in zip(LABELS, self.read.weight.split(sizes), strict=True)}
+        rows = {name: part - part.mean(0) for name, part in zip(LABELS, self.reads.weight.split(sizes), strict=True)}
         embeds, head = self.model.get_input_embeddings().weight, self.model.lm_head.weight
         long = [table.norm(dim=1).mean() for table in (embeds, head)]
         for number, word in enumerate(WORDS, 1):
@@ -152,8 +137,7 @@ class PageTrainer(Loop):
             return_tensors="pt", images_kwargs={"do_resize": False},
         ).to(self.device)  # fmt: skip
         if augment:
-            pixels = made["pixel_values"]
-            made["pixel_values"] = pixels * (1 + 0.1 * torch.randn(()).item()) + 0.05 * torch.randn_like(pixels)
+            made["pixel_values"] = noisy(made["pixel_values"])
         return made
 
     def pack(self, made: dict[str, Any], asked: list[list[Question]]) -> Packed:
@@ -176,7 +160,7 @@ class PageTrainer(Loop):
 
     def read_out(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Logits of every label, from the normalised tokens as a language model sees them."""
-        return self.read(F.rms_norm(tokens.float(), (HIDDEN,))).split(list(LABELS.values()), -1)
+        return self.reads(F.rms_norm(tokens.float(), (HIDDEN,))).split(list(LABELS.values()), -1)
 
     def labels(self, batch: list[Page]) -> Tensor:
         return torch.from_numpy(np.concatenate([token_labels(page) for page in batch], 1)).to(self.device)
@@ -285,15 +269,13 @@ class PageTrainer(Loop):
     def run(self) -> Path:
         """Run what is left of the stages and save the checkpoint; returns its folder."""
         recipe, model = self.recipe, self.model
-        encoder = [*self.family.tower(model), *self.family.projector(model), self.read]
+        encoder = [*self.family.tower(model), *self.family.projector(model), self.reads]
         if not recipe.start:
             self.run_stage("read", encoder, recipe.read_steps, recipe.read_rate, self.read_loss, self.read_scores)
             if not (self.folder / "answer.pt").exists():
                 self.start_answering()
         self.run_stage(
-            "answer", [model.model, model.lm_head, self.read], recipe.answer_steps, recipe.answer_rate, self.answer_loss,
+            "answer", [model.model, model.lm_head, self.reads], recipe.answer_steps, recipe.answer_rate, self.answer_loss,
             self.answer_scores,
         )  # fmt: skip
-        target = self.save(self.model, self.processor, self.recipe)
-        save_file({name: weight.half() for name, weight in self.read.state_dict().items()}, target / READ)
-        return target
+        return self.save_both()

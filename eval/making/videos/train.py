@@ -18,11 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from .... import assets
 from ....videos import video_arguments
 from ...synthetic.pages.content import SPLITS
 from ...synthetic.questions import Question
@@ -30,9 +27,10 @@ from ...synthetic.videos.benchmark import clip_of
 from ...synthetic.videos.content import LENGTHS, MOST_COMING, PAIR, Video, make_video
 from ...synthetic.videos.frames import draw_video
 from ...synthetic.videos.questions import KINDS
-from ..loop import Loop
+from ..answering import Answering
+from ..data import noisy
 from ..model import HIDDEN
-from ..packed import Packed, half_attention, pack, right_answers
+from ..packed import Packed, pack, right_answers
 from .labels import EVENTS, LABELS, asked_about, come_until, event_labels, token_labels
 from .model import Watcher
 
@@ -40,8 +38,6 @@ TOLD = 2
 """The layer of the language model behind which events are read out."""
 LOOKS, LOOKING = (3, 4), 2
 """Two layers of the language model, and how many of their heads, that are taught where to look."""
-READ = "read_out.safetensors"
-"""Weights of the read-outs beside those of the model, for `VideoRecipe.start`."""
 
 
 @dataclass(frozen=True)
@@ -82,24 +78,18 @@ def questions_of(video: Video) -> list[Question]:
     return [question for ask in KINDS.values() for question in ask(video)]
 
 
-class VideoTrainer(Loop):
+class VideoTrainer(Answering):
     """Runs the stages in one folder; whatever the folder already holds is not done again."""
 
+    recipe: VideoRecipe
+    family: Watcher
+    reads: Reads
+
     def __init__(self, folder: Path, recipe: VideoRecipe | None = None, device: str | None = None) -> None:
-        self.recipe = recipe or VideoRecipe()
-        super().__init__(folder, self.recipe.seed, self.recipe.save_every, device)
-        self.family = Watcher()
-        self.processor = self.family.make_processor()
-        torch.manual_seed(self.recipe.seed)
-        self.model = self.family.make_model(self.processor.tokenizer).to(self.device)
-        AttentionInterface.register("half", half_attention)
-        self.model.set_attn_implementation("half")
-        self.vocabulary = self.processor.tokenizer.get_vocab()
-        self.reads = Reads().to(self.device)
-        if self.recipe.start:
-            folder = Path(assets.__file__).parent / self.recipe.start
-            self.model.load_state_dict(load_file(folder / "model.safetensors"))
-            self.reads.load_state_dict(load_file(folder / READ))
+        super().__init__(folder, recipe or VideoRecipe(), Watcher(), device)
+
+    def make_reads(self) -> Reads:
+        return Reads()
 
     # ------------------------------------------------------------------ data
     def draw(self, step: int, size: int, salt: int, simple: bool = False, signs: bool = False) -> list[Video]:
@@ -125,8 +115,7 @@ class VideoTrainer(Loop):
             **video_arguments(self.processor, [clip_of(some) for some in frames]),
         ).to(self.device)  # fmt: skip
         if augment:
-            pixels = made["pixel_values_videos"]
-            made["pixel_values_videos"] = pixels * (1 + 0.1 * torch.randn(()).item()) + 0.05 * torch.randn_like(pixels)
+            made["pixel_values_videos"] = noisy(made["pixel_values_videos"])
         return made
 
     def features(self, made: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
@@ -302,6 +291,4 @@ class VideoTrainer(Loop):
             "answer", [*projector, model.model.language_model, model.lm_head, self.reads], recipe.answer_steps,
             recipe.answer_rate, self.answer_loss, self.answer_scores,
         )  # fmt: skip
-        target = self.save(model, self.processor, recipe)
-        save_file({name: weight.half() for name, weight in self.reads.state_dict().items()}, target / READ)
-        return target
+        return self.save_both()
