@@ -364,32 +364,32 @@ class Pipeline:
             for part in stage.expand()
         )
 
-    @property
+    @functools.cached_property
     def modalities(self) -> frozenset[str]:
         """What any of its stages acts on."""
         return frozenset(modality for part in self.parts for modality in part.modalities)
 
-    @property
+    @functools.cached_property
     def pixel_stages(self) -> tuple[PixelStage, ...]:
         return tuple(s for s in self.parts if isinstance(s, PixelStage))
 
-    @property
+    @functools.cached_property
     def encoder_stages(self) -> tuple[EncoderStage, ...]:
         return tuple(s for s in self.parts if isinstance(s, EncoderStage))
 
-    @property
+    @functools.cached_property
     def input_stages(self) -> tuple[InputStage, ...]:
         return tuple(s for s in self.parts if isinstance(s, InputStage))
 
-    @property
+    @functools.cached_property
     def layer_stages(self) -> tuple[LayerStage, ...]:
         return tuple(s for s in self.parts if isinstance(s, LayerStage))
 
-    @property
+    @functools.cached_property
     def attention_stages(self) -> tuple[AttentionStage, ...]:
         return tuple(s for s in self.parts if isinstance(s, AttentionStage))
 
-    @property
+    @functools.cached_property
     def exit_stages(self) -> tuple[ExitStage, ...]:
         return tuple(s for s in self.parts if isinstance(s, ExitStage))
 
@@ -401,12 +401,12 @@ class Pipeline:
         """This plan for `model`, with the weights that its stages were trained with."""
         return dataclasses.replace(self, stages=tuple(stage.load(model) for stage in self.stages))
 
-    @property
+    @functools.cached_property
     def weighs(self) -> bool:
         """Whether merged tokens weigh what they stand for."""
         return any(stage.mass for stage in self.parts) if self.mass is None else bool(self.mass)
 
-    @property
+    @functools.cached_property
     def calibrates(self) -> bool:
         """Whether attention in the prompt is changed as RESTORE does it."""
         return any(stage.calibrates for stage in self.parts)

@@ -218,11 +218,12 @@ def is_plain(layer: Any) -> bool:
 
 def ledger_of(cache: Cache | None, index: int) -> Ledger | None:
     """The ledger that speaks for layer `index`; recurrent layers have none and follow the first attention layer."""
-    if not is_pruned(cache):
+    if cache is None:
         return None
-    assert cache is not None
     layer = cache.layers[index] if index < len(cache.layers) else None
     if not isinstance(layer, PrunedLayer):
+        if not is_pruned(cache):
+            return None
         layer = next(other for other in cache.layers if isinstance(other, PrunedLayer))
     return layer.ledger
 

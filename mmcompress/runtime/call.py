@@ -7,7 +7,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,18 @@ class Sight:
         return Sight(sent(visual, device), sent(behind, device), tuple(fresh), (length - open_, packed))
 
 
+class Own(NamedTuple):
+    """What a layer gets where the language model gives it keywords of these `names`, with these rotary `tables` and `positions`:
+    its tokens, its own `keywords` for them, and the names of those `others` that have to follow them."""
+
+    group: Group
+    names: tuple[str, ...]
+    tables: Any
+    positions: Any
+    keywords: dict[str, Any]
+    others: tuple[str, ...]
+
+
 @dataclass(eq=False)
 class Call(Scope):
     """One forward pass of the base model, in one thread.
@@ -80,6 +92,7 @@ class Call(Scope):
     cuts              layers whose stage has been decided.
     sight             where its visuals are, and notes, carried: the state of each layer that has changed, and what goes from
                       layer to layer, if a stage rewrites attention.
+    own               by layer: what it gets in the place of what the language model gives it.
     step              whether this is a step of decoding whose masses are rows of the ledgers (see `mass.is_step`).
     deepstack         by layer: features [B, physical of the first group, H] that are added before it (DeepStack levels that
                       come after the first cut; the model adds the others itself).
@@ -120,6 +133,7 @@ class Call(Scope):
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[tuple[int, ...], Any] = field(default_factory=dict)
     tables: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict)
+    own: dict[int, Own] = field(default_factory=dict)
     step: bool = False
     taken: dict[tuple[int, int], tuple[Group, tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
     record: CallRecord | None = None
@@ -130,7 +144,10 @@ class Call(Scope):
 
     def group_of(self, layer: int) -> Group:
         """The tokens that layer number `layer` has."""
-        return next(group for group in reversed(self.groups) if group.start <= layer)
+        for group in reversed(self.groups):
+            if group.start <= layer:
+                return group
+        raise AssertionError("layers before the first group")
 
     def patches(self, pools: Collection[int]) -> Tensor:
         """Which slots of the last group hold patch tokens of some pools, [B, physical] bool."""

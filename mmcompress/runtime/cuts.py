@@ -74,6 +74,8 @@ class Cutter:
         self.at = plan.cuts(self.depth)
         self.exit_stage = next(iter(plan.exit_stages), None)
         self.exits = set(self.exit_stage.layers(self.depth)) - set(self.at) if self.exit_stage is not None else set()
+        self.acts = frozenset({*self.at, *self.exits})
+        self.written = {i: repr(stage) for i, (stage, _) in self.at.items()}
         asking: list[tuple[int, Stage]] = [(i, stage) for i, (stage, _) in self.at.items()]
         asking += [(i, self.exit_stage) for i in self.exits if self.exit_stage is not None]
         self.layer_taps: dict[int, LayerTap] = {}
@@ -106,7 +108,7 @@ class Cutter:
     @property
     def first(self) -> int | None:
         """The first layer that may see fewer tokens than the language model is given."""
-        return min((*self.at, *self.exits), default=None)
+        return min(self.acts, default=None)
 
     def pools_in(self, stage: Stage) -> list[int]:
         """The pools of tokens that a stage acts on."""
@@ -186,7 +188,7 @@ class Cutter:
                 left[row] = k
         self._append(call, index, places, counts, self.plan.positions or stage.positions, merges, mass)
         self._count(call, pools, left)
-        call.groups[-1].stage, call.groups[-1].scores = repr(stage), scores
+        call.groups[-1].stage, call.groups[-1].scores = self.written[index], scores
 
     @staticmethod
     def _count(call: Call, pools: list[int], left: list[int]) -> None:

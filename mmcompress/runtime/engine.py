@@ -33,7 +33,7 @@ from .around import Around, pixels_in
 from .attention import GIVEN, keep_notes, rewriters
 from .cache import CACHE, Ledger, book, cache_of, held_bytes, is_pruned, ledger_of, lengths
 from .calibration import calibrated_mask, check_calibration
-from .call import Call, Sight, alike, cells_of
+from .call import Call, Own, Sight, alike, cells_of
 from .channel import BIAS, Wide
 from .clip import Clip
 from .cuts import Cutter, of_words, words_meant
@@ -148,12 +148,29 @@ class Engine(Following):
         self.facade = next((facade for _, facade, _ in self.eyes.values()), None)
         self.rewriters = rewriters(plan, self.forms)
         self.parameters = list(inspect.signature(self.base.forward).parameters)
+        self.signatures = {name: inspect.signature(getattr(self.base, name)) for name in adapter.encoders}
         by_method = [name for name, modality in adapter.encoders.items() if modality == "audio"]
         self.sounds = {
             next(iter(inspect.signature(getattr(self.base, name)).parameters)): "audio" for name in by_method
         }
         """The keyword that brings sound to its encoder."""
         self.counting = [_counts(layer) for layer in self.language_model.layers]
+        self.kinds = self._kinds()
+
+    def _kinds(self) -> list[int]:
+        """A number for each layer of the language model, the same for those that differ in nothing that their keywords hang on."""
+        types = getattr(self.language_model.config, "layer_types", None)
+        unlike = [
+            (
+                self.windows[i] if self.windows else None,
+                types[i] if types else None,
+                i in self.stateful,
+                self.counting[i],
+                self.plan.calibrates and i == 0,
+            )
+            for i in range(len(self.counting))
+        ]
+        return [unlike.index(one) for one in unlike]
 
     # ------------------------------------------------------------------ checks at compress time
     def _eyes(self, names: set[str]) -> dict[str, Eye]:
@@ -290,7 +307,7 @@ class Engine(Following):
         if current(self, ENCODE) is not None or not self.whole:  # some families' video method calls their image method
             return original(*args, **kwargs)
         self.follow()
-        bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        bound = self.signatures[name].bind_partial(*args, **kwargs).arguments
         arguments = {**bound, **bound.pop("kwargs", {})}
         self.adapter.check_encoder_call(arguments)
         modality = self.adapter.encoders[name]
@@ -358,7 +375,8 @@ class Engine(Following):
         call.past = call.cache.get_seq_length() + 0 if call.cache is not None else 0
         valid, call.past_valid = validity(call, length)
         if call.encoded and self._compress(call, kwargs, valid):
-            kwargs[CALL] = call
+            if self._acts_inside(call):
+                kwargs[CALL] = call
             return args, kwargs
         if is_pruned(call.cache):
             if self._follow(call, kwargs, valid):
@@ -376,6 +394,22 @@ class Engine(Following):
         ):
             kwargs[CALL] = call
         return args, kwargs
+
+    def _acts_inside(self, call: Call) -> bool:
+        """Whether any layer of a call whose prompt was packed gets something else than the language model gives it."""
+        group = call.groups[0]
+        return bool(
+            self.cutter.acts
+            or self.rewriters
+            or self.stateful
+            or any(self.counting)
+            or call.ready is not None
+            or group.mass is not None
+            or group.calibration is not None
+            or is_pruned(call.cache)
+            or not takes_mask(call.config)  # flash attention would take gaps in position ids for packed sequences
+            or any(cuts_off(call, index, group.logical) for index in range(len(self.windows)))
+        )
 
     def _step(self, call: Call, kwargs: dict[str, Any], length: int) -> bool:
         """Weigh all keys of a step of decoding at once, where every layer adds the same to its logits. False where not."""
@@ -452,8 +486,9 @@ class Engine(Following):
         host_valid, spans = locate(call, self.adapter, valid, embeds, self.reads_text)
         for span in spans:
             span.kept = self.inputs.budget(call, span)
-        counts = host_valid.sum(1).tolist()
-        call.hidden = int((~host_valid * np.arange(1, length + 1)).max())
+        whole = bool(host_valid.all())
+        counts = [length] * call.batch if whole else host_valid.sum(1).tolist()
+        call.hidden = 0 if whole else int((~host_valid * np.arange(1, length + 1)).max())
         call.record = self.last = CallRecord(call.batch, length, list(counts), spans, signals=self.substitutes)
         remember(self, call.record)
         call.record.seconds = {"vision": 0.0, "select": 0.0}
@@ -468,7 +503,7 @@ class Engine(Following):
             shown = [span for span in spans if span.modality in looked_at]
             call.sight = Sight.of(host_valid, shown, int(call.past), device)
         if not self._drops_anything(spans):
-            known = None if call.sight is None or host_valid.all() else sent(host_valid, device)
+            known = None if call.sight is None or whole else sent(host_valid, device)
             call.record.groups = [Group(0, length, length, counts, known)]
             return False
         check_masks(kwargs)
@@ -480,17 +515,16 @@ class Engine(Following):
                 f"{config._attn_implementation} takes gaps in position ids for packed sequences, and the layers of "
                 f"{type(self.language_model).__name__} read position ids: use attn_implementation='sdpa'"
             )
-        last = (host_valid * np.arange(length)).max(1)  # real token of each row
-        self._check_ends(last, spans)
+        places = np.where(host_valid, np.arange(length), -1)
+        self._check_ends(places.max(1), spans)
         if call.samples is not None:
             self._check_packed()
 
         start = self._now(device)
-        places = np.where(host_valid, np.arange(length), -1)
         pools, texts = np.zeros(places.shape, np.int8), np.zeros(places.shape, bool)
         call.pool_counts = {pool: [0] * call.batch for pool in sorted(set(self.cutter.pools.values()))}
         call.text_counts = [0] * call.batch
-        last_patch = -1
+        scored, deciding, last_patch = "input_scores" in self.layer_kinds, [], -1
         for span in spans:
             row, patches, structural = span.row, span.places, span.apart
             last_patch = max([last_patch, *patches[-1:].tolist(), *structural[-1:].tolist()])
@@ -502,13 +536,15 @@ class Engine(Following):
             pool = self.cutter.pools[span.modality]
             pools[row, patches] = pool
             texts[row, span.words] = True
-            places[row, patches] = -1
+            if scored or span.kept < len(patches):  # else it stays as it is
+                deciding.append(span)
+                places[row, patches] = -1
             counts[row] += span.kept - len(patches)
             call.pool_counts[pool][row] += span.kept
             call.text_counts[row] = len(span.words)
         if any(stage.lays for stage in self.plan.layer_stages):
             call.kept["cells"] = sent(cells_of(call, spans, places.shape), device)
-        scores = torch.zeros(places.shape, device=device) if "input_scores" in self.layer_kinds else None
+        scores = torch.zeros(places.shape, device=device) if scored else None
         prompt = Prompt(sent(places, device), embeds, levels_of(kwargs, embeds), scores, leading(kwargs))
         if self.plan.weighs or self.plan.calibrates:
             prompt.mass = torch.ones(places.shape, device=device)
@@ -519,7 +555,7 @@ class Engine(Following):
             tap = PromptTap(self.adapter, self.forms, call, kwargs, self._given_positions(call, kwargs, embeds), valid)
             call.asleep = True  # what it asks of the language model runs as if there were no engine
         try:
-            for batch in alike(spans):
+            for batch in alike(deciding):
                 self.inputs.select(call, batch, prompt, tap)
         finally:
             call.asleep = False
@@ -527,7 +563,7 @@ class Engine(Following):
         call.record.seconds["select"] = self._since(start)
 
         physical = packed.source.shape[1]
-        padded = not host_valid[:, -1].all()  # on the right of any row
+        padded = not (whole or host_valid[:, -1].all())  # on the right of any row
         tail = 0 if padded else min(length - 1 - last_patch, physical)
         positions, gone = renumbered(
             call.past if kwargs.get("position_ids") is None else kwargs["position_ids"],
@@ -692,55 +728,85 @@ class Engine(Following):
 
     # ------------------------------------------------------------------ decoder layers
     def _layer_pre(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        if CALL not in kwargs:
+        call: Call | None = kwargs.get(CALL)
+        if call is None:
             return None
         kwargs = dict(kwargs)
-        call: Call = kwargs.pop(CALL)
+        del kwargs[CALL]
         hidden = args[0] if args else kwargs["hidden_states"]
         if index in call.deepstack:
             level, before = call.deepstack[index], call.group_of(index - 1)
             level = level if before.from_base is None else take([level], before.from_base)[0]
             hidden = hidden + level.to(hidden)
-        here = index in self.cutter.at or index in self.cutter.exits
-        if here and call.pools is not None and index not in call.cuts:
-            call.cuts.add(index)  # decided once; gradient checkpointing replays layers and only applies it again
-            start = self._now(hidden.device)
-            decide = self.cutter.cut if index in self.cutter.at else self.cutter.leave
-            decide(call, index, hidden, kwargs["position_embeddings"])
-            if call.record is not None:
-                call.record.seconds["select"] += self._since(start)
-        group = call.group_of(index)
+        tables, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+        if index in self.cutter.acts and call.pools is not None and index not in call.cuts:
+            self._cut(call, index, hidden, tables)
+        own = call.own.get(index)
+        group = call.group_of(index) if own is None else own.group
         if group.start == index:
             hidden = group.enter(hidden)
-        mine, first = ledger_of(call.cache, index), ledger_of(call.cache, 0)
-        given = kwargs.get("position_embeddings")
-        if given is not None:
-            tables = layer_tables(self.language_model, index, call, group, mine, hidden, given)
-            kwargs["position_embeddings"] = tables
-        # other tokens than layer 0 has, or a window that the language model would have count them: an own mask
-        if weighs(call, group, index):
-            if index not in self.stateful:
-                weigh(kwargs, call.config, self.wide, call, group, index, hidden)
-        elif group.calibration is not None:
-            if index not in self.stateful:
-                given = kwargs.get("position_embeddings")
-                kwargs["attention_mask"] = calibrated_mask(call.config, call, group, index, hidden, given)
-        elif group.from_base is not None or mine is not first or cuts_off(call, index, group.logical):
-            kwargs["attention_mask"] = mask_of(call.config, call, group, index, hidden)
+        if own is None or own.tables is not tables or own.positions is not positions or own.names != (*kwargs,):
+            own = self._lay_ready(call, index, group, hidden, kwargs)
+        if group.from_base is not None:
+            length = call.groups[0].physical
+            for name in own.others:
+                kwargs[name] = follow(kwargs[name], group.from_base, length, name)
+            if len(args) > 1:
+                args = (args[0], *(follow(x, group.from_base, length, "an argument of the layer") for x in args[1:]))
+        kwargs |= own.keywords
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] not in hidden.shape[:-1]:
             # layers that share keys may be given the last tokens alone
             kwargs["attention_mask"] = mask[:, :, -hidden.shape[1] :]
-        if group.from_base is not None:
-            length = call.groups[0].physical
-            for name in kwargs.keys() - BY_THEMSELVES:
-                kwargs[name] = follow(kwargs[name], group.from_base, length, name)
-            args = (*args[:1], *(follow(x, group.from_base, length, "an argument of the layer") for x in args[1:]))
-        if call.groups[0].source is not None:
-            kwargs["position_ids"] = self._layer_positions(index, group, mine, kwargs.get("position_ids"))
         if index in self.rewriters:
             kwargs[GIVEN] = (call, group, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _cut(self, call: Call, index: int, hidden: Tensor, tables: Any) -> None:
+        """Decide the cut before a layer, once: gradient checkpointing replays layers and only applies it again."""
+        call.cuts.add(index)
+        start = self._now(hidden.device)
+        decide = self.cutter.cut if index in self.cutter.at else self.cutter.leave
+        decide(call, index, hidden, tables)
+        call.own.clear()
+        if call.record is not None:
+            call.record.seconds["select"] += self._since(start)
+
+    def _lay_ready(self, call: Call, index: int, group: Group, hidden: Tensor, kwargs: dict[str, Any]) -> Own:
+        """What a layer gets for its tokens, `hidden` [B, M, H], in the place of `kwargs`: made once for all layers of its kind that
+        hold the same."""
+        ledger, kind = ledger_of(call.cache, index), self.kinds[index]
+        tables, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+        made = self._made(call, index, group, ledger, hidden, tables, positions)
+        others = (n for n, value in kwargs.items() if n not in BY_THEMSELVES and not isinstance(value, bool))
+        own = Own(group, (*kwargs,), tables, positions, made, (*others,))
+        end = min((later.start for later in call.groups if later.start > index), default=len(self.kinds))
+        for i in range(index, end):
+            if self.kinds[i] == kind and (ledger is None or ledger_of(call.cache, i) is ledger):
+                call.own[i] = own
+        return own
+
+    def _made(
+        self, call: Call, index: int, group: Group, mine: Ledger | None, hidden: Tensor, tables: Any, positions: Any
+    ) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        if tables is not None:
+            tables = layer_tables(self.language_model, index, call, group, mine, hidden, tables)
+            made["position_embeddings"] = tables
+        # other tokens than layer 0 has, or a window that the language model would have count them: an own mask
+        if weighs(call, group, index):
+            if index not in self.stateful:
+                weigh(made, call.config, self.wide, call, group, index, hidden)
+        elif group.calibration is not None:
+            if index not in self.stateful:
+                made["attention_mask"] = calibrated_mask(call.config, call, group, index, hidden, tables)
+        elif (
+            group.from_base is not None or mine is not ledger_of(call.cache, 0) or cuts_off(call, index, group.logical)
+        ):
+            made["attention_mask"] = mask_of(call.config, call, group, index, hidden)
+        if call.groups[0].source is not None:
+            made["position_ids"] = self._layer_positions(index, group, mine, positions)
+        return made
 
     def _attention_pre(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if BIAS in kwargs and not isinstance(module.config, Wide):

@@ -104,25 +104,29 @@ def locate(call: Call, adapter: Adapter, valid: Tensor | None, embeds: Tensor, t
         steps = (steps.double() * MICRO).round()  # what comes from a device comes as whole numbers
     parts = {"ids": ids, "broken": broken, "valid": valid, "before": call.past_valid, "past": past, "steps": steps}
     host = fetched(parts)
-    ids_, broken_, before = host["ids"], host["broken"] != 0, host.get("before")
+    ids_, before = host["ids"], host.get("before")
     if past is not None:
         call.past = int(host["past"].flat[0])
     if before is not None and before.all():
         call.past_valid = None
-    real = np.broadcast_to(host["valid"] != 0, ids_.shape) if valid is not None else np.ones(ids_.shape, bool)
+    real = np.ones(ids_.shape, bool)
+    if valid is not None:
+        real &= host["valid"] != 0
     kinds = np.zeros(ids_.shape, np.int8)
     for code, token in enumerate(adapter.placeholders.values(), start=1):
         kinds[ids_ == token] = code
     visual = kinds > 0
-    if (broken_ & visual & real).any():
-        row = int((broken_ & visual & real).any(1).argmax())
+    if host["broken"].any() and (found := (host["broken"] != 0) & visual & real).any():
+        row = int(found.any(1).argmax())
         raise ValueError(
             f"visual features of batch row {row} are not finite (NaN or Inf), so nothing can be chosen among them: look at the "
             f"picture's pixel values, and run a vision encoder that overflows in float16 in bfloat16 or float32"
         )
-    call.visual, hidden = visual, visual & ~real
+    call.visual = visual
     places = {modality: kinds == code for code, modality in enumerate(adapter.placeholders, start=1)}
-    spans = [span for span in _spans(call, adapter, places, ids_) if not _hidden(span, hidden)]
+    spans = _spans(call, adapter, places, ids_)
+    if valid is not None and (hidden := visual & ~real).any():
+        spans = [span for span in spans if not _hidden(span, hidden)]
     if call.seconds is not None:
         seconds = (
             list(call.seconds) if steps is None else (host["steps"][0] / (1 if steps.device.type == "cpu" else MICRO))
