@@ -12,7 +12,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from unittest import mock
@@ -22,20 +22,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmcompress as mm
 
+from ...runtime import cuts, passage
 from ...runtime.engine import Engine
+from ...runtime.layers import Cut
 from ..evaluator import STOCK
 from .clock import Spread
 
 LAYERS = 32
 HOOKS = ("_model_pre", "_base_pre", "_language_pre", "_layer_pre", "_language_post", "_base_post")
 """Where the engine works during a prefill, but for what it hears of the vision encoder."""
+METHOD: tuple[tuple[Any, str], ...] = ((cuts, "choose"), (passage, "choose"), (Cut, "signal"))
+"""Where the method works inside of them: its choice, and the signals that it reads of layers."""
 
 
 @dataclass(frozen=True)
 class Overhead:
     """Of one plan on one model. calls: ATen calls of a prefill beyond those of stock, views included, on the CPU (Triton kernels
     make one launch of many); stock_calls: of stock. milliseconds: processor time of one thread in the hooks of the engine, with
-    the selection, median of the repeats and width of the middle half."""
+    the selection, median of the repeats and width of the middle half; method: what of it is the method's own (see METHOD)."""
 
     model: str
     plan: str
@@ -43,14 +47,15 @@ class Overhead:
     stock_calls: int
     milliseconds: float
     iqr: float
+    method: float = 0.0
 
-    HEADINGS: ClassVar = ("model", "plan", "ATen calls", "of stock", "hooks, ms")
+    HEADINGS: ClassVar = ("model", "plan", "ATen calls", "of stock", "hooks, ms", "of the method")
 
     def cells(self) -> list[str]:
         """A line of a table with these headings."""
         spread = Spread(self.milliseconds, self.iqr)
         added = f"{spread.median:.2f} ± {spread.iqr / 2:.2f}"
-        return [self.model, self.plan, f"{self.calls:+d}", str(self.stock_calls), added]
+        return [self.model, self.plan, f"{self.calls:+d}", str(self.stock_calls), added, f"{self.method:.2f}"]
 
 
 class Calls(TorchDispatchMode):
@@ -87,23 +92,21 @@ def deep(config: Any, layers: int = LAYERS) -> Any:
     return AutoModelForImageTextToText.from_config(config).eval()
 
 
-@contextmanager
-def hooks_timed(spent: list[int]) -> Iterator[None]:
-    """Within it, engines that are made add the nanoseconds of their hooks to the last number of `spent`."""
+def timed(owner: Any, names: Sequence[str], spent: list[int]) -> AbstractContextManager[Any]:
+    """Within it, the functions `names` of `owner` add their nanoseconds to the last number of `spent`."""
 
-    def timed(original: Any) -> Any:
+    def of(original: Any) -> Any:
         @functools.wraps(original)
-        def hook(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             start = time.thread_time_ns()
             try:
                 return original(*args, **kwargs)
             finally:
                 spent[-1] += time.thread_time_ns() - start
 
-        return hook
+        return run
 
-    with mock.patch.multiple(Engine, **{name: timed(getattr(Engine, name)) for name in HOOKS}):
-        yield
+    return mock.patch.multiple(owner, **{name: of(getattr(owner, name)) for name in names})
 
 
 @torch.no_grad()
@@ -116,15 +119,21 @@ def overhead(
     try:
         stock, rows = aten_calls(model, inputs), []
         for plan in plans:
-            spent = [0]
-            with hooks_timed(spent), mm.compressed(model, plan):
+            spent, method = [0], [0]
+            with ExitStack() as stack:
+                stack.enter_context(timed(Engine, HOOKS, spent))  # before the engine takes its hooks from there
+                for owner, part in METHOD:
+                    stack.enter_context(timed(owner, [part], method))
+                stack.enter_context(mm.compressed(model, plan))
                 calls = aten_calls(model, inputs)
-                spent.clear()
+                for times in (spent, method):
+                    times.clear()
                 for _ in range(repeats):
                     spent.append(0)
+                    method.append(0)
                     model(**inputs)
-            found = Spread.of([ns / 1e6 for ns in spent])
-            rows.append(Overhead(name, plan, calls - stock, stock, found.median, found.iqr))
+            found, own = (Spread.of([ns / 1e6 for ns in times]) for times in (spent, method))
+            rows.append(Overhead(name, plan, calls - stock, stock, found.median, found.iqr, own.median))
         return rows
     finally:
         torch.set_num_threads(threads)
