@@ -130,6 +130,37 @@ def test_gradients_flow_and_half_precision() -> None:
         assert model.to(torch.bfloat16)(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).isfinite().all()
 
 
+@pytest.mark.parametrize("changed", [None, "behind", "before"])
+@pytest.mark.parametrize("make", [timm_model, clip_model])
+def test_shorter_streams_give_what_full_ones_do(make: Callable[[], Any], changed: str | None) -> None:
+    """Without a backward pass to come the streams of the blocks get shorter for good; hooks of others still see, and may change,
+    all tokens between two blocks."""
+    model, pixels = make(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    tower = getattr(model, "visual", model)
+    blocks = tower.blocks if hasattr(tower, "blocks") else tower.transformer.resblocks
+    mm.compress(model, mm.ToMe(r=(3, 0, 3, 2)))
+    seen: list[tuple[int, ...]] = []
+
+    def change(x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        with torch.no_grad():
+            x[:, 5:].mul_(0.5)
+        return x
+
+    if changed == "behind":
+        blocks[1].register_forward_hook(lambda module, args, output: change(output))
+    elif changed == "before":
+        blocks[2].register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]), prepend=True)
+    full = _answer(model, pixels).detach()
+    with torch.inference_mode():
+        short = _answer(model, pixels)
+    assert (full - short).abs().max() < 1e-5
+    assert seen == ([] if changed is None else [(2, 17, 32)] * 2)
+    if changed is not None:
+        mm.compress(plain := make(), mm.ToMe(r=(3, 0, 3, 2)))
+        assert (_answer(plain, pixels) - full).abs().max() > 1e-3
+
+
 @torch.no_grad()
 def test_average_pooling_and_no_cls() -> None:
     """Without CLS all tokens take part; the head sees every patch as its cluster, so its mean is weighted by size."""

@@ -4,8 +4,9 @@
 Between two blocks the outside world (recorded hidden states, projector, placeholder counts) sees all tokens: after a
 block every token shows its cluster (a gather), before the next block one representative per cluster is taken again
 (exact). Inside a block the merge sits between attention and MLP, where the paper puts it: the norm before the MLP gets
-the merged tokens, the MLP runs on them, and the residual stream, which is the tensor that the norm was given, is
-overwritten with the merged tokens at full length of the block.
+the merged tokens, the MLP runs on them, and the residual stream, which is the tensor that the norm was given, becomes the
+merged tokens. Where a backward pass may come, it is overwritten with them at full length of the block, and what the MLP makes is
+spread over it.
 
 Where several patches make one LLM token (2x2 in Qwen-VL and InternVL), such a unit is merged as a whole, each corner with
 the same corner. Indices here are those of units, the tokens before the patches (CLS) being units of one token; `_patches`
@@ -40,22 +41,32 @@ from .scope import ENCODE, Scope, current, enter, leave
 
 @dataclass
 class _State:
-    """Tokens as one block sees them, in units. source [n, T0]: unit of the block for each unit of the tower;
-    representative [n, T]: a unit of the tower for each unit of the block; size [n, T]: how many are in it. None before the
-    first merge. lengths: units in each segment, or in each row without its padding."""
+    """Tokens as one block sees them, in units. source [n, T0]: unit of the block for each unit of the tower; size [n, T]: how many
+    are in it; first [n, T]: the first of these, made when it is asked for. None before the first merge. lengths: units in each
+    segment, or in each row without its padding."""
 
     lengths: list[int]
     source: Tensor | None = None
-    representative: Tensor | None = None
     size: Tensor | None = None
+    first: Tensor | None = None
+
+    @property
+    def representative(self) -> Tensor:
+        """A unit of the tower for each unit of the block, [n, T]."""
+        if self.first is None:
+            assert self.source is not None and self.size is not None
+            self.first = _first_of(self.source, self.size.shape[1])
+        return self.first
 
 
 @dataclass
 class _Merge:
-    """patches [n, P]: new patch of each patch, as they stand in the block; count: new units in a row."""
+    """patches [n, P]: new patch of each patch, as they stand in the block; count: new units in a row; shorter: whether the residual
+    stream of the block has only the new patches from here on."""
 
     patches: Tensor
     count: int
+    shorter: bool = False
 
 
 @dataclass
@@ -66,8 +77,8 @@ class _Run:
                a row. units: in a row (packed: in all). unit: patches in each.
     schedules  how many units of a row of a length each block merges away.
     states     what enters each block, and what comes out of the last one. merges: of each block.
-    keys       of the block that runs. to_tower, from_tower: order of the patches of every row, [n or 1, P], unit after unit, and
-               back.
+    keys       of the block that runs. given: the patches that came out of the last block, where nobody changes what it gave to the
+               outside, and that. to_tower, from_tower: order of the patches of every row, [n or 1, P], unit after unit, and back.
     """
 
     arguments: dict[str, Any]
@@ -78,6 +89,7 @@ class _Run:
     units: int = 0
     unit: int = 1
     keys: Tensor | None = None
+    given: tuple[Tensor, Tensor] | None = None
     to_tower: Tensor | None = None
     from_tower: Tensor | None = None
 
@@ -261,7 +273,7 @@ class EncoderFacade(TowerScope):
 
     def _remember(self, run: _Run, hidden: Tensor, module: Any) -> None:
         """Note that `hidden` enters a block of a run, where a replay may come."""
-        if (torch.is_grad_enabled() or module.training) and not torch.compiler.is_compiling():
+        if _learns(module) and not torch.compiler.is_compiling():
             storage = StorageWeakRef(hidden.untyped_storage())
             self.inputs[storage.cdata] = storage, run
 
@@ -325,8 +337,13 @@ class EncoderFacade(TowerScope):
             self._open(run, args[0], kwargs)
         state = run.states[i]
         self._remember(run, args[0], module)
-        if state.representative is None:
+        given, run.given = run.given, None
+        if state.source is None:
             return None
+        known = given is not None and given[1] is args[0] and len(module._forward_pre_hooks) == 1
+        short = given[0] if given is not None and known else None
+        if short is not None and all(x is None for x in (*args[1:], *kwargs.values())):
+            return (short, *args[1:]), kwargs
         index = self._patches(run, state.representative)
         if run.to_tower is not None:
             index = _ordered(run.to_tower, index)
@@ -335,7 +352,7 @@ class EncoderFacade(TowerScope):
             names = list(inspect.signature(module.forward).parameters)
             args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
         kwargs = self._fewer(index, kwargs, rows.shape[1])
-        hidden = self._back(gather(rows, index), args[0])
+        hidden = self._back(gather(rows, index), args[0]) if short is None else short
         self._remember(run, hidden, module)
         return (hidden, *args[1:]), kwargs
 
@@ -401,8 +418,13 @@ class EncoderFacade(TowerScope):
         sizes = None if size is None else self._sizes(run, size)
         count = prefix + (merge.count - prefix) * run.unit
         merged = merged_rows(self._rows(hidden), merge.patches, count, sizes, mean=True)
-        gather_into(self._rows(hidden), merged, merge.patches)
-        return (self._back(merged, hidden),)
+        short = self._back(merged, hidden)
+        merge.shorter = not (_learns(module) or hidden._is_view())
+        if merge.shorter:
+            hidden.set_(short)  # the block goes on with the same tensor
+        else:
+            gather_into(self._rows(hidden), merged, merge.patches)
+        return (short,)
 
     def _decide(self, run: _Run, i: int, keys: Tensor) -> _Merge:
         """Match the units of block `i` by the mean keys of their patches [n, P, d]."""
@@ -413,11 +435,9 @@ class EncoderFacade(TowerScope):
             keys = torch.cat([keys[:, :prefix], keys[:, prefix:].unflatten(1, (-1, unit)).mean(2)], 1)
         target, lengths, count = self._match(run, i, keys, state.lengths)
         source = target if state.source is None else target.gather(1, state.source)
-        tokens = source.shape[1]
-        place = torch.arange(tokens, device=source.device).expand_as(source)
-        first = torch.full((source.shape[0], count), tokens, device=source.device)
-        first = first.scatter_reduce(1, source, place, "amin").clamp(max=tokens - 1)  # padding may be missing
+        first = None
         if self.encoder.windowed:  # what a window holds stays together
+            first = _first_of(source, count)
             corner = self._patches(run, first)[:, ::unit]
             if run.to_tower is not None:
                 corner = run.to_tower.to(corner.device, non_blocking=True).expand(len(corner), -1).gather(1, corner)
@@ -429,7 +449,7 @@ class EncoderFacade(TowerScope):
             patches = _in_tower_order(run, patches)
         size = state.size if state.size is not None else torch.ones(target.shape, device=target.device)
         merged_size = size.new_zeros(size.shape[0], count).scatter_add(1, target, size)
-        run.states[i + 1] = _State(lengths, source, first, merged_size)
+        run.states[i + 1] = _State(lengths, source, merged_size, first)
         return _Merge(patches, count)
 
     def _match(self, run: _Run, i: int, keys: Tensor, lengths: list[int]) -> tuple[Tensor, list[int], int]:
@@ -461,18 +481,24 @@ class EncoderFacade(TowerScope):
 
     def _mlp_post(self, i: int, module: Any, args: tuple, output: Tensor) -> Tensor | None:
         merge = self._running().merges[i]
-        return None if merge is None else self._back(gather(self._rows(output), merge.patches), output)
+        if merge is None or merge.shorter:
+            return None
+        return self._back(gather(self._rows(output), merge.patches), output)
 
     def _block_post(self, i: int, module: Any, args: tuple, output: Any) -> Any:
         run = self._running()
-        state = run.states[i]
-        if run.merges[i] is None:
+        state, merge = run.states[i], run.merges[i]
+        if merge is None:
             run.states[i + 1] = state
+        elif merge.shorter:
+            state = run.states[i + 1]
         if state.source is None:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
+        short = output[0] if isinstance(output, tuple) else output
         index = _in_tower_order(run, self._patches(run, state.source))
-        hidden = self._back(gather(self._rows(hidden), index), hidden)
+        hidden = self._back(gather(self._rows(short), index), short)
+        if len(module._forward_hooks) == 1 and not _learns(module) and (merge is None or merge.shorter):
+            run.given = short, hidden
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
@@ -507,6 +533,19 @@ def _taken(name: str, value: Any, index: Tensor, tokens: int) -> Any:
         at = index.view(len(index), *[-1 if d == dim else 1 for d in range(1 - value.dim(), 0)])
         value = value.gather(dim, at.expand(*value.shape[:dim], index.shape[1], *value.shape[value.dim() + dim + 1 :]))
     return value
+
+
+def _learns(module: Any) -> bool:
+    """Whether a backward pass may come by a module, and gradient checkpointing replay it; code that is compiled counts as such."""
+    return bool(torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
+
+
+def _first_of(source: Tensor, count: int) -> Tensor:
+    """The first of the tokens that went into each of `count` new ones, by `source` [n, T0]: [n, count]."""
+    tokens = source.shape[1]
+    place = torch.arange(tokens, device=source.device).expand_as(source)
+    first = torch.full((source.shape[0], count), tokens, device=source.device)
+    return first.scatter_reduce(1, source, place, "amin").clamp(max=tokens - 1)  # padding may be missing
 
 
 def _before_others(order: Tensor, count: int) -> Tensor:
