@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.crops import alike_crops
 from ..ops.groups import group_sizes, group_sum
-from ..ops.precision import wide
+from ..ops.precision import normalized, wide
 from ..plan import register
 from ..selection import Selection, gather
 from ..stage import InputStage, Need
@@ -67,7 +67,7 @@ class PruneSID(InputStage):
     def threshold(features: Tensor, k: int, early: bool) -> Tensor:
         """Cosine above which a token is suppressed, [U]."""
         tokens = features.shape[1]
-        unit = F.normalize(wide(features), dim=-1)
+        unit = normalized(features)
         total, own = unit.sum(1).square().sum(1), unit.square().sum((1, 2))
         if early:
             return k / 32 * (total - own) / max(1, tokens * (tokens - 1))
@@ -76,7 +76,7 @@ class PruneSID(InputStage):
     @staticmethod
     def survivors(features: Tensor, groups: Tensor, importance: Tensor, bound: Tensor) -> Tensor:
         """Which tokens no more important one of their group suppresses, [U, N] bool."""
-        unit = F.normalize(wide(features), dim=-1)
+        unit = normalized(features)
         close = (unit @ unit.transpose(1, 2) > bound[:, None, None]) & (groups[:, :, None] == groups[:, None])
         order = importance.sort(dim=1, descending=True, stable=True).indices
         alive = importance > 0

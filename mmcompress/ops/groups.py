@@ -18,9 +18,9 @@ def group_sum(x: Tensor, groups: Tensor, count: int) -> Tensor:
     return x.new_zeros(x.shape[0], count).scatter_add(1, groups, x)
 
 
-def group_sizes(groups: Tensor, count: int) -> Tensor:
-    """Members of each group, [U, count] int64."""
-    return group_sum(torch.ones_like(groups), groups, count)
+def group_sizes(groups: Tensor, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Members of each group, [U, count] (float32 counts exactly up to 2^24)."""
+    return group_sum(torch.ones_like(groups, dtype=dtype), groups, count)
 
 
 def rank_within(score: Tensor, groups: Tensor) -> Tensor:

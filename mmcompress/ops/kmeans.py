@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.gather import gather
 from ..kernels.merge import merge
 from .groups import group_sizes
-from .precision import wide
+from .precision import normalized
 
 _EQUAL = 1e-6
 """Cosines that are no farther apart than this differ by rounding only."""
@@ -27,7 +27,7 @@ def cosine_kmeans(x: Tensor, seeds: Tensor, rounds: int = 10) -> Tensor:
     are always `rounds` of them, without a look at the values: once nothing moves, nothing moves any more. Clusters may end up
     empty. At least float32; the same in every run, also on a GPU. Cost rounds n M C.
     """
-    unit = F.normalize(wide(x), dim=-1)
+    unit = normalized(x)
     centres = gather(unit, seeds)
     number = torch.arange(seeds.shape[1], device=x.device)
     step = max(1, _ELEMENTS // max(1, seeds.shape[1]))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.gather import gather
-from .precision import wide
+from .precision import normalized
 from .ties import argmax_first
 
 _ELEMENTS = 1 << 22
@@ -33,7 +33,7 @@ def take_in(
     the lower index; rows in the type of `x`. Cost n c (d + C) and a sort, in blocks.
     """
     (batch, n), count = weight.shape, own.shape[1]
-    values, unit = x.float(), F.normalize(wide(keys.detach()), dim=-1)
+    values, unit = x.float(), normalized(keys.detach())
     free = torch.ones_like(weight, dtype=torch.bool).scatter(1, own, is_centre)
     into, best = torch.full_like(weight, count, dtype=torch.int64), torch.full_like(weight, float("-inf"))
     rows, step = [], max(1, _ELEMENTS // (batch * n))

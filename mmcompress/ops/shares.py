@@ -30,6 +30,8 @@ def worth_shares(worth: Tensor, room: Tensor, k: int | Tensor) -> Tensor:
     order of room / worth). Shares are rounded down, the rest goes one by one to the parts of the largest worth; ties to the
     lower part. Parts without worth share equally what all others cannot take. Cost P log P.
     """
+    if worth.shape[1] == 1:
+        return torch.zeros_like(worth, dtype=torch.int64) + k
     worth = worth.float()
     room = room.expand(worth.shape)
     worth = torch.maximum(worth, (1e-12 * worth.amax(1, keepdim=True)).clamp_min(1e-30))
@@ -37,18 +39,18 @@ def worth_shares(worth: Tensor, room: Tensor, k: int | Tensor) -> Tensor:
     size, weight = room.gather(1, order), worth.gather(1, order)
     left = k - (size.cumsum(1) - size)
     rate = left / weight.flip(1).cumsum(1).flip(1)
-    full = (rate * weight >= size).long().cumprod(1).sum(1, keepdim=True)
+    full = (rate * weight >= size).cumprod(1).sum(1, keepdim=True)
     rate = rate.gather(1, full.clamp_max(worth.shape[1] - 1))
     share = torch.minimum((rate * worth).floor(), room).long()
-    share = _fill(share, torch.zeros_like(share[:, :1]) + k)  # rounding must never give out more than k
+    share = _fill(share, k)  # rounding must never give out more than k
 
     by_worth = worth.masked_fill(share >= room, -1).sort(dim=1, descending=True, stable=True).indices
-    one = _fill((share < room).long().gather(1, by_worth), k - share.sum(1, keepdim=True))
-    share = share + torch.zeros_like(share).scatter(1, by_worth, one)
+    one = _fill((share < room).gather(1, by_worth), k - share.sum(1, keepdim=True))
+    share = share.scatter_add(1, by_worth, one)
     return share + _fill(room - share, k - share.sum(1, keepdim=True))
 
 
-def _fill(room: Tensor, count: Tensor) -> Tensor:
-    """`count` [U, 1] over the parts from the left, each filled up before the next."""
-    filled = torch.minimum(room.cumsum(1), count)
+def _fill(room: Tensor, count: Tensor | int) -> Tensor:
+    """`count`, or one [U, 1] for each row, over the parts from the left, each filled up before the next."""
+    filled = room.cumsum(1).clamp(max=count)
     return filled - F.pad(filled, (1, -1))
