@@ -100,9 +100,10 @@ class Selection:
         """How many tokens each output token stands for, [U, k] float32, where those of the slots are `sizes` [U, N]."""
         if self.assign is None:
             return gather(sizes.float(), self.keep)
-        gone = self.assign < 0
-        total = sizes.new_zeros(len(sizes), self.k, dtype=torch.float32)
-        return total.scatter_add(1, self.assign.clamp_min(0), sizes.float().masked_fill(gone, 0))
+        total = sizes.new_zeros(len(sizes), self.k + 1, dtype=torch.float32)
+        return total.scatter_add(1, self.assign.remainder(self.k + 1), sizes.float())[
+            :, : self.k
+        ]  # without what is gone
 
     def then(self, later: Selection, tokens: int) -> Selection:
         """This selection of `tokens` slots followed by `later`, which chose among the output tokens of this one.

@@ -99,6 +99,37 @@ def attention_received(
     return found if per_head else found.mean(1)
 
 
+def attention_flow(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    share: Tensor,
+    steps: int,
+    *,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    implementation: str = "auto",
+) -> Tensor:
+    """What tokens have after what they had, `share` [n, heads, S] >= 0, went along attention from queries to keys `steps` times:
+    [n, heads, S] float32.
+
+    As so many calls of `attention_received` with reduce="sum" and per_head=True, of as many queries as keys; blocked torch makes a
+    map that fits into a block once.
+    """
+    _check(q, k)
+    _check_shape("share", share, (*q.shape[:2], k.shape[2]), last=3)
+    if choose(implementation, q) == "blocked" and not torch.compiler.is_compiling():
+        offset = 0 if causal else None
+        found: Tensor = _call("flow", implementation, q, k, float(scale), share, key_mask, offset, steps)
+        return found
+    for _ in range(steps):
+        share = attention_received(
+            q, k, scale, reduce="sum", query_weight=share, key_mask=key_mask, causal=causal, per_head=True,
+            implementation=implementation,
+        )  # fmt: skip
+    return share
+
+
 def attention_marginals(
     q: Tensor, k: Tensor, scale: float, prefix: int = 0, *, per_head: bool = False, implementation: str = "auto"
 ) -> tuple[Tensor, Tensor]:

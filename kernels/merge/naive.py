@@ -9,7 +9,7 @@ from torch import Tensor
 
 def merge(x: Tensor, assign: Tensor, count: int, weight: Tensor | None, mean: bool) -> Tensor:
     """x [U, N, D] to [U, count, D]; memory of all weighted tokens in float32."""
-    target = assign.masked_fill(assign < 0, count)  # a row more, which nobody reads
+    target = assign.remainder(count + 1)  # what is gone goes to a row more, which nobody reads
     weighted = x.float()
     if weight is not None:
         weight = weight.float()

@@ -121,7 +121,7 @@ class HoloV(InputStage):
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _strips(n: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`n` tokens in `count` runs, of which the first are one longer where it does not go even: the run of each token [n], the length of
+    """`n` tokens in `count` runs, the first of them one longer where it does not go even: the run of each token [n], the length of
     each run [count], and the place of each token in its run [n], on the CPU."""
     short, longer = divmod(n, count)
     size = torch.full((count,), short) + (torch.arange(count) < longer)

@@ -33,8 +33,8 @@ def bipartite_match(metric: Tensor, r: int, protected: int = 0) -> tuple[Tensor,
 
 
 def _paired(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
-    """The numbers of the even tokens, [n, even]: the `r` that go into an odd one first, then those that stay, in their new order; and
-    into which of the odd ones, [n, r]."""
+    """The numbers of the even tokens, [n, even]: the `r` that go into an odd one first, then those that stay, in their new order;
+    and into which of the odd ones, [n, r]."""
     likeness, partner = match(metric[:, ::2], metric[:, 1::2])
     if protected:
         likeness[:, 0] = float("-inf")

@@ -13,6 +13,6 @@ def wide(x: Tensor, *like: Tensor) -> Tensor:
 
 
 def normalized(x: Tensor, *like: Tensor) -> Tensor:
-    """The rows of `x` [..., D] at length 1, `wide` with the others; zero vectors stay. `F.normalize`, bit by bit, in fewer calls."""
+    """The rows of `x` [..., D] at length 1, `wide` with the others; zero vectors stay. `F.normalize` bit by bit, in fewer calls."""
     x = wide(x, *like)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)

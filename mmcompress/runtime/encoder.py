@@ -41,13 +41,14 @@ from .scope import ENCODE, Scope, current, enter, leave
 @dataclass
 class _State:
     """Tokens as one block sees them, in units. source [n, T0]: unit of the block for each unit of the tower;
-    representative [n, T]: a unit of the tower for each unit of the block; size [n, T]: how many are in it. None before the
-    first merge. lengths: units in each segment, or in each row without its padding."""
+    representative [n, T]: a unit of the tower for each unit of the block; size [n, T]: how many are in it, and patches [n, P]: the
+    same of each patch. None before the first merge. lengths: units in each segment, or in each row without its padding."""
 
     lengths: list[int]
     source: Tensor | None = None
     representative: Tensor | None = None
     size: Tensor | None = None
+    patches: Tensor | None = None
 
 
 @dataclass
@@ -66,6 +67,7 @@ class _Run:
                a row. units: in a row (packed: in all). unit: patches in each.
     schedules  how many units of a row of a length each block merges away.
     states     what enters each block, and what comes out of the last one. merges: of each block.
+    corners    what makes a unit's number, times `unit`, those of its patches, [unit].
     keys       of the block that runs. to_tower, from_tower: order of the patches of every row, [n or 1, P], unit after unit, and
                back.
     """
@@ -77,6 +79,7 @@ class _Run:
     schedules: dict[int, list[int]] = field(default_factory=dict)
     units: int = 0
     unit: int = 1
+    corners: Tensor | None = None
     keys: Tensor | None = None
     to_tower: Tensor | None = None
     from_tower: Tensor | None = None
@@ -237,9 +240,10 @@ class EncoderFacade(TowerScope):
         unit, prefix = run.unit, self.encoder.prefix
         if unit == 1:
             return index
-        corners = torch.arange(unit, device=index.device)
-        each = ((index[:, prefix:, None] - prefix) * unit + prefix + corners).flatten(1)
-        return torch.cat([index[:, :prefix], each], 1)
+        if run.corners is None:
+            run.corners = torch.arange(unit, device=index.device) + (prefix - prefix * unit)
+        each = torch.add(run.corners, (index[:, prefix:] if prefix else index)[..., None], alpha=unit).flatten(1)
+        return torch.cat([index[:, :prefix], each], 1) if prefix else each
 
     def _schedule(self, length: int) -> list[int]:
         prefix = self.encoder.prefix
@@ -313,6 +317,11 @@ class EncoderFacade(TowerScope):
         return hidden if hidden.dim() == 3 else hidden[None]
 
     @staticmethod
+    def _picked(x: Tensor, index: Tensor) -> Tensor:
+        """The tokens `index` [n, T] of `x`, in its form."""
+        return gather(x, index) if x.dim() == 3 else x.index_select(0, index[0])
+
+    @staticmethod
     def _back(rows: Tensor, like: Tensor) -> Tensor:
         """Rows as `like` has them."""
         return rows if like.dim() == 3 else rows[0]
@@ -330,12 +339,12 @@ class EncoderFacade(TowerScope):
         index = self._patches(run, state.representative)
         if run.to_tower is not None:
             index = _ordered(run.to_tower, index)
-        rows = self._rows(args[0])
+        tokens = args[0].shape[-2]
         if any(x is not None for x in args[1:]):  # by name, which says what they are
             names = list(inspect.signature(module.forward).parameters)
             args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-        kwargs = self._fewer(index, kwargs, rows.shape[1])
-        hidden = self._back(gather(rows, index), args[0])
+        kwargs = self._fewer(index, kwargs, tokens)
+        hidden = self._picked(args[0], index)
         self._remember(run, hidden, module)
         return (hidden, *args[1:]), kwargs
 
@@ -361,10 +370,9 @@ class EncoderFacade(TowerScope):
 
     def _attention_pre(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         run = self._running()
-        size = run.states[i].size
-        if size is None or not (self.proportional or self.encoder.padded):
+        patches = self._sizes(run, run.states[i]) if self.proportional or self.encoder.padded else None
+        if patches is None:
             return None
-        patches = self._sizes(run, size)
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
         bias = proportional_bias(patches if self.proportional else torch.ones_like(patches), dtype)
         if self.encoder.padded:
@@ -376,12 +384,15 @@ class EncoderFacade(TowerScope):
             bias = torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
         return args, {**kwargs, name: bias}
 
-    def _sizes(self, run: _Run, size: Tensor) -> Tensor:
-        """Sizes of units as sizes of patches."""
-        prefix = self.encoder.prefix
+    def _sizes(self, run: _Run, state: _State) -> Tensor | None:
+        """Sizes of the patches of units, [n, P]; None: all are 1."""
+        size, prefix = state.size, self.encoder.prefix
         if run.unit == 1:
             return size
-        return torch.cat([size[:, :prefix], size[:, prefix:].repeat_interleave(run.unit, 1)], 1)
+        if state.patches is None and size is not None:
+            each = (size[:, prefix:] if prefix else size).repeat_interleave(run.unit, 1)
+            state.patches = torch.cat([size[:, :prefix], each], 1) if prefix else each
+        return state.patches
 
     def _keep_keys(self, i: int, name: str, heads: Tensor) -> None:
         run = self._running()
@@ -397,8 +408,7 @@ class EncoderFacade(TowerScope):
             run.keys = None
         merge = run.merges[i]
         assert merge is not None
-        hidden, size, prefix = args[0], run.states[i].size, self.encoder.prefix
-        sizes = None if size is None else self._sizes(run, size)
+        hidden, sizes, prefix = args[0], self._sizes(run, run.states[i]), self.encoder.prefix
         count = prefix + (merge.count - prefix) * run.unit
         merged = merged_rows(self._rows(hidden), merge.patches, count, sizes, mean=True)
         gather_into(self._rows(hidden), merged, merge.patches)
@@ -410,7 +420,8 @@ class EncoderFacade(TowerScope):
         if run.to_tower is not None and state.source is None:
             keys = gather(keys, run.to_tower.to(keys.device, non_blocking=True).expand(len(keys), -1))
         if unit > 1:
-            keys = torch.cat([keys[:, :prefix], keys[:, prefix:].unflatten(1, (-1, unit)).mean(2)], 1)
+            each = (keys[:, prefix:] if prefix else keys).unflatten(1, (-1, unit)).mean(2)
+            keys = torch.cat([keys[:, :prefix], each], 1) if prefix else each
         target, lengths, count = self._match(run, i, keys, state.lengths)
         source = target if state.source is None else target.gather(1, state.source)
         tokens = source.shape[1]
@@ -418,7 +429,7 @@ class EncoderFacade(TowerScope):
         first = torch.full((source.shape[0], count), tokens, device=source.device)
         first = first.scatter_reduce(1, source, place, "amin").clamp(max=tokens - 1)  # padding may be missing
         if self.encoder.windowed:  # what a window holds stays together
-            corner = self._patches(run, first)[:, ::unit]
+            corner = first * unit  # such towers have no CLS
             if run.to_tower is not None:
                 corner = run.to_tower.to(corner.device, non_blocking=True).expand(len(corner), -1).gather(1, corner)
             order = corner.argsort(1)
@@ -439,6 +450,9 @@ class EncoderFacade(TowerScope):
             target, count = self.stage.match(keys, run.schedules[run.units][i], prefix)
             return target, [count], count
         after = [now - run.schedules[before][i] for now, before in zip(lengths, run.lengths, strict=True)]
+        if self.encoder.packed and len(lengths) == 1:
+            target, count = self.stage.match(keys, lengths[0] - after[0], prefix)
+            return target, after, count
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for segment, sizes in enumerate(zip(lengths, after, strict=True)):
             alike[sizes].append(segment)
@@ -461,7 +475,7 @@ class EncoderFacade(TowerScope):
 
     def _mlp_post(self, i: int, module: Any, args: tuple, output: Tensor) -> Tensor | None:
         merge = self._running().merges[i]
-        return None if merge is None else self._back(gather(self._rows(output), merge.patches), output)
+        return None if merge is None else self._picked(output, merge.patches)
 
     def _block_post(self, i: int, module: Any, args: tuple, output: Any) -> Any:
         run = self._running()
@@ -472,7 +486,7 @@ class EncoderFacade(TowerScope):
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         index = _in_tower_order(run, self._patches(run, state.source))
-        hidden = self._back(gather(self._rows(hidden), index), hidden)
+        hidden = self._picked(hidden, index)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 

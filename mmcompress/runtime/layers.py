@@ -79,8 +79,8 @@ class TransitionTap:
     def value(self, valid: Tensor | None, absolute: bool) -> Tensor:
         """Token transition variation of this layer, [B, S]."""
         seen = _noted(self.owner, self, self.modules[0])
-        parts = [seen[part] for part in sorted(seen)]
-        return torch.stack([transition_value(length, cosine, valid, absolute) for length, cosine in parts]).sum(0)
+        lengths, cosines = (torch.stack(parts) for parts in zip(*(seen[part] for part in sorted(seen)), strict=True))
+        return transition_value(lengths, cosines, valid, absolute).sum(0)
 
 
 LISTENS = "layer taps listen"
@@ -202,6 +202,11 @@ class Heads:
             known = torch.ones(1, 0, dtype=torch.bool)
         past = torch.cat([known, known.new_ones(known.shape[0], self.past - known.shape[1])], 1)
         return torch.cat([past.to(device).expand(batch, -1), new], 1)
+
+    @property
+    def real(self) -> Tensor | None:
+        """`visible`; None: all are."""
+        return None if self.valid is None and not self.past else self.visible
 
     @property
     def _cache_layer(self) -> Any:
@@ -332,7 +337,7 @@ def _of_last(cut: Cut, where: str) -> Tensor:
 def _mean_attention(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
     q, k = heads.square("mean_attention")
-    real = heads.visible
+    real = heads.real
     received = attention_received(q, k, heads.form.scaling, query_weight=real, key_mask=real, causal=True)
     return cut._of(received, cut.at)
 
@@ -340,7 +345,7 @@ def _mean_attention(cut: Cut, where: str) -> Tensor:
 def _pagerank(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
     q, k = heads.square("pagerank")
-    return cut._of(attention_pagerank(q, k, heads.form.scaling, heads.visible), cut.at)
+    return cut._of(attention_pagerank(q, k, heads.form.scaling, heads.real), cut.at)
 
 
 def _text_attention_heads(cut: Cut, where: str) -> Tensor:
