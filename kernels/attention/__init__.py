@@ -8,6 +8,7 @@ detached inputs: nothing here has a gradient.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,6 +129,22 @@ def attention_flow(
             implementation=implementation,
         )  # fmt: skip
     return share
+
+
+def attention_received_from(
+    q: Tensor, k: Tensor, scale: float, who: Callable[[Tensor], Tensor], *, implementation: str = "auto"
+) -> Tensor:
+    """Attention that each key receives from the queries that `who` picks, mean over these and over heads: [n, S] float32.
+
+    who: what each key receives from all queries, [n, S] -> which of them count, [n, Q] bool. As two calls of `attention_received`;
+    blocked torch makes a map that fits into a block once.
+    """
+    _check(q, k)
+    if choose(implementation, q) == "blocked" and not torch.compiler.is_compiling():
+        found: Tensor = _call("received_from", implementation, q, k, float(scale), who)
+        return found.mean(1)
+    asked = who(attention_received(q, k, scale, implementation=implementation))
+    return attention_received(q, k, scale, query_weight=asked, implementation=implementation)
 
 
 def attention_marginals(

@@ -5,7 +5,7 @@ next block takes their place."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -166,6 +166,17 @@ def attention_flow(
         else:
             share = attention_received(q, k, scale, "sum", share, key_mask, None, None, offset, None)
     return share
+
+
+def attention_received_from(q: Tensor, k: Tensor, scale: float, who: Callable[[Tensor], Tensor]) -> Tensor:
+    """[n, heads, S] float32. A map that fits into a block is made once."""
+    first = next(blocks(q, k, scale), None)
+    if first is None or not first.whole:
+        every = attention_received(q, k, scale, "mean", None, None, None, None, None, None)
+        asked = who(every.mean(1))[:, None]
+        return attention_received(q, k, scale, "mean", asked, None, None, None, None, None)
+    asked = who((first.sums(first.share) / q.shape[2]).mean(1))[:, None, :, None]
+    return first.sums(first.share * asked) / asked.sum(2).clamp_min(1)
 
 
 def _in_segments(

@@ -59,15 +59,16 @@ class HoloV(InputStage):
         views = visuals.layout.views if visuals.slots is None else ()
         keep, filled = [], []
         for part in alike_crops(views, visuals.n, visuals.k, score.device):
-            picks, real = self._choose(part.take(score), part.take(features), part.k)
+            picks, taken = self._choose(part.take(score), part.take(features), part.k)
             keep.append(part.slots(picks))
-            filled.append(real.view(len(score), -1))
+            filled.append(taken)
         slots = joined(keep)
         if self.compat is None:
             return Selection.of(slots, score)
+        real = joined([taken.view(len(score), -1) for taken in filled])
         place = torch.arange(visuals.k, device=slots.device).expand_as(slots)
         assign = torch.full_like(score, -1, dtype=torch.int64)
-        assign = assign.scatter(1, slots, place.masked_fill(~joined(filled), -1))
+        assign = assign.scatter(1, slots, place.masked_fill(~real, -1))
         return Selection(slots, assign, weight=torch.ones_like(score), scores=score)
 
     def _choose(self, score: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def _target(order: Tensor, partner: Tensor, tokens: int) -> Tensor:
     """The number of every token in the new order, [n, tokens]; `order` and `partner` as `_paired` gives them."""
     stay = order.shape[1] - partner.shape[1]
     target = order.new_empty(len(order), tokens)
-    target[:, 1::2] = torch.arange(stay, stay + tokens // 2, device=order.device)
+    target[:, 1::2].copy_(torch.arange(stay, stay + tokens // 2, device=order.device))
     places = torch.arange(stay, device=order.device).expand(len(order), -1)
     target[:, ::2].scatter_(1, order, torch.cat([stay + partner, places], 1))
     return target
@@ -82,7 +82,7 @@ def merge_in_steps(metric: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor
     """
     n, tokens, _ = metric.shape
     slots = into = torch.arange(tokens, device=metric.device).expand(n, -1)
-    share, metric = torch.ones(n, tokens, device=metric.device), metric.float()
+    share, metric, first = torch.ones(n, tokens, device=metric.device), metric.float(), True
     for step in steps:
         r = min(step, metric.shape[1] // 2)
         if not r:
@@ -92,6 +92,6 @@ def merge_in_steps(metric: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor
         members = group_sizes(target, metric.shape[1] - r, torch.float32)
         metric = merge(metric, target, members.shape[1]) / members[..., None]
         slots = torch.cat([slots[:, ::2].gather(1, order[:, r:]), slots[:, 1::2]], 1)
-        into = target.gather(1, into)
-        share = share / members.gather(1, into)
+        into = target if first else target.gather(1, into)
+        share, first = share / members.gather(1, into), False
     return slots, into, share

@@ -40,7 +40,9 @@ def hub_attention(q: Tensor, k: Tensor, scale: float, threshold: float, prefix: 
     `attention_marginals`. The map is gone over twice.
     """
     q = q[:, :, prefix:] if prefix else q
-    received = attention.attention_received(q, k, scale)
-    asked = hubs(received[:, prefix:] if prefix else received, threshold)
-    found = attention.attention_received(q, k, scale, query_weight=asked)
+
+    def asked(received: Tensor) -> Tensor:
+        return hubs(received[:, prefix:] if prefix else received, threshold)
+
+    found = attention.attention_received_from(q, k, scale, asked)
     return found[:, prefix:] if prefix else found

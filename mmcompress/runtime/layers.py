@@ -230,13 +230,13 @@ class Heads:
         sees = who_sees(self.call, self.index, at.device)
         if last and sees is None and self.valid is None and not self.past and self.bias is None:
             return self.rows(self.queries(rows, at), self._of_rows(self.keys, rows), None)
-        mask = self._of_rows(self.visible, rows)[:, None, None]
         if sees is None:
-            place = torch.arange(self.keys.shape[2], device=at.device)
-            mask = mask & (place <= at[:, None, :, None] + self.past)
+            place, last_seen = torch.arange(self.keys.shape[2], device=at.device), at[:, None, :, None]
+            mask = place <= (last_seen + self.past if self.past else last_seen)
         else:
-            sees = sees[rows[:, 0], ..., : mask.shape[3]]
-            mask = mask & sees.take_along_dim(at[:, None, :, None], 2)
+            mask = sees[rows[:, 0], ..., : self.keys.shape[2]].take_along_dim(at[:, None, :, None], 2)
+        if self.real is not None:
+            mask = self._of_rows(self.real, rows)[:, None, None] & mask
         bias = None if self.bias is None else self.bias[rows[:, 0]][:, None, None]
         weights = self.rows(self.queries(rows, at), self._of_rows(self.keys, rows), mask, bias)
         return weights[..., self.past :] if self.past else weights
@@ -359,7 +359,8 @@ def _on_visuals(cut: Cut, weights: Tensor) -> Tensor:
 
 
 def _text_attention(cut: Cut, where: str) -> Tensor:
-    return _text_attention_heads(cut, where).mean(1)
+    weights = cut.heads(where).attention_of(cut.rows, cut.text).mean(1)
+    return weights.gather(2, cut.at.to(weights.device)[:, None].expand(-1, weights.shape[1], -1))
 
 
 def _key_norms(cut: Cut, where: str) -> Tensor:

@@ -75,7 +75,7 @@ class Columns:
     number: Tensor
     past: Any
     place: Tensor
-    real: Tensor
+    real: Tensor | None
 
 
 def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Columns:
@@ -104,7 +104,11 @@ def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Co
         place = with_new(
             number, past, place_before, new if isinstance(call.past, int) and not call.past else new + call.past
         )
-    real = real_before() if group.valid is None else with_new(number, past, real_before, group.valid)
+    real = None
+    if group.valid is not None:
+        real = with_new(number, past, real_before, group.valid)
+    elif valid is not None:
+        real = real_before()
     return Columns(number, past, place, real)
 
 
@@ -148,11 +152,14 @@ def reached(call: Call, group: Group, index: int, columns: Columns) -> Tensor:
 
 def in_sight(call: Call, group: Group, index: int, columns: Columns) -> Tensor:
     """Which keys each new token sees where nothing is ready-made: real ones, not behind it, and near enough; [B or 1, M, K]."""
-    seen, window = columns.real[:, None], window_of(call, index)
+    seen, window = None if columns.real is None else columns.real[:, None], window_of(call, index)
     if window is None or not window.both:
-        row = torch.arange(group.physical, device=seen.device)[:, None]
+        row = torch.arange(group.physical, device=columns.number.device)[:, None]
         row = row if type(columns.past) is int and not columns.past else row + columns.past
-        seen = seen & (columns.number <= row)
+        before = (columns.number <= row)[None]
+        seen = before if seen is None else seen & before
+    if seen is None:
+        seen = torch.ones(1, 1, len(columns.number), dtype=torch.bool, device=columns.number.device)
     return seen & reached(call, group, index, columns) if cuts_off(call, index, group.logical) else seen
 
 
