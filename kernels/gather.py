@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def _rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
         numbers = index.numpy()
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < rows:
             raise RuntimeError(f"index from {numbers.min()} to {numbers.max()}: give rows of x from 0 to {rows - 1}")
-        index = index + torch.arange(samples)[:, None] * rows
+        index = torch.from_numpy((numbers + np.arange(samples)[:, None] * rows).ravel())
     return _picked(x.flatten(0, 1), 0, index.flatten(), out)
 
 

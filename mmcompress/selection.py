@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.gather import gather as gather
@@ -52,15 +53,15 @@ class Selection:
         rows, tokens = clusters.shape
         place = torch.arange(tokens, device=clusters.device).expand(rows, -1)
         ordered, slots = clusters.sort(dim=1, stable=True)
-        begins = torch.ones_like(ordered, dtype=torch.bool)
-        begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        number = begins.long().cumsum(1) - 1  # clusters counted from 0, in the order of `slots`
+        begins = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
+        number = begins.cumsum(1)  # clusters counted from 0, in the order of `slots`
         size = torch.zeros_like(number).scatter_add(1, number, torch.ones_like(number))
         first = size.cumsum(1) - size
         rank = place - first.gather(1, number)
-        median = rank == (size.gather(1, number) - 1) // 2
+        mine = size.gather(1, number)
+        median = rank == (mine - 1) // 2
         # medians first, then by size; slots in order where both are equal
-        worth = torch.zeros_like(number).scatter(1, slots, median * (tokens + 1) + size.gather(1, number))
+        worth = torch.zeros_like(number).scatter(1, slots, median * (tokens + 1) + mine)
         keep = worth.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
         number = torch.zeros_like(number).scatter(1, slots, number)
         stands = torch.zeros_like(number).scatter(1, slots, median.long())
@@ -99,9 +100,10 @@ class Selection:
         """How many tokens each output token stands for, [U, k] float32, where those of the slots are `sizes` [U, N]."""
         if self.assign is None:
             return gather(sizes.float(), self.keep)
-        gone = self.assign < 0
-        total = sizes.new_zeros(len(sizes), self.k, dtype=torch.float32)
-        return total.scatter_add(1, self.assign.clamp_min(0), sizes.float().masked_fill(gone, 0))
+        total = sizes.new_zeros(len(sizes), self.k + 1, dtype=torch.float32)
+        return total.scatter_add(1, self.assign.remainder(self.k + 1), sizes.float())[
+            :, : self.k
+        ]  # without what is gone
 
     def then(self, later: Selection, tokens: int) -> Selection:
         """This selection of `tokens` slots followed by `later`, which chose among the output tokens of this one.

@@ -20,7 +20,7 @@ from mmcompress.methods.fastervlm import FasterVLM
 from mmcompress.methods.holov import HoloV, local_variety
 from mmcompress.methods.vispruner import VisPruner
 from mmcompress.ops.crops import alike_crops
-from mmcompress.ops.shares import split_budget, worth_shares
+from mmcompress.ops.shares import _on_device, split_budget, worth_shares
 from mmcompress.stage import InputStage
 from mmcompress.visuals import Layout, View
 
@@ -246,12 +246,14 @@ def test_worth_shares(parts: int, seed: int, power: float, data: st.DataObject) 
     room = torch.randint(0, 9, (parts,), generator=g)
     k = data.draw(st.integers(0, int(room.sum())))
     found = worth_shares(worth, room, k)
+    assert torch.equal(found, _on_device(worth, room.expand(3, -1), torch.full((3, 1), k)))
     assert (found.sum(1) == k).all() and (found >= 0).all() and (found <= room).all()
     for row, weights in zip(found.tolist(), worth.double().tolist(), strict=True):
         if min(weights) > 1e-6:
             assert row == naive_shares(weights, room.tolist(), k)
     for odd in (torch.zeros(2, parts), torch.ones(2, parts), torch.full((2, parts), 1e-38), worth[:2] * 1e30):
         found = worth_shares(odd, room, k)
+        assert torch.equal(found, _on_device(odd, room.expand(2, -1), k))
         assert (found.sum(1) == k).all() and (found >= 0).all() and (found <= room).all()
 
 

@@ -8,6 +8,7 @@ detached inputs: nothing here has a gradient.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,6 +98,53 @@ def attention_received(
         "received", implementation, q, k, float(scale), reduce, query_weight, key_mask, key_bias, at, offset, cu_seqlens
     )
     return found if per_head else found.mean(1)
+
+
+def attention_flow(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    share: Tensor,
+    steps: int,
+    *,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    implementation: str = "auto",
+) -> Tensor:
+    """What tokens have after what they had, `share` [n, heads, S] >= 0, went along attention from queries to keys `steps` times:
+    [n, heads, S] float32.
+
+    As so many calls of `attention_received` with reduce="sum" and per_head=True, of as many queries as keys; blocked torch makes a
+    map that fits into a block once.
+    """
+    _check(q, k)
+    _check_shape("share", share, (*q.shape[:2], k.shape[2]), last=3)
+    if choose(implementation, q) == "blocked" and not torch.compiler.is_compiling():
+        offset = 0 if causal else None
+        found: Tensor = _call("flow", implementation, q, k, float(scale), share, key_mask, offset, steps)
+        return found
+    for _ in range(steps):
+        share = attention_received(
+            q, k, scale, reduce="sum", query_weight=share, key_mask=key_mask, causal=causal, per_head=True,
+            implementation=implementation,
+        )  # fmt: skip
+    return share
+
+
+def attention_received_from(
+    q: Tensor, k: Tensor, scale: float, who: Callable[[Tensor], Tensor], *, implementation: str = "auto"
+) -> Tensor:
+    """Attention that each key receives from the queries that `who` picks, mean over these and over heads: [n, S] float32.
+
+    who: what each key receives from all queries, [n, S] -> which of them count, [n, Q] bool. As two calls of `attention_received`;
+    blocked torch makes a map that fits into a block once.
+    """
+    _check(q, k)
+    if choose(implementation, q) == "blocked" and not torch.compiler.is_compiling():
+        found: Tensor = _call("received_from", implementation, q, k, float(scale), who)
+        return found.mean(1)
+    asked = who(attention_received(q, k, scale, implementation=implementation))
+    return attention_received(q, k, scale, query_weight=asked, implementation=implementation)
 
 
 def attention_marginals(

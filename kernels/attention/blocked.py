@@ -5,7 +5,7 @@ next block takes their place."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ ROWS = 128
 class Block:
     """Some rows of the map over its first `columns` keys (those behind are hidden): softmax = exps * share.
 
-    exps [b, h, r, columns], share [b, h, r, 1]: rows that see nothing have share 0.
+    exps [b, h, r, columns], share [b, h, r, 1]: rows that see nothing have share 0. whole: it is all of the map.
     """
 
     batch: slice
@@ -36,6 +36,12 @@ class Block:
     columns: int
     exps: Tensor
     share: Tensor
+    whole: bool = False
+
+    def sums(self, share: Tensor) -> Tensor:
+        """Sums of the columns of exps, each row times its `share` [b, h, r, 1]: [b, h, columns]."""
+        b, h, _, columns = self.exps.shape
+        return torch.bmm(share.flatten(0, 1).transpose(1, 2), self.exps.flatten(0, 1)).view(b, h, columns)
 
 
 def blocks(
@@ -60,7 +66,8 @@ def blocks(
     batch_step = min(n, max(1, CELLS // (kv_heads * each)))
     kv_step = kv_heads if batch_step > 1 else min(kv_heads, max(1, CELLS // each))
     row_step = queries if each <= CELLS else min(queries, max(CELLS // (group * keys), -(-ROWS // group)))
-    buffer = q.new_empty(batch_step * kv_step * group * row_step * keys, dtype=torch.float32)
+    whole = batch_step == n and kv_step == kv_heads and row_step == queries
+    buffer = None if whole else q.new_empty(batch_step * kv_step * group * row_step * keys, dtype=torch.float32)
     masks = [mask.expand(shape) for mask in masks]
     counts = None if counts is None else counts.expand(shape[:3])
     masked = bool(masks) or at is not None or offset is not None
@@ -70,7 +77,7 @@ def blocks(
     for i in range(0, n, batch_step):
         batch = slice(i, min(i + batch_step, n))
         for h in range(0, kv_heads, kv_step):
-            some = k[batch, h : h + kv_step].float()
+            some = (k if whole else k[batch, h : h + kv_step]).float()
             pairs = some.shape[0] * some.shape[1]
             some = some.reshape(pairs, keys, d).transpose(1, 2)
             of = slice(h * group, min(h + kv_step, kv_heads) * group)
@@ -79,12 +86,12 @@ def blocks(
                 columns = keys if offset is None else min(keys, rows.stop + offset)
                 if columns <= 0:
                     continue
-                x = q[batch, of, rows].float() * (scale * LOG2E)
+                x = (q if whole else q[batch, of, rows]).float() * (scale * LOG2E)
                 if counts is not None:
                     x.masked_fill_(~counts[batch, of, rows, None], 0)
-                exps = buffer[: x.numel() // d * columns].view(pairs, -1, columns)
-                torch.bmm(x.reshape(pairs, -1, d), some[..., :columns], out=exps)
-                exps = exps.view(*x.shape[:3], columns)
+                out = None if buffer is None else buffer[: x.numel() // d * columns].view(pairs, -1, columns)
+                seen = some if columns == keys else some[..., :columns]
+                exps = torch.bmm(x.reshape(pairs, -1, d), seen, out=out).view(*x.shape[:3], columns)
                 for mask in masks:
                     _hide(exps, mask[batch, of, rows, :columns])
                 if at is not None:
@@ -97,7 +104,7 @@ def blocks(
                 share = exps.sum(3, keepdim=True).reciprocal_()
                 if masked:
                     share.masked_fill_(top <= HIDDEN, 0)
-                yield Block(batch, of, rows, columns, exps, share)
+                yield Block(batch, of, rows, columns, exps, share, whole and columns == keys)
 
 
 def attention_received(
@@ -120,25 +127,56 @@ def attention_received(
     masks = [mask[:, None, None] for mask in (key_bias, key_mask) if mask is not None]
     if reduce != "max" and weight is None and not masks and at is None and offset is None:
         for block in blocks(q, k, scale):  # all queries count, and see all keys
-            share = block.share.flatten(0, 1).transpose(1, 2)
-            into = found[block.batch, block.heads]
-            into.add_(torch.bmm(share, block.exps.flatten(0, 1)).view_as(into))
+            found = _added(found, block, block.sums(block.share))
         return found / max(1, queries) if reduce == "mean" else found
     total = found.new_zeros(n, heads, 1)
     counts = None if weight is None else weight != 0
     weight = found.new_ones(1, 1, 1) if weight is None else weight.float()
     weight = weight.expand(n, heads, queries)[..., None]
     for block in blocks(q, k, scale, masks, counts, at, offset):
-        mine = weight[block.batch, block.heads, block.rows]
-        into = found[block.batch, block.heads, : block.columns]
+        mine = weight if block.whole else weight[block.batch, block.heads, block.rows]
         if reduce == "max":
+            into = found[block.batch, block.heads, : block.columns]
             block.exps.mul_(block.share * (mine > 0))
             torch.maximum(into, block.exps.amax(2), out=into)
+            continue
+        found = _added(found, block, block.sums(block.share * mine))
+        if reduce == "mean":
+            total = _added(total, block, (mine * (block.share > 0)).sum(2))
+    return found / total.masked_fill(total <= 0, 1) if reduce == "mean" else found
+
+
+def _added(total: Tensor, block: Block, sums: Tensor) -> Tensor:
+    """What has been added up over heads and columns [n, heads, S] with the `sums` of a block, in place if it is not all."""
+    if block.whole:
+        return sums
+    total[block.batch, block.heads, : sums.shape[2]].add_(sums)
+    return total
+
+
+def attention_flow(
+    q: Tensor, k: Tensor, scale: float, share: Tensor, key_mask: Tensor | None, offset: int | None, steps: int
+) -> Tensor:
+    """[n, heads, S] float32. A map that fits into a block is made once."""
+    masks = [] if key_mask is None else [key_mask[:, None, None]]
+    first = next(blocks(q, k, scale, masks, share != 0, None, offset), None)
+    for _ in range(steps):
+        if first is not None and first.whole:
+            share = first.sums(first.share * share[..., None])
         else:
-            share = (block.share * mine).flatten(0, 1).transpose(1, 2)
-            into.add_(torch.bmm(share, block.exps.flatten(0, 1)).view_as(into))
-            total[block.batch, block.heads] += (mine * (block.share > 0)).sum(2)
-    return found / torch.where(total > 0, total, 1) if reduce == "mean" else found
+            share = attention_received(q, k, scale, "sum", share, key_mask, None, None, offset, None)
+    return share
+
+
+def attention_received_from(q: Tensor, k: Tensor, scale: float, who: Callable[[Tensor], Tensor]) -> Tensor:
+    """[n, heads, S] float32. A map that fits into a block is made once."""
+    first = next(blocks(q, k, scale), None)
+    if first is None or not first.whole:
+        every = attention_received(q, k, scale, "mean", None, None, None, None, None, None)
+        asked = who(every.mean(1))[:, None]
+        return attention_received(q, k, scale, "mean", asked, None, None, None, None, None)
+    asked = who((first.sums(first.share) / q.shape[2]).mean(1))[:, None, :, None]
+    return first.sums(first.share * asked) / asked.sum(2).clamp_min(1)
 
 
 def _in_segments(
@@ -190,28 +228,35 @@ def attention_marginals(q: Tensor, k: Tensor, scale: float, prefix: int) -> tupl
 def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """[n, heads, Q, S] float32, made where they stay: nothing beside them but the keys of a block in float32."""
     (n, heads, queries, d), (kv_heads, keys) = q.shape, k.shape[1:3]
-    found = q.new_empty(n, heads, queries, keys, dtype=torch.float32)
-    if not found.numel():
-        return found
-    if mask is not None:
-        mask = mask.expand(found.shape)
+    shape = n, heads, queries, keys
+    if not all(shape):
+        return q.new_zeros(shape, dtype=torch.float32)
     group = heads // kv_heads
     together = max(TOGETHER, CELLS // (group * queries * keys))
-    x = (q.float() * scale).reshape(n, kv_heads, -1, d)
+    x = q.float() * scale
+    if n == 1 and together >= kv_heads:
+        table = torch.bmm(x.reshape(kv_heads, -1, d), k.float().reshape(kv_heads, keys, d).transpose(1, 2))
+        return _weights(table.view(shape), mask)
+    found = q.new_empty(shape, dtype=torch.float32)
+    x = x.reshape(n, kv_heads, -1, d)
+    mask = None if mask is None else mask.expand(shape)
     for i in range(n):
         for h in range(0, kv_heads, together):
             part, of = slice(h, h + together), slice(h * group, (h + together) * group)
             table = found[i, of]
             some = k[i, part].float().transpose(1, 2)
             torch.bmm(x[i, part], some, out=table.view(len(some), -1, keys))
-            blind = None
-            if mask is not None:
-                _hide(table, mask[i, of], 1.0)
-                blind = table.amax(-1, keepdim=True) <= HIDDEN
-            torch.softmax(table, -1, out=table)
-            if blind is not None:
-                table.masked_fill_(blind, 0)
+            _weights(table, None if mask is None else mask[i, of])
     return found
+
+
+def _weights(table: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits [..., Q, S] as softmax attention, in place; rows that see nothing are 0."""
+    if mask is None:
+        return torch.softmax(table, -1, out=table)
+    _hide(table, mask, 1.0)
+    blind = table.amax(-1, keepdim=True) <= HIDDEN
+    return torch.softmax(table, -1, out=table).masked_fill_(blind, 0)
 
 
 def _hide(table: Tensor, mask: Tensor, unit: float = LOG2E) -> None:

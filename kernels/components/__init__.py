@@ -48,12 +48,29 @@ def components(
         raise ValueError(f"threshold={threshold!r}: give a cosine, a number from -1 to 1")
     if x.shape[-2] >= _MOST:
         raise ValueError(f"{x.shape[-2]} tokens: components are found among fewer than {_MOST}; split them up")
-    threshold = struct.unpack("f", struct.pack("f", threshold))[0]
+    threshold = _in_float32(threshold)
     chosen = choose(implementation, x)
     if chosen == "triton" or torch.compiler.is_compiling():
         found = _op(x, threshold, mask, cu_seqlens, max_seqlen, chosen)
         return found[0], found[1]
     return _call(chosen, x, threshold, mask, cu_seqlens, max_seqlen)
+
+
+@torch.no_grad()
+def degrees(x: Tensor, threshold: float, *, implementation: str = "auto") -> Tensor:
+    """The degrees of `components` alone, [B, n] int64, of x [B, n, D]: of few tokens blocked torch looks for nothing else."""
+    check_rows(x, None)
+    if choose(implementation, x) == "blocked" and not torch.compiler.is_compiling():
+        from .blocked import FEW, degrees
+
+        if 0 < x.shape[1] <= FEW:
+            return degrees(x, _in_float32(threshold))
+    return components(x, threshold, implementation=implementation)[1]
+
+
+def _in_float32(threshold: float) -> float:
+    found: float = struct.unpack("f", struct.pack("f", threshold))[0]
+    return found
 
 
 def _call(chosen: str, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ _DIRECTIONS = 64
 """Along so many tokens are compared first, where they have four times as many features and do not fit in a block."""
 _ROUNDING = 1e-5
 """Bounds of cosines are raised by more than float32 gets wrong in them."""
-_FEW = 64
+FEW = 64
 """Up to so many tokens the time of the calls counts: the graph is a table."""
 
 
@@ -46,13 +46,22 @@ def components(
     return label, degree
 
 
+def degrees(x: Tensor, threshold: float) -> Tensor:
+    """Degrees [G, n] of at most FEW tokens."""
+    scale, many = inverse_norms(x), max(1, _PAIRS // x.shape[1] ** 2)
+    x = without_huge(x, scale)
+    parts = zip(x.split(many), scale.split(many), strict=True) if len(x) > many else [(x, scale)]
+    found = [edges(_cosines(part, factor) > threshold, None).sum(2) for part, factor in parts]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
 def _components(x: Tensor, scale: Tensor, threshold: float, mask: Tensor | None, label: Tensor, degree: Tensor) -> None:
     """Fill `label` and `degree` [G, n] for x [G, n, D]."""
     groups, n, _ = x.shape
     if not n:
         return
     many = max(1, _PAIRS // (n * n))
-    if n <= _FEW:
+    if n <= FEW:
         for group in (slice(g, g + many) for g in range(0, groups, many)):
             above = _cosines(x[group], scale[group]) > threshold
             label[group], degree[group] = _whole(above, None if mask is None else mask[group])

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..ragged import segments
-from .rule import Rule, inverse_norms, without_huge
+from .rule import LEAST, Rule, inverse_norms, norms, without_huge
 
 _TILE = 1 << 22
 """Scores in a tile, 16 MB: as large as a matrix product has to be to run at full speed."""
@@ -34,13 +35,13 @@ def match(
     cu_a: Tensor | None = None,
     cu_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    small = 0 < a.shape[:-1].numel() * b.shape[1] <= _SMALL and a.device.type == "cpu"
+    if small and cu_a is None and rule.m == 1 and not rule.same_cell:
+        return _whole(a, b, rule, query_mask, key_mask)
     left = right = None
     if rule.normalize:
         left, right = inverse_norms(a), inverse_norms(b)
         a, b = without_huge(a, left), without_huge(b, right)
-    small = 0 < a.shape[:-1].numel() * b.shape[1] <= _SMALL and a.device.type == "cpu"
-    if small and cu_a is None and rule.m == 1 and not rule.same_cell:
-        return _whole(a, b, left, right, rule, query_mask, key_mask)
     value = a.new_full((*a.shape[:-1], rule.m), float("-inf"), dtype=torch.float32)
     index = torch.full(value.shape, -1, device=a.device)
     search = _same_cell if rule.same_cell else _search
@@ -58,21 +59,15 @@ def match(
 
 
 def _whole(
-    a: Tensor,
-    b: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    rule: Rule,
-    query_mask: Tensor | None,
-    key_mask: Tensor | None,
+    a: Tensor, b: Tensor, rule: Rule, query_mask: Tensor | None, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`match` for m = 1 in one small table on the CPU; `left`, `right`: factors of rows and columns. The products are those of
-    `_search`; the rest is NumPy, whose calls take a third of the time."""
+    """`match` for m = 1 in one small table on the CPU. The products are those of `_search`; the rest is NumPy, whose calls take a
+    third of the time."""
     rows, columns = a.shape[1], b.shape[1]
-    tall, wide = (_filled(x, unit) for x, unit in ((a, ROWS), (b, COLUMNS)))
+    (tall, left), (wide, right) = (_filled(x, unit, rule.normalize) for x, unit in ((a, ROWS), (b, COLUMNS)))
     scores = torch.bmm(tall, wide.transpose(1, 2)).numpy()[:, :rows, :columns]
     if right is not None:
-        scores = scores * right.numpy()[:, None]
+        scores = scores * right[:, None]
     if not rule.largest:
         scores = -scores
     if key_mask is not None:
@@ -85,16 +80,25 @@ def _whole(
     if query_mask is not None:
         none |= ~query_mask.numpy()[..., None]
     if left is not None:
-        value *= left.numpy()[..., None]
+        value *= left[..., None]
     value[none], index[none[..., 0]] = _NONE, -1
     return torch.from_numpy(value if rule.largest else -value), torch.from_numpy(index[..., None])
 
 
-def _filled(x: Tensor, unit: int) -> Tensor:
-    """x [G, n, D] in float32, filled up with zero rows to a multiple of `unit`."""
-    found = np.zeros((len(x), round_up(x.shape[1], unit), x.shape[2]), np.float32)
-    found[:, : x.shape[1]] = x.detach().float().numpy()
-    return torch.from_numpy(found)
+def _filled(x: Tensor, unit: int, normalize: bool) -> tuple[Tensor, Any]:
+    """x [G, n, D] in float32, filled up with zero rows to a multiple of `unit`; and, to `normalize` them, 1 over the lengths of the
+    rows [G, n], where those beyond float32 are zero vectors."""
+    x = x.detach() if x.requires_grad else x
+    shape = len(x), round_up(x.shape[1], unit), x.shape[2]
+    inverse = 1 / np.maximum(norms(x).numpy(), np.float32(LEAST)) if normalize else None
+    huge = inverse is not None and not inverse.all()
+    if x.shape == shape and x.dtype == torch.float32 and x.is_contiguous() and not huge:
+        return x, inverse
+    found = np.zeros(shape, np.float32)
+    found[:, : x.shape[1]] = x.float().numpy()
+    if huge:
+        found[:, : x.shape[1]][inverse == 0] = 0
+    return torch.from_numpy(found), inverse
 
 
 def _search(

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST = 1e-12
+"""No norm is taken for less."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -61,18 +64,21 @@ class Rule:
                 yield first, min(end, first + size)
 
 
+def norms(x: Tensor) -> Tensor:
+    """|row| of `x` [..., D], float32. Half precision is read in blocks."""
+    if x.dtype == torch.float32:
+        return torch.linalg.vector_norm(x, dim=-1)
+    step = max(1, (1 << 20) // max(1, x[..., :1, :].numel()))
+    parts = [torch.linalg.vector_norm(part.float(), dim=-1) for part in x.split(step, dim=-2)]
+    return torch.cat(parts, -1) if parts else x.new_zeros(x.shape[:-1], dtype=torch.float32)
+
+
 def inverse_norms(x: Tensor) -> Tensor:
     """1 / |row| of `x` [..., D], float32, at most 1e12; 0 where the norm is beyond float32: such rows count as zero vectors.
 
-    A zero vector has the cosine 0 to everything, as in `torch.nn.functional.normalize`. Half precision is read in blocks.
+    A zero vector has the cosine 0 to everything, as in `torch.nn.functional.normalize`.
     """
-    if x.dtype == torch.float32:
-        norm = torch.linalg.vector_norm(x, dim=-1)
-    else:
-        step = max(1, (1 << 20) // max(1, x[..., :1, :].numel()))
-        parts = [torch.linalg.vector_norm(part.float(), dim=-1) for part in x.split(step, dim=-2)]
-        norm = torch.cat(parts, -1) if parts else x.new_zeros(x.shape[:-1], dtype=torch.float32)
-    return norm.clamp_min_(1e-12).reciprocal_()
+    return norms(x).clamp_min_(LEAST).reciprocal_()
 
 
 def without_huge(x: Tensor, inverse: Tensor) -> Tensor:

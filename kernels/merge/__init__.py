@@ -54,7 +54,7 @@ def merge(
         found = torch.ops.mmcompress.merge(rows, assign, count, weight, mean, chosen)
     else:
         found = _run(rows, assign, count, weight, mean, chosen)
-    return found.view(*found.shape[:2], *x.shape[2:])
+    return found if x.dim() == 3 else found.view(*found.shape[:2], *x.shape[2:])
 
 
 def _run(x: Tensor, assign: Tensor, count: int, weight: Tensor | None, mean: bool, chosen: str) -> Tensor:

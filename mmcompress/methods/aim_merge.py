@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.bipartite import halvings, merge_in_steps
-from ..ops.crops import alike_crops
+from ..ops.crops import alike_crops, joined
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage, Need
@@ -70,17 +71,14 @@ class AIMMerge(InputStage):
     def _matched(self, visuals: Visuals, metric: Tensor) -> Selection:
         """Which tokens become one and what they weigh in it, by `metric` [U, N, d]."""
         shape, device = metric.shape[:2], metric.device
-        assign, weight = torch.full(shape, -1, device=device), torch.zeros(shape, device=device)
-        keep, first = [], 0
+        assign, weight = torch.full(shape, visuals.k, device=device), torch.zeros(shape, device=device)
+        keep = []
         views = visuals.layout.views if visuals.slots is None else ()
         for part in alike_crops(views, visuals.n, visuals.k, device):
-            crops, size = part.cells.shape
-            slots, into, share = merge_in_steps(part.take(metric), halvings(size, part.k))
-            start = first + part.k * torch.arange(crops, device=device)[:, None]
+            slots, into, share = merge_in_steps(part.take(metric), halvings(part.cells.shape[1], part.k))
             keep.append(part.slots(slots))
-            assign[:, part.cells] = start + into.unflatten(0, (-1, crops))
-            weight[:, part.cells] = share.unflatten(0, (-1, crops))
-            first += part.k * crops
-        ordered, order = torch.cat(keep, 1).sort(dim=1)
-        place = order.argsort(dim=1).gather(1, assign.clamp_min(0))
-        return Selection(ordered, place.masked_fill(assign < 0, -1), weight)
+            assign = part.put(assign, part.numbers(into))
+            weight = part.put(weight, share)
+        ordered, order = joined(keep).sort(dim=1)
+        place = F.pad(order.argsort(dim=1), (0, 1), value=-1)  # of crops that keep nothing
+        return Selection(ordered, place.gather(1, assign), weight)

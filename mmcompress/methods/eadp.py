@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.coverage import max_coverage
-from ..ops.precision import wide
+from ..ops.crops import joined
+from ..ops.precision import normalized, wide
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage, Need
@@ -55,8 +59,11 @@ class EADP(InputStage):
         views = visuals.layout.views if visuals.slots is None else ()
         raw = visuals.features.new_zeros(visuals.features.shape[:2], dtype=torch.float32)
         if text.shape[1]:
-            parts = visuals.features.split([view.cells for view in views] or [visuals.n], 1)
-            raw = torch.cat([self.relevance(part, text.mean(1, keepdim=True), text[:, None]) for part in parts], 1)
+            tokens = normalized(visuals.features, text)
+            whole, words = self._signed(text.mean(1, keepdim=True)), self._signed(text)[:, None]
+            runs = _runs(views) or [(1, (1, visuals.n))]
+            parts = [self._seen(part, whole, words).view(len(raw), -1) for part in _parted(tokens, runs)]
+            raw = joined(parts)
         importance = self.importance(raw, views)
         return Selection.of(self.picks(visuals.features, importance, visuals.k), importance)
 
@@ -67,18 +74,27 @@ class EADP(InputStage):
 
     def relevance(self, tokens: Tensor, text: Tensor, words: Tensor) -> Tensor:
         """What the text points at, [U, N] float32: tokens [U, N, C], text [U, M, C] and its words [U, M, L, C] in one space."""
-        tokens, text, words = (F.normalize(wide(x, tokens, text), dim=-1) for x in (tokens, text, words))
-        sign = -1 if self.negate else 1
-        whole = sign * tokens @ text.transpose(1, 2)
-        local = self.local(sign * torch.einsum("unc,umlc->unml", tokens, words))
-        return (self.alpha * whole + (1 - self.alpha) * local).mean(2)
+        return self._seen(normalized(tokens, text), *(self._signed(wide(x, tokens)) for x in (text, words)))
+
+    def _signed(self, text: Tensor) -> Tensor:
+        text = normalized(text)
+        return -text if self.negate else text
+
+    def _seen(self, tokens: Tensor, text: Tensor, words: Tensor) -> Tensor:
+        """The same of rows of length 1, those of the text with its sign; tokens [U g, N, C] may be several crops of each visual."""
+        text, words = (
+            x.repeat_interleave(len(tokens) // len(x), 0) if len(x) < len(tokens) else x for x in (text, words)
+        )
+        whole = torch.bmm(tokens, text.transpose(1, 2))
+        maps = torch.bmm(tokens, words.flatten(1, 2).transpose(1, 2)).unflatten(2, words.shape[1:3])
+        return (self.alpha * whole + (1 - self.alpha) * self.local(maps)).mean(2)
 
     def local(self, maps: Tensor) -> Tensor:
         """What the telling words point at, [U, N, M], from the maps of all words [U, N, M, L]."""
         entropy = self.entropy(maps)
         count = max(1, int(self.words * maps.shape[3]))
         low, chosen = entropy.sort(dim=2, stable=True)
-        weight = (-low[..., :count] / (0.01 + 1e-6)).softmax(2)
+        weight = (low[..., :count] / -(0.01 + 1e-6)).softmax(2)
         kept = maps.gather(3, chosen[:, None, :, :count].expand(-1, maps.shape[1], -1, -1))
         return (kept * weight[:, None]).sum(3)
 
@@ -87,22 +103,43 @@ class EADP(InputStage):
         low, high = raw.amin(1, keepdim=True), raw.amax(1, keepdim=True)
         scaled = (raw - low + 1e-6) / (high - low + 1e-6)
         if views:
-            parts = scaled.split([view.cells for view in views], 1)
-            scaled = torch.cat([smoothed(part, view.grid) for part, view in zip(parts, views, strict=True)], 1)
+            runs = _runs(views)
+            parts = zip(_parted(scaled, runs), runs, strict=True)
+            scaled = joined([smoothed(part, grid).view(len(raw), -1) for part, (_, grid) in parts])
         return scaled**self.beta
 
     @staticmethod
     def picks(features: Tensor, importance: Tensor, k: int) -> Tensor:
         """The tokens of `features` [U, N, D] in the order they are picked, [U, k]; importance [U, N]: of covering each."""
-        unit = F.normalize(wide(features), dim=-1)
-        table = ((unit @ unit.transpose(1, 2)).clamp(-1, 1) + 1) / 2
+        unit = normalized(features)
+        table = (torch.bmm(unit, unit.transpose(1, 2)).clamp(-1, 1) + 1) / 2
         return max_coverage(table * importance[..., None], k)
 
 
 def smoothed(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """A map [U, rows * columns] under a 3 x 3 Gaussian of width 1, mirrored at its edges."""
-    row = torch.exp(-(torch.arange(-1.0, 2.0, device=x.device, dtype=x.dtype) ** 2) / 2)
-    kernel = row[:, None] * row[None]
     edges = ("reflect" if min(grid) > 1 else "replicate",)
     padded = F.pad(x.view(len(x), 1, *grid), (1, 1, 1, 1), *edges)
-    return F.conv2d(padded, (kernel / kernel.sum())[None, None]).flatten(1)
+    return F.conv2d(padded, _gaussian(x.dtype).to(x.device, non_blocking=True)).flatten(1)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _gaussian(dtype: torch.dtype) -> Tensor:
+    row = torch.exp(-(torch.arange(-1.0, 2.0, dtype=dtype) ** 2) / 2)
+    kernel = row[:, None] * row[None]
+    return (kernel / kernel.sum())[None, None]
+
+
+def _runs(views: Sequence[View]) -> list[tuple[int, tuple[int, int]]]:
+    """How many neighbouring views have the same grid, and which."""
+    return [(len(list(same)), grid) for grid, same in itertools.groupby(view.grid for view in views)]
+
+
+def _parted(x: Tensor, runs: Sequence[tuple[int, tuple[int, int]]]) -> list[Tensor]:
+    """What each of the runs has of `x` [U, N, ...], view by view: [U * views, cells, ...]."""
+    sizes = [(count, rows * columns) for count, (rows, columns) in runs]
+    parts = x.split([count * cells for count, cells in sizes], 1) if len(sizes) > 1 else (x,)
+    return [
+        part.reshape(len(x) * count, cells, *x.shape[2:]) for part, (count, cells) in zip(parts, sizes, strict=True)
+    ]

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ops.crops import alike_crops
+from ..ops.crops import alike_crops, joined
 from ..ops.precision import wide
 from ..ops.shares import worth_shares
 from ..plan import register
@@ -58,51 +59,50 @@ class HoloV(InputStage):
         views = visuals.layout.views if visuals.slots is None else ()
         keep, filled = [], []
         for part in alike_crops(views, visuals.n, visuals.k, score.device):
-            picks, real = self._choose(part.take(score), part.take(features), part.k)
+            picks, taken = self._choose(part.take(score), part.take(features), part.k)
             keep.append(part.slots(picks))
-            filled.append(real.view(len(score), -1))
-        slots = torch.cat(keep, 1)
+            filled.append(taken)
+        slots = joined(keep)
         if self.compat is None:
             return Selection.of(slots, score)
+        real = joined([taken.view(len(score), -1) for taken in filled])
         place = torch.arange(visuals.k, device=slots.device).expand_as(slots)
         assign = torch.full_like(score, -1, dtype=torch.int64)
-        assign = assign.scatter(1, slots, place.masked_fill(~torch.cat(filled, 1), -1))
+        assign = assign.scatter(1, slots, place.masked_fill(~real, -1))
         return Selection(slots, assign, weight=torch.ones_like(score), scores=score)
 
     def _choose(self, score: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Places [B, k] of the tokens that B crops keep, and which are real: the reference can run out of them."""
-        n, device = score.shape[1], score.device
+        n = score.shape[1]
         strips = min(self.strips or max(1, 16 * n // (9 * k)), n)
         short, longer = divmod(n, strips)
-        cut = longer * (short + 1)
-        slot = torch.arange(n, device=device)
-        strip = torch.where(slot < cut, slot // (short + 1), longer + (slot - cut) // short)
-        number = torch.arange(strips, device=device)
-        size = short + (number < longer).long()
-        place = slot - (number * short + number.clamp_max(longer))[strip]
+        strip, size, place = (x.to(score.device, non_blocking=True) for x in _strips(n, strips))
 
-        sizes = [(slice(None, cut), (longer, short + 1)), (slice(cut, None), (strips - longer, short))]
-        attention = [1000 * score[:, at].unflatten(1, shape) for at, shape in sizes]
-        tokens = [features[:, at].unflatten(1, shape) for at, shape in sizes]
+        parts = [(count, length) for count, length in ((longer, short + 1), (strips - longer, short)) if count]
+        cuts = [count * length for count, length in parts]
+        attention, tokens = (
+            [x.unflatten(1, shape) for x, shape in zip(x.split(cuts, 1) if len(cuts) > 1 else (x,), parts, strict=True)]
+            for x in (1000 * score, features)
+        )
         order = score.sort(dim=1, descending=True, stable=True).indices
         order = order.gather(1, strip[order].sort(dim=1, stable=True).indices)
         if self.compat is None:
             share = worth_shares(self._worth(attention, tokens), size, k)
         else:
             share = self._reference_shares(attention, tokens, k)
-            order = torch.where((share >= size)[:, strip], slot, order)
+            order = torch.where((share >= size)[:, strip], torch.arange(n, device=score.device), order)
         taken = place < share[:, strip]
         first = taken.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :k]
         return order.gather(1, first), taken.gather(1, first)
 
     def _worth(self, attention: list[Tensor], tokens: list[Tensor]) -> Tensor:
         """Worth of every strip, [B, strips]; attention and tokens [B, strips, n, ...] of the longer and the other ones."""
-        worth = torch.cat([a.mean(-1) for a in attention], 1)
+        worth = joined([a.mean(-1) for a in attention])
         if self.variety == 0:
             return worth
         variety = [local_variety(x, itself=False) for x in tokens]
         scale = _mean(attention) / (_mean(variety) + 1e-6)
-        return worth + self.variety * scale * torch.cat([v.mean(-1) for v in variety], 1)
+        return worth + self.variety * scale * joined([v.mean(-1) for v in variety])
 
     def _reference_shares(self, attention: list[Tensor], tokens: list[Tensor], k: int) -> Tensor:
         """Shares [B, strips] as the reference gives them, larger than the strip at times."""
@@ -111,7 +111,7 @@ class HoloV(InputStage):
             variety = local_variety(x, itself=True)
             scale = a.mean(-1, keepdim=True) / (variety.mean(-1, keepdim=True) + 1e-6)
             parts.append((a + self.variety * scale * variety).mean(-1) if a.shape[2] > 1 else a[..., 0] / 1000)
-        worth = torch.cat(parts, 1)
+        worth = joined(parts)
         weight = worth / (worth.sum(1, keepdim=True) + 1e-6)
         share = (weight * k).floor().long()
         by_weight = weight.sort(dim=1, descending=True, stable=True).indices
@@ -119,26 +119,36 @@ class HoloV(InputStage):
         return share + torch.zeros_like(share).scatter(1, by_weight, more.long())
 
 
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _strips(n: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`n` tokens in `count` runs, the first of them one longer where it does not go even: the run of each token [n], the length of
+    each run [count], and the place of each token in its run [n], on the CPU."""
+    short, longer = divmod(n, count)
+    size = torch.full((count,), short) + (torch.arange(count) < longer)
+    strip = torch.repeat_interleave(size)
+    return strip, size, torch.arange(n) - (size.cumsum(0) - size)[strip]
+
+
 def local_variety(x: Tensor, itself: bool) -> Tensor:
     """Variance of the cosines between each token and the others of its strip, [B, strips, n]; x [B, strips, n, D].
 
     `itself` counts the token itself as one more, with cosine 0. Never holds more than `_ELEMENTS` cosines.
     """
-    x = wide(x)
-    unit = x / (x.norm(dim=-1, keepdim=True) + 1e-6)
     batch, strips, n, _ = x.shape
+    x = wide(x).flatten(0, 1)
+    unit = x / (x.norm(dim=-1, keepdim=True) + 1e-6)
     others, rows = max(1, n - 1), max(1, _ELEMENTS // max(1, batch * strips * n))
     parts = []
     for first in range(0, n, rows):
-        cosine = unit[:, :, first : first + rows] @ unit.transpose(2, 3)
-        own = torch.arange(cosine.shape[2], device=x.device)
-        cosine[:, :, own, first + own] = 0
-        mean = cosine.sum(-1) / others
-        squares = (cosine - mean[..., None]).square().sum(-1)
+        cosine = torch.bmm(unit[:, first : first + rows], unit.transpose(1, 2))
+        cosine.diagonal(first, 1, 2).zero_()
+        mean = cosine.sum(-1, keepdim=True) / others
+        squares = (cosine - mean).square().sum(-1, keepdim=True)
         parts.append((squares if itself else (squares - mean.square()).clamp_min(0)) / others)
-    return torch.cat(parts, 2)
+    return joined(parts).view(batch, strips, n)
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
     """Mean over all tokens of strips of two lengths, [B, 1]."""
-    return torch.cat([part.flatten(1) for part in parts], 1).mean(1, keepdim=True)
+    return joined([part.flatten(1) for part in parts]).mean(1, keepdim=True)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.crops import alike_crops
+from ..ops.crops import alike_crops, joined
 from ..ops.outliers import iqr_threshold
-from ..ops.precision import wide
+from ..ops.precision import normalized, wide
 from ..ops.ties import argmax_first
 from ..plan import register
 from ..selection import Selection, gather
@@ -66,22 +65,18 @@ class PruMerge(InputStage):
         score = visuals["cls_joint_attention@-1", "received_attention"].detach().float()
         features, keys = visuals["encoder_features"], visuals["joint_keys@-1"]
         views = visuals.layout.views if visuals.slots is None else ()
-        keep, rows, assign, first = [], [], torch.full_like(score, -1, dtype=torch.int64), 0
+        keep, rows, assign = [], [], torch.full_like(score, -1, dtype=torch.int64)
         for part in alike_crops(views, visuals.n, visuals.k, score.device):
             w = part.take(score)
             if "cls_joint_attention@-1" not in visuals.signals:
                 w = w / w.sum(1, keepdim=True).clamp_min(1e-30)
             centres = self.centres(w, part.k - 1)
             merged, into = self.merge(part.take(features), w, part.take(keys), centres)
-            is_rest = torch.ones_like(w, dtype=torch.bool).scatter(1, centres, False)
-            extra = argmax_first(w.masked_fill(~is_rest, float("-inf")))[:, None]
-            into = into.scatter(1, extra, part.k - 1)
+            extra = argmax_first(w.scatter(1, centres, float("-inf")))[:, None]
             keep.append(part.slots(torch.cat([centres, extra], 1)))
-            rows.append(merged.unflatten(0, (len(score), -1)).flatten(1, 2))
-            crop = torch.arange(len(part.cells), device=score.device)[:, None]
-            assign[:, part.cells] = first + part.k * crop + into.unflatten(0, (len(score), -1))
-            first += part.k * len(part.cells)
-        return Selection(torch.cat(keep, 1), assign, rows=visuals.project(torch.cat(rows, 1)), scores=score)
+            rows.append(merged.view(len(score), -1, merged.shape[2]))
+            assign = part.put(assign, part.numbers(into.scatter(1, extra, part.k - 1)))
+        return Selection(joined(keep), assign, rows=visuals.project(joined(rows)), scores=score)
 
     def centres(self, w: Tensor, count: int) -> Tensor:
         """Places [B, count] of the centres of B crops of n patches, w [B, n], count < n."""
@@ -103,22 +98,21 @@ class PruMerge(InputStage):
 
         features [B, n, C] before the projector, w [B, n], keys [B, n, d] with all heads side by side.
         """
-        x, w, unit = (wide(t, features, w, keys) for t in (features, w, F.normalize(wide(keys.detach()), dim=-1)))
+        x, w, unit = (wide(t, features, w, keys) for t in (features, w, normalized(keys.detach())))
         (batch, n), count = w.shape, centres.shape[1]
-        into, best = torch.full_like(w, count, dtype=torch.int64), torch.full_like(w, float("-inf"))
-        rows, step = [], max(1, _ELEMENTS // (batch * n))
+        into = best = torch.full_like(w, count, dtype=torch.int64)
+        rows, step, across = [], max(1, _ELEMENTS // (batch * n)), unit.transpose(1, 2)
         for first in range(0, count, step):
             own = centres[:, first : first + step]
-            cosine = (gather(unit, own) @ unit.transpose(1, 2)).scatter(2, own[..., None], float("-inf"))
+            cosine = torch.bmm(gather(unit, own), across).scatter(2, own[..., None], float("-inf"))
             order = cosine.sort(dim=2, descending=True, stable=True).indices
             near = torch.zeros_like(cosine).scatter(2, order[..., : min(self.neighbours, n - 1)], 1.0)
-            rows.append(gather(x, own) + (near * w[:, None]) @ x)
-            cosine = cosine.masked_fill(near == 0, float("-inf"))
-            nearest = cosine.amax(1)
-            into = torch.where(nearest > best, first + argmax_first(cosine.transpose(1, 2)), into)
-            best = torch.maximum(best, nearest)
+            rows.append(gather(x, own) + torch.bmm(near * w[:, None], x))
+            nearest, which = cosine.masked_fill(near == 0, float("-inf")).max(1)  # the first of equals
+            into = torch.where(nearest > (best if first else float("-inf")), which + first if first else which, into)
+            best = torch.maximum(best, nearest) if first else nearest
         place = torch.arange(count, device=w.device).expand_as(centres)
-        rows.append(w.scatter(1, centres, 0.0)[:, None] @ x)
+        rows.append(torch.bmm(w.scatter(1, centres, 0.0)[:, None], x))
         return torch.cat(rows, 1).to(features.dtype), into.scatter(1, centres, place)
 
     @staticmethod

@@ -4,13 +4,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.crops import alike_crops
-from ..ops.groups import group_sizes, group_sum
-from ..ops.precision import wide
+from ..ops.groups import group_sizes, group_sum, places_of
+from ..ops.precision import normalized, wide
 from ..plan import register
 from ..selection import Selection, gather
 from ..stage import InputStage, Need
@@ -61,13 +62,18 @@ class PruneSID(InputStage):
         channels = wide(features).sigmoid()
         channels = channels - channels.mean(2, keepdim=True)
         components = min(components, features.shape[1])
-        return torch.linalg.eigh(channels @ channels.transpose(1, 2)).eigenvectors[..., -components:].flip(2).abs()
+        return (
+            torch.linalg.eigh(torch.bmm(channels, channels.transpose(1, 2)))
+            .eigenvectors[..., -components:]
+            .flip(2)
+            .abs()
+        )
 
     @staticmethod
     def threshold(features: Tensor, k: int, early: bool) -> Tensor:
         """Cosine above which a token is suppressed, [U]."""
         tokens = features.shape[1]
-        unit = F.normalize(wide(features), dim=-1)
+        unit = normalized(features)
         total, own = unit.sum(1).square().sum(1), unit.square().sum((1, 2))
         if early:
             return k / 32 * (total - own) / max(1, tokens * (tokens - 1))
@@ -76,10 +82,12 @@ class PruneSID(InputStage):
     @staticmethod
     def survivors(features: Tensor, groups: Tensor, importance: Tensor, bound: Tensor) -> Tensor:
         """Which tokens no more important one of their group suppresses, [U, N] bool."""
-        unit = F.normalize(wide(features), dim=-1)
-        close = (unit @ unit.transpose(1, 2) > bound[:, None, None]) & (groups[:, :, None] == groups[:, None])
+        unit = normalized(features)
+        close = (torch.bmm(unit, unit.transpose(1, 2)) > bound[:, None, None]) & (groups[:, :, None] == groups[:, None])
         order = importance.sort(dim=1, descending=True, stable=True).indices
         alive = importance > 0
+        if close.device.type == "cpu":
+            return _survivors(close, order, alive)
         for place in range(features.shape[1]):
             at = order[:, place : place + 1]
             gone = gather(close, at)[:, 0] & alive.gather(1, at)
@@ -94,31 +102,27 @@ class PruneSID(InputStage):
         alive = self.survivors(features, groups, importance, bound)
         sizes, left = group_sizes(groups, count), group_sum(alive.long(), groups, count)
         low = sizes.clamp_max(1)
-        most = torch.minimum(torch.minimum(sizes, left), torch.full_like(left, 5 * -(-k // 64)))
+        most = torch.minimum(sizes, left).clamp_max(5 * -(-k // 64))
         steps = torch.arange(k + 1, device=sizes.device)[:, None]
         grown = torch.minimum(most[:, None] + steps, sizes[:, None])
         enough = (grown.sum(2) >= k).long().argmax(1)
         most = gather(grown, enough[:, None])[:, 0]
         other = (k - first - low.sum(1, keepdim=True)).clamp_min(0)
         ends = (left.cumsum(1) / left.sum(1, keepdim=True).clamp_min(1) * other).round().long()
-        taken = torch.minimum(ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])) + low, most)
+        taken = torch.minimum(ends - F.pad(ends, (1, -1)) + low, most)
         by_left = left.sort(dim=1, descending=True, stable=True).indices
         room = (most - taken).gather(1, by_left)
         missing = (k - first - taken.sum(1, keepdim=True)).clamp_min(0)
-        more = torch.minimum(room.cumsum(1), missing).diff(dim=1, prepend=torch.zeros_like(missing))
-        taken = taken + torch.zeros_like(taken).scatter(1, by_left, more)
+        filled = torch.minimum(room.cumsum(1), missing)
+        taken = taken.scatter_add(1, by_left, filled - F.pad(filled, (1, -1)))
         return self.ranking(groups, alive, importance), taken
 
     @staticmethod
     def ranking(groups: Tensor, alive: Tensor, importance: Tensor) -> Tensor:
         """Place of each token among those of its group, [U, N]: survivors first, each part by falling importance."""
         order = importance.sort(dim=1, descending=True, stable=True).indices
-        for key in (~alive, groups):  # the last one counts most
-            order = order.gather(1, key.long().gather(1, order).sort(dim=1, stable=True).indices)
-        ordered = groups.gather(1, order)
-        place = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
-        first = torch.where(ordered.diff(dim=1, prepend=ordered[:, :1] - 1) != 0, place, 0).cummax(1).values
-        return torch.zeros_like(groups).scatter(1, order, place - first)
+        order = order.gather(1, (2 * groups + ~alive).gather(1, order).sort(dim=1, stable=True).indices)
+        return places_of(order, groups)
 
     @staticmethod
     def picks(groups: Tensor, ranking: Tensor, taken: Tensor, k: int) -> Tensor:
@@ -126,3 +130,15 @@ class PruneSID(InputStage):
         tokens = groups.shape[1]
         left_out = (ranking >= taken.gather(1, groups)).long()
         return ((left_out * tokens + groups) * tokens + ranking).sort(dim=1).indices[:, :k]
+
+
+def _survivors(close: Tensor, order: Tensor, alive: Tensor) -> Tensor:
+    """The rounds on the CPU, of which each takes longer to call than to do there. close [U, N, N], order and alive [U, N]."""
+    found = np.zeros(alive.shape, bool)
+    for table, places, here, out in zip(close.numpy(), order.numpy(), alive.numpy(), found, strict=True):
+        table, here = table[places][:, places], here[places]
+        for place, row in enumerate(table):
+            if here[place]:
+                here[place + 1 :] &= ~row[place + 1 :]
+        out[places] = here
+    return torch.from_numpy(found)

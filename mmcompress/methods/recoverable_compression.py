@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.crops import alike_crops
+from ..ops.crops import alike_crops, joined
 from ..ops.neighbours import take_in
 from ..ops.outliers import stands_apart
 from ..ops.relevance import mean_cosine
@@ -80,7 +80,7 @@ class RecoverableCompression(InputStage):
         score, t = visuals["cls_joint_attention@-1", "received_attention"].detach().float(), self.text_score(visuals)
         features, keys = visuals["encoder_features"], visuals["joint_keys@-1"]
         views = visuals.layout.views if visuals.slots is None else ()
-        keep, rows, plain, first = [], [], [], 0
+        keep, rows, plain = [], [], []
         assign = torch.full_like(score, -1, dtype=torch.int64)
         for part in alike_crops(views, visuals.n, visuals.k, score.device):
             a, s = part.take(score), part.take(t)
@@ -93,13 +93,11 @@ class RecoverableCompression(InputStage):
             merged, into = self.merge(part.take(features), a, s, part.take(keys), order[:, :-1], is_centre)
             into = into.scatter(1, order[:, -1:], part.k - 1)
             keep.append(part.slots(order))
-            rows.append(merged.unflatten(0, (len(score), -1)).flatten(1, 2))
-            plain.append(F.pad(~is_centre, (0, 1)).unflatten(0, (len(score), -1)).flatten(1))
-            crop = torch.arange(len(part.cells), device=score.device)[:, None]
-            assign[:, part.cells] = first + part.k * crop + into.unflatten(0, (len(score), -1))
-            first += part.k * len(part.cells)
-        slots, made = torch.cat(keep, 1), visuals.project(torch.cat(rows, 1))
-        made = torch.where(torch.cat(plain, 1)[..., None], gather(visuals.features, slots), made)
+            rows.append(merged.view(len(score), -1, merged.shape[2]))
+            plain.append(F.pad(~is_centre, (0, 1)).view(len(score), -1))
+            assign = part.put(assign, part.numbers(into))
+        slots, made = joined(keep), visuals.project(joined(rows))
+        made = torch.where(joined(plain)[..., None], gather(visuals.features, slots), made)
         return Selection(slots, assign, rows=made, scores=score)
 
     @torch.no_grad()

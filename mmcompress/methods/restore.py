@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.cells import mean_weights, nearest_cells
-from ..ops.precision import wide
+from ..ops.cells import nearest_of
+from ..ops.groups import group_sizes
+from ..ops.precision import normalized
 from ..plan import register
 from ..selection import Selection, gather
 from ..visuals import Visuals
@@ -65,11 +65,9 @@ class Restore(Absorb):
         pool = taken.sort(dim=1, stable=True).indices[:, : visuals.n - alone.shape[1]]
         rows = gather(visuals.features, pool)
         anchors = self.anchors(rows, visuals.k - alone.shape[1])
-        near, _ = nearest_cells(rows, anchors)
-        clusters = torch.arange(visuals.n, device=pool.device).expand(len(pool), -1)
-        clusters = clusters.scatter(1, pool, pool.gather(1, anchors.gather(1, near)))
-        found = Selection.of_clusters(clusters, visuals.k)
-        return replace(found, weight=mean_weights(found.assignment(visuals.n), visuals.k))
+        groups = torch.empty_like(taken).scatter(1, pool, nearest_of(rows, anchors))
+        number = torch.arange(anchors.shape[1], visuals.k, device=alone.device).expand_as(alone)
+        return _at_medians(groups.scatter(1, alone, number), visuals.k)
 
     def alone(self, visuals: Visuals) -> Tensor:
         """The tokens that the host keeps as they are, [U, int(share k)]."""
@@ -81,13 +79,30 @@ class Restore(Absorb):
     @staticmethod
     def density(features: Tensor) -> Tensor:
         """Sum of the cosines of each token of [U, P, D] to all, itself included: [U, P]."""
-        unit = F.normalize(wide(features), dim=-1)
-        return (unit @ unit.sum(1)[..., None])[..., 0]
+        return _density(normalized(features))
 
-    @classmethod
-    def anchors(cls, features: Tensor, count: int) -> Tensor:
+    @staticmethod
+    def anchors(features: Tensor, count: int) -> Tensor:
         """The tokens of [U, P, D] that others are merged into, ascending, [U, count]."""
-        unit, dense = F.normalize(wide(features), dim=-1), cls.density(features)
-        near = (unit @ unit.transpose(1, 2)).masked_fill(dense[:, None] >= dense[:, :, None], float("-inf")).amax(2)
-        score = dense * (1 - near.where(near.isfinite(), 0))
+        unit = normalized(features)
+        dense = _density(unit)
+        near = (
+            torch.bmm(unit, unit.transpose(1, 2))
+            .masked_fill(dense[:, None] >= dense[:, :, None], float("-inf"))
+            .amax(2)
+        )
+        score = dense * (1 - near.masked_fill(near == float("-inf"), 0))
         return score.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+
+
+def _at_medians(groups: Tensor, k: int) -> Selection:
+    """Groups [U, N] in [0, k), none of them empty, as means that stand at the lower median of their members."""
+    size = group_sizes(groups, k)
+    median = size.cumsum(1) - size // 2 - 1  # among all tokens, group after group
+    keep, order = groups.sort(dim=1, stable=True).indices.gather(1, median).sort(dim=1)
+    weight = size.gather(1, groups).float().reciprocal()
+    return Selection(keep, order.argsort(dim=1).gather(1, groups), weight)
+
+
+def _density(unit: Tensor) -> Tensor:
+    return torch.bmm(unit, unit.sum(1)[..., None])[..., 0]

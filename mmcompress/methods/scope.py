@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.coverage import max_coverage
 from ..ops.crops import alike_crops
-from ..ops.precision import wide
+from ..ops.precision import normalized, wide
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage, Need
@@ -58,7 +57,7 @@ class SCOPE(InputStage):
 
     def picks(self, features: Tensor, saliency: Tensor, k: int) -> Tensor:
         """The tokens of `features` [U, N, C] with `saliency` [U, N], in the order they are picked, [U, k]."""
-        unit = F.normalize(wide(features), dim=-1)
+        unit = normalized(features)
         table = (unit @ unit.transpose(1, 2)).relu_()
         factor = wide(saliency) ** self.alpha
         if self.combine == "multiply":

@@ -144,6 +144,6 @@ class SparseVLM(Pyramid):
         centres, into = density_peaks(gather(features, spare), clusters)
         place = torch.arange(kept, device=keep.device).expand_as(keep)
         assign = torch.full_like(order, -1).scatter(1, keep, place).scatter(1, spare, kept + into)
-        share = 1 / group_sizes(into, clusters).float().gather(1, into)
+        share = group_sizes(into, clusters, torch.float32).gather(1, into).reciprocal()
         weight = torch.zeros_like(score).scatter(1, keep, 1.0).scatter(1, spare, share)
         return Selection(torch.cat([keep, spare.gather(1, centres)], 1), assign, weight, scores=score)

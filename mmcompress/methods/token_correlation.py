@@ -4,11 +4,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops.correlation import absorb, first_of, similar_count
-from ..ops.crops import alike_crops
+from ..ops.crops import alike_crops, joined
 from ..ops.outliers import iqr_threshold
 from ..ops.shares import worth_shares
 from ..plan import register
@@ -76,25 +77,26 @@ class TokenCorrelation(InputStage):
         low, keys = self._drawn(score), visuals[f"joint_keys@{self.low}"].detach()
         views = [self._cut(view) for view in visuals.layout.views] if visuals.slots is None else []
         parts = alike_crops(views, visuals.n, visuals.n, score.device)
-        worth = torch.cat([self.local_count(part.take(keys)).view(len(score), -1) for part in parts], 1).float()
+        taken = [part.take(keys) for part in parts]
+        worth = joined([self.local_count(x).view(len(score), -1) for x in taken]).float()
         if self.whole_thumbnail and views:
             whole = torch.cat([torch.full((v.cells,), v.role == "thumbnail", device=worth.device) for v in views])
             worth = worth * (1 + 1e6 * torch.cat([whole[part.cells[:, 0]] for part in parts]))
-        room = torch.cat([torch.full_like(part.cells[:, 0], part.k) for part in parts])
+        room = torch.from_numpy(np.repeat([part.k for part in parts], [len(part.cells) for part in parts]))
+        room = room.to(worth.device, non_blocking=True)
         quotas = worth_shares(worth, room, visuals.k).split([len(part.cells) for part in parts], 1)
         kept = torch.zeros_like(score, dtype=torch.bool)
         target, weight = torch.zeros_like(kept, dtype=torch.int64), torch.zeros_like(score)
-        for part, quota in zip(parts, quotas, strict=True):
+        for part, x, quota in zip(parts, taken, quotas, strict=True):
             chosen = first_of(self.order(part.take(low), part.take(deep)), quota.reshape(-1, 1))
-            kept[:, part.cells] = chosen.unflatten(0, (len(score), -1))
+            kept = part.put(kept, chosen)
             if self.aggregate:
-                into, share = absorb(part.take(keys), chosen)
-                target[:, part.cells.flatten()] = part.slots(into)
-                weight[:, part.cells] = share.unflatten(0, (len(score), -1))
+                into, share = absorb(x, chosen)
+                target, weight = part.put(target, part.slots(into)), part.put(weight, share)
         keep = kept.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : visuals.k]
         if not self.aggregate:
             return Selection(keep, scores=score)
-        assign = (kept.long().cumsum(1) - 1).gather(1, target).masked_fill(weight == 0, -1)
+        assign = (kept.cumsum(1) - 1).gather(1, target).masked_fill(weight == 0, -1)
         merged, features = Selection(keep, assign, weight, scores=score), visuals["encoder_features"]
         return replace(merged, rows=visuals.project(merged.apply(features)))
 

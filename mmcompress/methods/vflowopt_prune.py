@@ -62,7 +62,7 @@ class VFlowOptPrune(InputStage):
         cell, cells = grid_cells([view.grid for view in views if view.cells], self.cell)
         cell = of_cells(cell, visuals.slots, score)
         keep, assign, folded = recycle(score, cell, cells, visuals.k)
-        means = cluster_means(visuals.features, score, torch.where(folded, cell, -1), cells)
+        means = cluster_means(visuals.features, score, cell.masked_fill(~folded, -1), cells)
         means = gather(means, cell.gather(1, keep)).to(visuals.features.dtype)
         rows = torch.where(folded.gather(1, keep)[..., None], means, gather(visuals.features, keep))
         return Selection(keep, assign, rows=rows, scores=score)

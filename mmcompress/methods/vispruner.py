@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.crops import alike_crops
-from ..ops.precision import wide
+from ..ops.precision import normalized, wide
 from ..plan import register
 from ..selection import Selection
 from ..stage import InputStage, Need
@@ -68,7 +67,7 @@ class VisPruner(InputStage):
         """The `left` places of `rest` [B, R] that stay when tokens with a near-duplicate are deleted step by step."""
         if left == 0 or left == rest.shape[1]:
             return rest[:, :left]
-        unit = F.normalize(wide(features), dim=-1)
+        unit = normalized(features)
         similar = (unit @ unit.transpose(1, 2)).flatten(1)
         while rest.shape[1] > left:
             even, odd = rest[:, ::2], rest[:, 1::2]

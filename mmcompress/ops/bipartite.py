@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.match import match
 from ..kernels.merge import merge
-from .groups import group_sum
+from .groups import group_sizes, group_sum
 
 
 def bipartite_match(metric: Tensor, r: int, protected: int = 0) -> tuple[Tensor, int]:
@@ -21,27 +21,38 @@ def bipartite_match(metric: Tensor, r: int, protected: int = 0) -> tuple[Tensor,
     stays alone and first, and the even tokens that stay keep their order; with 0 they come by falling similarity, as in
     the reference. Ties go to the lower index. Cost T^2 d / 4, memory T.
     """
-    n, tokens, _ = metric.shape
+    tokens = metric.shape[1]
     if protected not in (0, 1):
         raise NotImplementedError(f"protected={protected}: only a CLS token can be protected")
     if not 0 <= r <= (tokens - protected) // 2:
         raise ValueError(
             f"r={r}: {tokens} tokens, {protected} of them protected, can lose at most {(tokens - protected) // 2}"
         )
+    order, partner = _paired(metric, r, protected)
+    return _target(order, partner, tokens), tokens - r
+
+
+def _paired(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the even tokens, [n, even]: the `r` that go into an odd one first, then those that stay, in their new order;
+    and into which of the odd ones, [n, r]."""
     likeness, partner = match(metric[:, ::2], metric[:, 1::2])
     if protected:
         likeness[:, 0] = float("-inf")
     order = likeness.sort(dim=1, descending=True, stable=True).indices
-    merged, staying = order[:, :r], order[:, r:]
+    merged = order[:, :r]
     if protected:
-        staying = staying.sort(dim=1).values
-    stay = staying.shape[1]
-    place = torch.arange(tokens, device=metric.device)
-    target = torch.empty(n, tokens, dtype=torch.int64, device=metric.device)
-    target[:, 1::2] = stay + place[: tokens // 2]
-    target.scatter_(1, 2 * staying, place[:stay].expand(n, -1))
-    target.scatter_(1, 2 * merged, stay + partner.gather(1, merged))
-    return target, tokens - r
+        order = torch.cat([merged, order[:, r:].sort(dim=1).values], 1)
+    return order, partner.gather(1, merged)
+
+
+def _target(order: Tensor, partner: Tensor, tokens: int) -> Tensor:
+    """The number of every token in the new order, [n, tokens]; `order` and `partner` as `_paired` gives them."""
+    stay = order.shape[1] - partner.shape[1]
+    target = order.new_empty(len(order), tokens)
+    target[:, 1::2].copy_(torch.arange(stay, stay + tokens // 2, device=order.device))
+    places = torch.arange(stay, device=order.device).expand(len(order), -1)
+    target[:, ::2].scatter_(1, order, torch.cat([stay + partner, places], 1))
+    return target
 
 
 def merge_mean(x: Tensor, size: Tensor, target: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -71,15 +82,16 @@ def merge_in_steps(metric: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor
     """
     n, tokens, _ = metric.shape
     slots = into = torch.arange(tokens, device=metric.device).expand(n, -1)
-    share, metric = torch.ones(n, tokens, device=metric.device), metric.float()
+    share, metric, first = torch.ones(n, tokens, device=metric.device), metric.float(), True
     for step in steps:
         r = min(step, metric.shape[1] // 2)
         if not r:
             continue
-        target, count = bipartite_match(metric, r)
-        metric, members = merge_mean(metric, torch.ones_like(target, dtype=torch.float32), target, count)
-        stands = torch.zeros_like(members, dtype=torch.int64).scatter(1, target[:, ::2], slots[:, ::2])
-        slots = stands.scatter(1, target[:, 1::2], slots[:, 1::2])
-        into = target.gather(1, into)
-        share = share / members.gather(1, into)
+        order, partner = _paired(metric, r, 0)
+        target = _target(order, partner, metric.shape[1])
+        members = group_sizes(target, metric.shape[1] - r, torch.float32)
+        metric = merge(metric, target, members.shape[1]) / members[..., None]
+        slots = torch.cat([slots[:, ::2].gather(1, order[:, r:]), slots[:, 1::2]], 1)
+        into = target if first else target.gather(1, into)
+        share, first = share / members.gather(1, into), False
     return slots, into, share

@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.gather import gather
 from ..kernels.match import match
 from .groups import group_sizes, of_cells
-from .precision import wide
+from .precision import normalized, wide
 from .ties import argmax_first
 
 _BLOCK = {"cpu": 2**20}
@@ -27,11 +26,12 @@ def outermost(features: Tensor) -> Tensor:
     """
     step = max(1, _BLOCK.get(features.device.type, 2**26) // max(1, features.shape[2]))
     blocks = features.split(step, dim=1)
-    scales = [1 / torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True).clamp_min(1e-12) for x in blocks]
+    scales = [torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True).clamp_min(1e-12).reciprocal() for x in blocks]
     pairs = list(zip(blocks, scales, strict=True))
-    mean = torch.stack([(wide(x) * scale).sum(1) for x, scale in pairs]).sum(0)[:, None] / features.shape[1]
-    away = [torch.addcmul(-mean, wide(x), scale).square_().sum(-1) for x, scale in pairs]
-    return argmax_first(torch.cat(away, 1))
+    sums = [(wide(x) * scale).sum(1, keepdim=True) for x, scale in pairs]
+    mean = (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)) / -features.shape[1]
+    away = [torch.addcmul(mean, wide(x), scale).square_().sum(-1) for x, scale in pairs]
+    return argmax_first(away[0] if len(away) == 1 else torch.cat(away, 1))
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def placed(features: Tensor, boxes: Tensor, slots: Tensor | None, share: float) 
     point on half a circle for each axis, at a scale at which places are spread `share` times as wide as tokens: the spread is the
     mean of 1 - cosine over all pairs. Tokens that all lie at one place are compared by what they are.
     """
-    unit = F.normalize(wide(features), dim=-1)
+    unit = normalized(features)
     angle = (boxes[:, :2] + boxes[:, 2:]) * (math.pi / 2)
     circle = torch.cat([angle.cos(), angle.sin()], 1) / math.sqrt(2)
     place = torch.stack([of_cells(column, slots, features) for column in circle.T], -1)
@@ -58,10 +58,16 @@ def nearest_cells(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     features [U, N, D]; anchors [U, k] int64, no slot twice: token i goes to number `assign[i]` of them, that of the largest cosine
     (ties to the lower number), an anchor to itself. Cost N k D, memory O(N); nothing waits for the device.
     """
-    _, assign = match(features, gather(features, anchors))
-    number = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
-    assign = assign.scatter(1, anchors, number)
+    assign = nearest_of(features, anchors)
     return assign, mean_weights(assign, anchors.shape[1])
+
+
+@torch.no_grad()
+def nearest_of(features: Tensor, anchors: Tensor) -> Tensor:
+    """The anchor of every token alone, [U, N] int64: see `nearest_cells`."""
+    assign = match(features, gather(features, anchors))[1]
+    number = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
+    return assign.scatter(1, anchors, number)
 
 
 @torch.no_grad()
@@ -74,4 +80,4 @@ def numbered(nearest: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_weights(assign: Tensor, k: int) -> Tensor:
     """The share of each token in the mean of its cell, [U, N] float32; assign [U, N]: numbers of cells, below k."""
-    return 1 / group_sizes(assign, k).gather(1, assign).float()
+    return group_sizes(assign, k, torch.float32).gather(1, assign).reciprocal()

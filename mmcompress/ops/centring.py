@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import wide
+from .precision import normalized, wide
 
 _ROUNDING = 1e-6
 """A token of which no larger part than this is left without the mean is the mean, and has no direction of its own."""
@@ -25,7 +24,7 @@ def distinctiveness(x: Tensor) -> Tensor:
 
     x [U, N, D]. 1 for all where all are alike. Cost N D, no N x N.
     """
-    unit = F.normalize(wide(x), dim=-1)
+    unit = normalized(x)
     own = unit.square().sum(-1)
     rare = (own - (unit @ unit.sum(1)[..., None])[..., 0]) / max(1, x.shape[1] - 1)
     low, high = rare.amin(1, keepdim=True), rare.amax(1, keepdim=True)

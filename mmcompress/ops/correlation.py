@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.components import components
+from ..kernels.components import degrees
 from ..kernels.match import match
 from .groups import group_sum
 
@@ -19,7 +19,7 @@ def first_of(order: Tensor, count: Tensor) -> Tensor:
 
 def similar_count(keys: Tensor, tau: float) -> Tensor:
     """How many others of `keys` [B, n, d] have a cosine above `tau` to each of them, [B, n] int64. Cost n^2 d / 2, memory n."""
-    return components(keys, tau)[1] - 1
+    return degrees(keys, tau) - 1
 
 
 @torch.no_grad()
@@ -33,6 +33,6 @@ def absorb(keys: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     cosine, nearest = match(keys, keys, query_mask=~kept, key_mask=kept)
     place = torch.arange(kept.shape[1], device=kept.device)
     target = torch.where(kept, place, nearest.clamp_min(0))
-    weight = torch.where(kept, 1.0, cosine.clamp_min(0))
+    weight = cosine.clamp_min(0).masked_fill(kept, 1.0)
     total = group_sum(weight, target, kept.shape[1]).clamp_min(1)
     return target, weight / total.gather(1, target)

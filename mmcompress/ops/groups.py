@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,9 +19,9 @@ def group_sum(x: Tensor, groups: Tensor, count: int) -> Tensor:
     return x.new_zeros(x.shape[0], count).scatter_add(1, groups, x)
 
 
-def group_sizes(groups: Tensor, count: int) -> Tensor:
-    """Members of each group, [U, count] int64."""
-    return group_sum(torch.ones_like(groups), groups, count)
+def group_sizes(groups: Tensor, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Members of each group, [U, count] (float32 counts exactly up to 2^24)."""
+    return group_sum(torch.ones_like(groups, dtype=dtype), groups, count)
 
 
 def rank_within(score: Tensor, groups: Tensor) -> Tensor:
@@ -29,10 +30,15 @@ def rank_within(score: Tensor, groups: Tensor) -> Tensor:
     score [U, N]; groups [U, N] int64, any numbers."""
     order = score.sort(dim=1, descending=True, stable=True).indices
     order = order.gather(1, groups.gather(1, order).sort(dim=1, stable=True).indices)
+    return places_of(order, groups)
+
+
+def places_of(order: Tensor, groups: Tensor) -> Tensor:
+    """Place of each token among those of its group, from 0, [U, N] int64, where `order` [U, N] holds them group after group."""
     ordered = groups.gather(1, order)
-    place = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
-    first = torch.where(ordered.diff(dim=1, prepend=ordered[:, :1] - 1) != 0, place, 0).cummax(1).values
-    return torch.zeros_like(groups).scatter(1, order, place - first)
+    place = torch.arange(groups.shape[1], device=groups.device)
+    begins = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
+    return torch.empty_like(order).scatter(1, order, place - (place * begins).cummax(1).values)
 
 
 def apportion(sizes: Tensor, k: int, largest: int) -> Tensor:

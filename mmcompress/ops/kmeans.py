@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.gather import gather
 from ..kernels.merge import merge
-from .groups import group_sizes
-from .precision import wide
+from .groups import group_sum
+from .precision import normalized
 
 _EQUAL = 1e-6
 """Cosines that are no farther apart than this differ by rounding only."""
@@ -27,30 +26,32 @@ def cosine_kmeans(x: Tensor, seeds: Tensor, rounds: int = 10) -> Tensor:
     are always `rounds` of them, without a look at the values: once nothing moves, nothing moves any more. Clusters may end up
     empty. At least float32; the same in every run, also on a GPU. Cost rounds n M C.
     """
-    unit = F.normalize(wide(x), dim=-1)
+    unit = normalized(x)
     centres = gather(unit, seeds)
-    number = torch.arange(seeds.shape[1], device=x.device)
-    step = max(1, _ELEMENTS // max(1, seeds.shape[1]))
-    labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+    count, labels = seeds.shape[1], seeds
+    step = max(1, _ELEMENTS // max(1, count))
+    blocks, ones = unit.split(step, 1), torch.ones(x.shape[:2], dtype=torch.int64, device=x.device)
     for round_ in range(rounds):
         if round_:
-            members, total = group_sizes(labels, len(number)), merge(unit, labels, len(number))
-            centres = torch.where(members[..., None] > 0, F.normalize(total, dim=-1), centres)
-        for block in (slice(first, first + step) for first in range(0, x.shape[1], step)):
-            likeness = unit[:, block] @ centres.transpose(1, 2)
-            best = likeness >= likeness.amax(2, keepdim=True) - _EQUAL
-            labels[:, block] = torch.where(best, number, len(number)).amin(2)
+            members, total = group_sum(ones, labels, count), merge(unit, labels, count)
+            centres = torch.where(members[..., None] > 0, normalized(total), centres)
+        across = centres.transpose(1, 2)
+        found = []
+        for block in blocks:
+            likeness = torch.bmm(block, across)
+            found.append((likeness >= likeness.amax(2, keepdim=True) - _EQUAL).max(2).indices)  # the first of equals
+        labels = found[0] if len(found) == 1 else torch.cat(found, 1)
     return labels
 
 
 def cluster_means(x: Tensor, weight: Tensor, labels: Tensor, count: int) -> Tensor:
     """Weighted mean of the members of each cluster, [B, count, C] float32; zeros for an empty one.
 
-    x [B, n, C]; weight [B, n], not negative (members without weight count alike); labels [B, n]: vectors with a label outside
-    [0, count) belong to none. Gradients reach `x`. Cost n C.
+    x [B, n, C]; weight [B, n], not negative (members without weight count alike); labels [B, n]: vectors with a label
+    below 0 belong to none. Gradients reach `x`. Cost n C.
     """
     weight = weight.detach().float().clamp_min(1e-30)
-    labels = labels.masked_fill(labels >= count, -1).clamp_min(-1)
+    labels = labels.clamp_min(-1)
     group = labels + 1
     largest = weight.new_zeros(len(x), count + 1).scatter_reduce(1, group, weight, "amax")
     # parts of the largest weight: sums of tiny ones would lose their digits

@@ -39,6 +39,10 @@ def hub_attention(q: Tensor, k: Tensor, scale: float, threshold: float, prefix: 
     Hubs are the patches that receive more than `threshold` times what a patch receives on average (`hubs`). Arguments as in
     `attention_marginals`. The map is gone over twice.
     """
-    received = attention.attention_received(q[:, :, prefix:], k, scale)[:, prefix:]
-    asked = hubs(received, threshold)
-    return attention.attention_received(q[:, :, prefix:], k, scale, query_weight=asked)[:, prefix:]
+    q = q[:, :, prefix:] if prefix else q
+
+    def asked(received: Tensor) -> Tensor:
+        return hubs(received[:, prefix:] if prefix else received, threshold)
+
+    found = attention.attention_received_from(q, k, scale, asked)
+    return found[:, prefix:] if prefix else found

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.gather import gather
-from .precision import wide
-from .ties import argmax_first
+from .precision import normalized
 
 _ELEMENTS = 1 << 22
 """Largest number of similarities that are held at a time."""
@@ -33,24 +31,23 @@ def take_in(
     the lower index; rows in the type of `x`. Cost n c (d + C) and a sort, in blocks.
     """
     (batch, n), count = weight.shape, own.shape[1]
-    values, unit = x.float(), F.normalize(wide(keys.detach()), dim=-1)
+    values, unit = x.float(), normalized(keys.detach())
     free = torch.ones_like(weight, dtype=torch.bool).scatter(1, own, is_centre)
-    into, best = torch.full_like(weight, count, dtype=torch.int64), torch.full_like(weight, float("-inf"))
-    rows, step = [], max(1, _ELEMENTS // (batch * n))
+    into = best = torch.full_like(weight, count, dtype=torch.int64)
+    rows, step, across = [], max(1, _ELEMENTS // (batch * n)), unit.transpose(1, 2)
     for first in range(0, count, step):
         mine, centre = own[:, first : first + step], is_centre[:, first : first + step, None]
         can = (free[:, None] & centre).scatter(2, mine[..., None], False)
-        liking = gather(unit, mine) @ unit.transpose(1, 2)
+        liking = torch.bmm(gather(unit, mine), across)
         if bonus is not None:
             liking = liking + bonus[:, None]
         liking = liking.masked_fill(~can, float("-inf"))
         order = liking.sort(dim=2, descending=True, stable=True).indices
         near = torch.zeros_like(can).scatter(2, order[..., :neighbours], True) & can
-        rows.append(gather(values, mine) + (near * weight[:, None]) @ values)
-        liking = liking.masked_fill(~near, float("-inf"))
-        most = liking.amax(1)
-        into = torch.where(most > best, first + argmax_first(liking.transpose(1, 2)), into)
-        best = torch.maximum(best, most)
-    rows.append(weight.scatter(1, own, 0.0)[:, None] @ values)
+        rows.append(gather(values, mine) + torch.bmm(near * weight[:, None], values))
+        most, which = liking.masked_fill(~near, float("-inf")).max(1)  # the first of equals
+        into = torch.where(most > (best if first else float("-inf")), which + first if first else which, into)
+        best = torch.maximum(best, most) if first else most
+    rows.append(torch.bmm(weight.scatter(1, own, 0.0)[:, None], values))
     place = torch.arange(count, device=own.device).expand_as(own)
     return torch.cat(rows, 1).to(x.dtype), into.scatter(1, own, place)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -34,30 +36,40 @@ def local_outlier_factor(x: Tensor, neighbours: int, among: Tensor | None = None
     N times neighbours of memory.
     """
     n, reach = x.shape[1], max(1, min(neighbours, x.shape[1] - 1))
+    at, outside = (table.to(x.device, non_blocking=True) for table in _beside(n, reach))
     values = x.double()
-    count = torch.full_like(values[:, :1], n)
     if among is not None:
-        values, count = values.masked_fill(~among, float("inf")), among.sum(1, keepdim=True)
-    ordered, order = values.sort(dim=1, stable=True)
-    steps = torch.arange(1, reach + 1, device=x.device)
-    place = torch.arange(n, device=x.device)
-    at = place[:, None] + torch.cat([-steps, steps])
-    there = (at >= 0) & (at < count[:, :, None]) & (place < count)[:, :, None]
-    at = at.clamp(0, n - 1).expand(len(x), -1, -1)
+        values = values.masked_fill(~among, _NOT)
+    ordered, order = values.sort(dim=1, stable=True)  # those that take no part come last
+    far = (ordered[:, at] - ordered[..., None]).abs().masked_fill(outside, _NOT)
+    if among is not None:
+        far = far.nan_to_num(nan=_NOT, posinf=_NOT)
+    far, which = (t[..., :reach] for t in far.sort(dim=2, stable=True))
+    at = at.expand(len(x), -1, -1).gather(2, which).flatten(1)
 
     def across(row: Tensor) -> Tensor:
-        """Values [U, N] of the places in `at`."""
-        return row.gather(1, at.flatten(1)).unflatten(1, at.shape[1:])
+        """What a `row` [U, N] has of the neighbours of each, [U, N, reach]."""
+        return row.gather(1, at).view(far.shape)
 
-    far = (across(ordered) - ordered[..., None]).abs().masked_fill(~there, float("inf"))
-    far, which = (t[..., :reach] for t in far.sort(dim=2, stable=True))
-    at, is_there = at.gather(2, which), far.isfinite()
-    size = is_there.sum(2).clamp_min(1)
-    far = far.masked_fill(~is_there, 0)
-    density = size / (torch.maximum(far, across(far.amax(2))).masked_fill(~is_there, 0).sum(2) + 1e-10 * size)
-    factor = -across(density).masked_fill(~is_there, 0).sum(2) / size / density
-    factor = factor.masked_fill(~is_there.any(2), -1.0)
+    none = far == _NOT
+    size = (reach - none.sum(2)).clamp_min(1)
+    far = far.masked_fill(none, 0)
+    density = size / (torch.maximum(far, across(far.amax(2))).masked_fill(none, 0).sum(2) + 1e-10 * size)
+    factor = -across(density).masked_fill(none, 0).sum(2) / size / density
+    factor = factor.masked_fill(none.all(2), -1.0)
     return torch.empty_like(factor).scatter(1, order, factor)
+
+
+_NOT = float("inf")
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _beside(n: int, reach: int) -> tuple[Tensor, Tensor]:
+    """The places in a row of `n` within `reach` of each, [n, 2 reach], and which of them there are not; on the CPU."""
+    steps = torch.arange(1, reach + 1)
+    at = torch.arange(n)[:, None] + torch.cat([-steps, steps])
+    return at.clamp(0, n - 1), (at < 0) | (at >= n)
 
 
 def stands_apart(x: Tensor, neighbours: int, among: Tensor | None = None) -> Tensor:

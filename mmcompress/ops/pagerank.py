@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import attention_received
+from ..kernels.attention import attention_flow
 
 
 def attention_pagerank(
@@ -25,12 +25,9 @@ def attention_pagerank(
     Cost iterations * heads * S^2 * d, memory heads * S.
     """
     tokens, device = q.shape[2], q.device
-    count = valid.sum(1) if valid is not None else torch.full((len(q),), tokens, device=device)
-    share = (1 / count)[:, None, None].expand(-1, q.shape[1], tokens).float()
-    if valid is not None:
-        share = share * valid[:, None]
-    for _ in range(iterations):
-        share = attention_received(
-            q, k, scale / temperature, reduce="sum", query_weight=share, key_mask=valid, causal=causal, per_head=True
-        )
+    if valid is None:
+        share = torch.full((len(q), q.shape[1], tokens), 1 / tokens, device=device)
+    else:
+        share = ((1 / valid.sum(1))[:, None] * valid)[:, None].expand(-1, q.shape[1], -1)
+    share = attention_flow(q, k, scale / temperature, share, iterations, key_mask=valid, causal=causal)
     return share.square().mean(1).sqrt()

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import wide
+from .precision import normalized
 
 
 def least_similar(x: Tensor, pivots: Tensor, taken: Tensor, counts: Sequence[int]) -> Tensor:
@@ -18,8 +17,8 @@ def least_similar(x: Tensor, pivots: Tensor, taken: Tensor, counts: Sequence[int
     x [U, N, D]: the tokens. pivots [U, P, D], in the order of their turns. taken [U, m]: places of tokens that are out from
     the start. counts: how many each pivot takes; all together at most N - m. Ties go to the lower token. Cost P N D.
     """
-    unit = F.normalize(wide(x, pivots), dim=-1)
-    cosine = F.normalize(wide(pivots, x), dim=-1) @ unit.transpose(1, 2)
+    unit = normalized(x, pivots)
+    cosine = normalized(pivots, x) @ unit.transpose(1, 2)
     gone = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, taken, True)
     picks = [taken[:, :0]]
     for similarity, count in zip(cosine.unbind(1), counts, strict=True):

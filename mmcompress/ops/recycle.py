@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor
 
 def grid_cells(grids: Sequence[tuple[int, int]], side: float) -> tuple[Tensor, int]:
     """Cell of each token of the grids (rows, columns), one behind the other, [N] int64, and how many cells there are: squares of
-    `side` tokens, which need not be a whole number, numbered grid by grid."""
+    `side` tokens, which need not be a whole number, numbered grid by grid; on the CPU."""
+    return _grid_cells(tuple(grids), side)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _grid_cells(grids: tuple[tuple[int, int], ...], side: float) -> tuple[Tensor, int]:
     parts, count = [], 0
     for rows, columns in grids:
         y, x = (torch.arange(n, dtype=torch.float64).div(side).floor().long() for n in (rows, columns))
@@ -36,15 +43,15 @@ def recycle(importance: Tensor, cell: Tensor, cells: int, k: int) -> tuple[Tenso
     place = torch.arange(n, device=order.device).expand_as(order)
     ranked = cell.gather(1, order)
     none = torch.full((len(order), cells), n, dtype=torch.int64, device=order.device)
-    joins = place != none.scatter_reduce(1, ranked, place, "amin").gather(1, ranked)
-    folded = joins.long().cumsum(1) - joins.long() < n - k
-    last = torch.full_like(none, -1).scatter_reduce(1, ranked, torch.where(folded, place, -1), "amax")
+    joins = (place != none.scatter_reduce(1, ranked, place, "amin").gather(1, ranked)).long()
+    whole = joins.cumsum(1) - joins >= n - k
+    last = torch.full_like(none, -1).scatter_reduce(1, ranked, place.masked_fill(whole, -1), "amax")
     speaker = last.gather(1, ranked)
-    stays = ~folded | (place == speaker)
-    best = (place + stays.long() * n).sort(dim=1, descending=True).indices[:, :k]
+    stays = whole | (place == speaker)
+    best = (place + stays * n).sort(dim=1, descending=True).indices[:, :k]
     keep = order.gather(1, best).sort(dim=1).values
     output = torch.full_like(order, -1).scatter(1, keep, place[:, :k])
     by_place = output.gather(1, order)
-    by_place = torch.where(folded, by_place.gather(1, speaker.clamp_min(0)), by_place)
+    by_place = torch.where(whole, by_place, by_place.gather(1, speaker.clamp_min(0)))
     assign = torch.empty_like(order).scatter(1, order, by_place)
-    return keep, assign, torch.empty_like(folded).scatter(1, order, folded)
+    return keep, assign, torch.empty_like(whole).scatter(1, order, ~whole)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import wide
+from .precision import normalized, wide
 
 
 def mean_cosine(tokens: Tensor, text: Tensor) -> Tensor:
@@ -14,13 +14,13 @@ def mean_cosine(tokens: Tensor, text: Tensor) -> Tensor:
 
     tokens [U, N, D], text [U, T, D] in the same space. A zero vector has cosine 0. Cost O((N + T) D).
     """
-    direction = F.normalize(wide(text, tokens), dim=-1).sum(1) / max(1, text.shape[1])
-    return (F.normalize(wide(tokens, text), dim=-1) @ direction[..., None])[..., 0]
+    direction = normalized(text, tokens).sum(1) / max(1, text.shape[1])
+    return (normalized(tokens, text) @ direction[..., None])[..., 0]
 
 
 def direction(rows: Tensor) -> Tensor:
     """Where the vectors `rows` [M, D] point together: the mean of them at unit length, at unit length, [D] float32."""
-    return F.normalize(F.normalize(wide(rows), dim=-1).mean(0), dim=-1)
+    return F.normalize(normalized(rows).mean(0), dim=-1)
 
 
 def mean_of_patches(features: Tensor, patches: int) -> Tensor:

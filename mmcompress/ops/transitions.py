@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import wide
+
+_ROUNDING = 1e-8
+"""No length is taken for less in a cosine, as in `F.cosine_similarity`."""
 
 
 def transition(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Change of length and direction of each token [..., S, D]: (|after| / |before|, cosine), both [..., S] float32."""
     before, after = wide(before, after), wide(after, before)
-    return after.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12), F.cosine_similarity(before, after, dim=-1)
+    short, long = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (before, after))
+    cosine = ((before / short.clamp_min(_ROUNDING)) * (after / long.clamp_min(_ROUNDING))).sum(-1)
+    return (long / short.clamp_min(1e-12))[..., 0], cosine
 
 
 def transition_value(length: Tensor, cosine: Tensor, valid: Tensor | None = None, absolute: bool = False) -> Tensor:

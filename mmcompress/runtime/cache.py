@@ -380,10 +380,12 @@ def _updated(old: Ledger, group: Group, stored: int, batch: int, shift: Tensor |
         new.floor = fed + group.logical - group.tail
         new.dropped = old.dropped + gone
     if group.mass is not None:
-        past = torch.ones(batch, stored - group.physical, device=group.mass.device)
-        if old.mass is not None:
-            past[:, : old.mass.shape[1]] = old.mass.to(past)
-        new.mass = torch.cat([past, group.mass], 1)
+        new.mass = group.mass
+        if stored > group.physical:
+            past = torch.ones(batch, stored - group.physical, device=group.mass.device)
+            if old.mass is not None:
+                past[:, : old.mass.shape[1]] = old.mass.to(past)
+            new.mass = torch.cat([past, group.mass], 1)
     if new.mass is not None:
         new.bound = "its tokens weigh what they stand for"
     elif new.shift is not None:

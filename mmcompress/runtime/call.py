@@ -84,7 +84,8 @@ class Call(Scope):
     pools             [B, physical] int8: which slots of the last group hold patch tokens, by the number of their pool (`pools_of`),
                       0 for others; pool_counts: how many of each pool per row; structural: structural tokens in all rows.
     texts             [B, physical] bool: which slots hold the instruction (where a layer stage reads it); text_counts: how many.
-    kept              by name: a number for each slot of the last group, [B, physical], for signals that come from before.
+    kept              by name: a number for each slot of the last group, [B, physical], for signals that come from before; summed:
+                      the layer before which those that are sums over layers end.
     layouts           how all visuals of each row lie, one behind the other, where a layer stage reads that (None in a row without);
                       `kept["cells"]` then are the cells of it that the tokens are.
     seconds           from frame to frame of each video, as the model was told, in prompt order; None: it was not.
@@ -123,6 +124,7 @@ class Call(Scope):
     text_counts: list[int] = field(default_factory=list)
     structural: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
+    summed: dict[str, int] = field(default_factory=dict)
     layouts: list[Layout | None] = field(default_factory=list)
     seconds: Any = None
     entered: list[int] = field(default_factory=list)

@@ -301,14 +301,19 @@ class Cutter:
                 return self.norm(states)
 
         def transitions(start: str, absolute: bool) -> Tensor:
-            total = torch.zeros(call.batch, group.physical, device=hidden.device)
-            for i in self._summed(self.at[index][0], start, index):
+            assert call.pools is not None
+            name = f"{absolute=} transitions from {start}"
+            total, done = call.kept.get(name), call.summed.get(name, 0)  # of earlier cuts
+            if total is None:
+                total = torch.zeros(call.batch, group.physical, device=call.pools.device)
+            for i in (i for i in self._summed(self.at[index][0], start, index) if i >= done):
                 then = call.group_of(i)
                 values = self.transition_taps[i].value(then.valid, absolute)
                 for later in call.groups[call.groups.index(then) + 1 :]:
                     assert later.from_previous is not None
                     values = values.gather(1, later.from_previous.to(values.device))
                 total = total + values.to(total.device)
+            call.kept[name], call.summed[name] = total, index
             return total
 
         return Cut(

@@ -42,12 +42,13 @@ from .scope import ENCODE, Scope, current, enter, leave
 @dataclass
 class _State:
     """Tokens as one block sees them, in units. source [n, T0]: unit of the block for each unit of the tower; size [n, T]: how many
-    are in it; first [n, T]: the first of these, made when it is asked for. None before the first merge. lengths: units in each
-    segment, or in each row without its padding."""
+    are in it, and patches [n, P]: the same of each patch; first [n, T]: the first of the units of the tower, made when it is asked
+    for. None before the first merge. lengths: units in each segment, or in each row without its padding."""
 
     lengths: list[int]
     source: Tensor | None = None
     size: Tensor | None = None
+    patches: Tensor | None = None
     first: Tensor | None = None
 
     @property
@@ -77,8 +78,9 @@ class _Run:
                a row. units: in a row (packed: in all). unit: patches in each.
     schedules  how many units of a row of a length each block merges away.
     states     what enters each block, and what comes out of the last one. merges: of each block.
-    keys       of the block that runs. given: the patches that came out of the last block, where nobody changes what it gave to the
-               outside, and that. to_tower, from_tower: order of the patches of every row, [n or 1, P], unit after unit, and back.
+    corners    what makes a unit's number, times `unit`, those of its patches, [unit].
+    keys       of the block that runs. given: the patches that came out of the last block, what it gave to the outside instead, and
+               the version of that. to_tower, from_tower: order of the patches of every row, [n or 1, P], unit after unit, and back.
     """
 
     arguments: dict[str, Any]
@@ -88,8 +90,9 @@ class _Run:
     schedules: dict[int, list[int]] = field(default_factory=dict)
     units: int = 0
     unit: int = 1
+    corners: Tensor | None = None
     keys: Tensor | None = None
-    given: tuple[Tensor, Tensor] | None = None
+    given: tuple[Tensor, Tensor, int] | None = None
     to_tower: Tensor | None = None
     from_tower: Tensor | None = None
 
@@ -249,9 +252,10 @@ class EncoderFacade(TowerScope):
         unit, prefix = run.unit, self.encoder.prefix
         if unit == 1:
             return index
-        corners = torch.arange(unit, device=index.device)
-        each = ((index[:, prefix:, None] - prefix) * unit + prefix + corners).flatten(1)
-        return torch.cat([index[:, :prefix], each], 1)
+        if run.corners is None:
+            run.corners = torch.arange(unit, device=index.device) + (prefix - prefix * unit)
+        each = torch.add(run.corners, (index[:, prefix:] if prefix else index)[..., None], alpha=unit).flatten(1)
+        return torch.cat([index[:, :prefix], each], 1) if prefix else each
 
     def _schedule(self, length: int) -> list[int]:
         prefix = self.encoder.prefix
@@ -325,6 +329,11 @@ class EncoderFacade(TowerScope):
         return hidden if hidden.dim() == 3 else hidden[None]
 
     @staticmethod
+    def _picked(x: Tensor, index: Tensor) -> Tensor:
+        """The tokens `index` [n, T] of `x`, in its form."""
+        return gather(x, index) if x.dim() == 3 else x.index_select(0, index[0])
+
+    @staticmethod
     def _back(rows: Tensor, like: Tensor) -> Tensor:
         """Rows as `like` has them."""
         return rows if like.dim() == 3 else rows[0]
@@ -340,19 +349,19 @@ class EncoderFacade(TowerScope):
         given, run.given = run.given, None
         if state.source is None:
             return None
-        known = given is not None and given[1] is args[0] and len(module._forward_pre_hooks) == 1
+        known = given is not None and len(module._forward_pre_hooks) == 1 and _is_still(*given[1:], args[0])
         short = given[0] if given is not None and known else None
         if short is not None and all(x is None for x in (*args[1:], *kwargs.values())):
             return (short, *args[1:]), kwargs
         index = self._patches(run, state.representative)
         if run.to_tower is not None:
             index = _ordered(run.to_tower, index)
-        rows = self._rows(args[0])
+        tokens = args[0].shape[-2]
         if any(x is not None for x in args[1:]):  # by name, which says what they are
             names = list(inspect.signature(module.forward).parameters)
             args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-        kwargs = self._fewer(index, kwargs, rows.shape[1])
-        hidden = self._back(gather(rows, index), args[0]) if short is None else short
+        kwargs = self._fewer(index, kwargs, tokens)
+        hidden = self._picked(args[0], index) if short is None else short
         self._remember(run, hidden, module)
         return (hidden, *args[1:]), kwargs
 
@@ -378,10 +387,9 @@ class EncoderFacade(TowerScope):
 
     def _attention_pre(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         run = self._running()
-        size = run.states[i].size
-        if size is None or not (self.proportional or self.encoder.padded):
+        patches = self._sizes(run, run.states[i]) if self.proportional or self.encoder.padded else None
+        if patches is None:
             return None
-        patches = self._sizes(run, size)
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
         bias = proportional_bias(patches if self.proportional else torch.ones_like(patches), dtype)
         if self.encoder.padded:
@@ -393,12 +401,15 @@ class EncoderFacade(TowerScope):
             bias = torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
         return args, {**kwargs, name: bias}
 
-    def _sizes(self, run: _Run, size: Tensor) -> Tensor:
-        """Sizes of units as sizes of patches."""
-        prefix = self.encoder.prefix
+    def _sizes(self, run: _Run, state: _State) -> Tensor | None:
+        """Sizes of the patches of units, [n, P]; None: all are 1."""
+        size, prefix = state.size, self.encoder.prefix
         if run.unit == 1:
             return size
-        return torch.cat([size[:, :prefix], size[:, prefix:].repeat_interleave(run.unit, 1)], 1)
+        if state.patches is None and size is not None:
+            each = (size[:, prefix:] if prefix else size).repeat_interleave(run.unit, 1)
+            state.patches = torch.cat([size[:, :prefix], each], 1) if prefix else each
+        return state.patches
 
     def _keep_keys(self, i: int, name: str, heads: Tensor) -> None:
         run = self._running()
@@ -414,8 +425,7 @@ class EncoderFacade(TowerScope):
             run.keys = None
         merge = run.merges[i]
         assert merge is not None
-        hidden, size, prefix = args[0], run.states[i].size, self.encoder.prefix
-        sizes = None if size is None else self._sizes(run, size)
+        hidden, sizes, prefix = args[0], self._sizes(run, run.states[i]), self.encoder.prefix
         count = prefix + (merge.count - prefix) * run.unit
         merged = merged_rows(self._rows(hidden), merge.patches, count, sizes, mean=True)
         short = self._back(merged, hidden)
@@ -432,13 +442,14 @@ class EncoderFacade(TowerScope):
         if run.to_tower is not None and state.source is None:
             keys = gather(keys, run.to_tower.to(keys.device, non_blocking=True).expand(len(keys), -1))
         if unit > 1:
-            keys = torch.cat([keys[:, :prefix], keys[:, prefix:].unflatten(1, (-1, unit)).mean(2)], 1)
+            each = (keys[:, prefix:] if prefix else keys).unflatten(1, (-1, unit)).mean(2)
+            keys = torch.cat([keys[:, :prefix], each], 1) if prefix else each
         target, lengths, count = self._match(run, i, keys, state.lengths)
         source = target if state.source is None else target.gather(1, state.source)
         first = None
         if self.encoder.windowed:  # what a window holds stays together
             first = _first_of(source, count)
-            corner = self._patches(run, first)[:, ::unit]
+            corner = first * unit  # such towers have no CLS
             if run.to_tower is not None:
                 corner = run.to_tower.to(corner.device, non_blocking=True).expand(len(corner), -1).gather(1, corner)
             order = corner.argsort(1)
@@ -449,7 +460,7 @@ class EncoderFacade(TowerScope):
             patches = _in_tower_order(run, patches)
         size = state.size if state.size is not None else torch.ones(target.shape, device=target.device)
         merged_size = size.new_zeros(size.shape[0], count).scatter_add(1, target, size)
-        run.states[i + 1] = _State(lengths, source, merged_size, first)
+        run.states[i + 1] = _State(lengths, source, merged_size, first=first)
         return _Merge(patches, count)
 
     def _match(self, run: _Run, i: int, keys: Tensor, lengths: list[int]) -> tuple[Tensor, list[int], int]:
@@ -459,6 +470,9 @@ class EncoderFacade(TowerScope):
             target, count = self.stage.match(keys, run.schedules[run.units][i], prefix)
             return target, [count], count
         after = [now - run.schedules[before][i] for now, before in zip(lengths, run.lengths, strict=True)]
+        if self.encoder.packed and len(lengths) == 1:
+            target, count = self.stage.match(keys, lengths[0] - after[0], prefix)
+            return target, after, count
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for segment, sizes in enumerate(zip(lengths, after, strict=True)):
             alike[sizes].append(segment)
@@ -483,7 +497,7 @@ class EncoderFacade(TowerScope):
         merge = self._running().merges[i]
         if merge is None or merge.shorter:
             return None
-        return self._back(gather(self._rows(output), merge.patches), output)
+        return self._picked(output, merge.patches)
 
     def _block_post(self, i: int, module: Any, args: tuple, output: Any) -> Any:
         run = self._running()
@@ -496,9 +510,10 @@ class EncoderFacade(TowerScope):
             return None
         short = output[0] if isinstance(output, tuple) else output
         index = _in_tower_order(run, self._patches(run, state.source))
-        hidden = self._back(gather(self._rows(short), index), short)
-        if len(module._forward_hooks) == 1 and not _learns(module) and (merge is None or merge.shorter):
-            run.given = short, hidden
+        hidden = self._picked(short, index)
+        unseen = len(module._forward_hooks) == 1 and not _learns(module) and not hidden.is_inference()
+        if unseen and (merge is None or merge.shorter):
+            run.given = short, hidden, hidden._version
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
@@ -538,6 +553,11 @@ def _taken(name: str, value: Any, index: Tensor, tokens: int) -> Any:
 def _learns(module: Any) -> bool:
     """Whether a backward pass may come by a module, and gradient checkpointing replay it; code that is compiled counts as such."""
     return bool(torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
+
+
+def _is_still(given: Tensor, version: int, now: Tensor) -> bool:
+    """Whether `now` is what was given, and nobody has written into it."""
+    return now is given and now._version == version
 
 
 def _first_of(source: Tensor, count: int) -> Tensor:

@@ -79,8 +79,8 @@ class TransitionTap:
     def value(self, valid: Tensor | None, absolute: bool) -> Tensor:
         """Token transition variation of this layer, [B, S]."""
         seen = _noted(self.owner, self, self.modules[0])
-        parts = [seen[part] for part in sorted(seen)]
-        return torch.stack([transition_value(length, cosine, valid, absolute) for length, cosine in parts]).sum(0)
+        lengths, cosines = (torch.stack(parts) for parts in zip(*(seen[part] for part in sorted(seen)), strict=True))
+        return transition_value(lengths, cosines, valid, absolute).sum(0)
 
 
 LISTENS = "layer taps listen"
@@ -204,6 +204,11 @@ class Heads:
         return torch.cat([past.to(device).expand(batch, -1), new], 1)
 
     @property
+    def real(self) -> Tensor | None:
+        """`visible`; None: all are."""
+        return None if self.valid is None and not self.past else self.visible
+
+    @property
     def _cache_layer(self) -> Any:
         return None if self.cache is None else self.cache.layers[self.index]
 
@@ -225,13 +230,13 @@ class Heads:
         sees = who_sees(self.call, self.index, at.device)
         if last and sees is None and self.valid is None and not self.past and self.bias is None:
             return self.rows(self.queries(rows, at), self._of_rows(self.keys, rows), None)
-        mask = self._of_rows(self.visible, rows)[:, None, None]
         if sees is None:
-            place = torch.arange(self.keys.shape[2], device=at.device)
-            mask = mask & (place <= at[:, None, :, None] + self.past)
+            place, last_seen = torch.arange(self.keys.shape[2], device=at.device), at[:, None, :, None]
+            mask = place <= (last_seen + self.past if self.past else last_seen)
         else:
-            sees = sees[rows[:, 0], ..., : mask.shape[3]]
-            mask = mask & sees.take_along_dim(at[:, None, :, None], 2)
+            mask = sees[rows[:, 0], ..., : self.keys.shape[2]].take_along_dim(at[:, None, :, None], 2)
+        if self.real is not None:
+            mask = self._of_rows(self.real, rows)[:, None, None] & mask
         bias = None if self.bias is None else self.bias[rows[:, 0]][:, None, None]
         weights = self.rows(self.queries(rows, at), self._of_rows(self.keys, rows), mask, bias)
         return weights[..., self.past :] if self.past else weights
@@ -332,7 +337,7 @@ def _of_last(cut: Cut, where: str) -> Tensor:
 def _mean_attention(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
     q, k = heads.square("mean_attention")
-    real = heads.visible
+    real = heads.real
     received = attention_received(q, k, heads.form.scaling, query_weight=real, key_mask=real, causal=True)
     return cut._of(received, cut.at)
 
@@ -340,7 +345,7 @@ def _mean_attention(cut: Cut, where: str) -> Tensor:
 def _pagerank(cut: Cut, where: str) -> Tensor:
     heads = cut.heads(where)
     q, k = heads.square("pagerank")
-    return cut._of(attention_pagerank(q, k, heads.form.scaling, heads.visible), cut.at)
+    return cut._of(attention_pagerank(q, k, heads.form.scaling, heads.real), cut.at)
 
 
 def _text_attention_heads(cut: Cut, where: str) -> Tensor:
@@ -354,7 +359,8 @@ def _on_visuals(cut: Cut, weights: Tensor) -> Tensor:
 
 
 def _text_attention(cut: Cut, where: str) -> Tensor:
-    return _text_attention_heads(cut, where).mean(1)
+    weights = cut.heads(where).attention_of(cut.rows, cut.text).mean(1)
+    return weights.gather(2, cut.at.to(weights.device)[:, None].expand(-1, weights.shape[1], -1))
 
 
 def _key_norms(cut: Cut, where: str) -> Tensor:

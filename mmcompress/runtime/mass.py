@@ -21,7 +21,7 @@ from .call import Call
 from .channel import BIAS
 from .masks import mask_of
 from .packing import Group
-from .windows import columns_of, cuts_off, in_sight, spread, with_new
+from .windows import Columns, columns_of, cuts_off, in_sight, spread, with_new
 
 TAKE = ("sdpa", "eager", "flex_attention")
 """Attention implementations that take a mask of numbers."""
@@ -111,13 +111,15 @@ def _once(call: Call, group: Group, index: int, what: int, make: Any) -> Tensor:
     return call.masks[key][1]
 
 
-def bias_of(call: Call, group: Group, index: int, device: torch.device) -> Tensor:
-    """Logarithms of the masses of the keys of layer `index`, which is about to run, [B, 1, 1, K] float32."""
-    ledger, columns = ledger_of(call.cache, index), columns_of(call, group, index, device)
+def bias_of(call: Call, group: Group, index: int, device: torch.device, columns: Columns | None = None) -> Tensor:
+    """Logarithms of the masses of the keys of layer `index`, which is about to run, [B, 1, 1, K] float32; `columns`: those keys."""
+    ledger, columns = ledger_of(call.cache, index), columns or columns_of(call, group, index, device)
     number = columns.number
-    mass = spread(None if ledger is None else ledger.mass, number, torch.ones_like(number, dtype=torch.float32))
-    if group.mass is not None:
-        mass = with_new(number, columns.past, mass, group.mass)
+
+    def before() -> Tensor:
+        return spread(None if ledger is None else ledger.mass, number, torch.ones_like(number, dtype=torch.float32))
+
+    mass = before() if group.mass is None else with_new(number, columns.past, before, group.mass)
     return mass.log()[:, None, None]
 
 
@@ -127,14 +129,17 @@ def weighed_mask(config: Any, call: Call, group: Group, index: int, hidden: Tens
 
 
 def _weighed(config: Any, call: Call, group: Group, index: int, hidden: Tensor) -> Tensor:
-    bias = bias_of(call, group, index, hidden.device).to(hidden.dtype)
+    columns = columns_of(call, group, index, hidden.device)
+    bias = bias_of(call, group, index, hidden.device, columns).to(hidden.dtype)
     fits = config._attn_implementation in ("sdpa", "eager") or call.ready is not None
     seen = mask_of(config, call, group, index, hidden) if fits else None
     if seen is None:
-        seen = in_sight(call, group, index, columns_of(call, group, index, hidden.device))[:, None]
+        seen = in_sight(call, group, index, columns)[:, None]
     made = torch.where(seen, bias, torch.finfo(hidden.dtype).min) if seen.dtype == torch.bool else seen + bias
     keys = made.shape[3]  # kernels want rows to begin at multiples, and would copy the mask in every layer
-    return F.pad(made, (0, -keys % ALIGNED))[..., :keys].expand(call.batch, -1, -1, -1)
+    if keys % ALIGNED:
+        made = F.pad(made, (0, -keys % ALIGNED))[..., :keys]
+    return made.expand(call.batch, -1, -1, -1)
 
 
 def mass_of(call: Call, group: Group, index: int, past: int, device: torch.device) -> Tensor | None:

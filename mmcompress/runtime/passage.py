@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from ..selection import Selection, gather
 from ..stage import InputStage
 from ..visuals import Visuals
 from .cuts import choose
+from .packing import sent
 from .record import Decision
 
 
@@ -28,7 +30,7 @@ class Passage:
     def __init__(self, visuals: Visuals, levels: Tensor | None = None) -> None:
         self._visuals, self._levels = visuals, levels
         many, self.tokens, device = len(visuals.features), visuals.n, visuals.features.device
-        self.total = Selection(torch.arange(self.tokens, device=device).expand(many, -1))
+        self.total = Selection(sent(np.tile(np.arange(self.tokens), (many, 1)), device))
         self.decisions: list[Decision] = []
         self.remade = False
         self.scores: Tensor | None = None

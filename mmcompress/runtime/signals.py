@@ -181,6 +181,8 @@ class VisionTap:
             return attention_received(*turned, scale, cu_seqlens=arguments["cu_seqlens"])[0]
         bounds = arguments["cu_seqlens"].tolist()
         lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        if len(lengths) == 1 and bounds == [0, turned[0].shape[2]]:
+            return _among_patches(name, *turned, scale, None, 0)[0]
         parts: list[Tensor] = [torch.empty(0)] * len(lengths)
         for length in set(lengths):
             same = [i for i, n in enumerate(lengths) if n == length]
@@ -238,6 +240,8 @@ class VisionTap:
 def _turned(q: Tensor, k: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
     """Queries and keys [T, heads, d] of a packed sequence behind the rotation, [1, heads, T, d]."""
     cos, sin = (t[None].float() for t in arguments["position_embeddings"])
+    if q.shape == k.shape and q.dtype == k.dtype:  # at once
+        return list(rotate(torch.stack([q, k]).float().transpose(1, 2), cos, sin).to(q.dtype).split(1))
     return [rotate(x.float().transpose(0, 1)[None], cos, sin).to(x.dtype) for x in (q, k)]
 
 
@@ -298,6 +302,10 @@ def _among_patches(name: str, q: Tensor, k: Tensor, scale: float, mask: Tensor |
         raise NotImplementedError(f"{kind} behind an encoder stage with proportional attention: use proportional=False")
     if kind == "hub_attention":
         threshold = float(name.partition("@")[0].partition(":")[2])
-        return F.pad(hub_attention(q, k, scale, threshold, prefix), (prefix, 0))
+        return _behind(prefix, hub_attention(q, k, scale, threshold, prefix))
     received, given = attention_marginals(q, k, scale, prefix, softmax=kind.endswith("attention"))
-    return F.pad(received if kind.startswith("received") else given, (prefix, 0))
+    return _behind(prefix, received if kind.startswith("received") else given)
+
+
+def _behind(prefix: int, x: Tensor) -> Tensor:
+    return F.pad(x, (prefix, 0)) if prefix else x

@@ -12,6 +12,7 @@ and 80 % of the words are the same. More of the answers are right with kept toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ class Columns:
     number: Tensor
     past: Any
     place: Tensor
-    real: Tensor
+    real: Tensor | None
 
 
 def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Columns:
@@ -89,21 +90,34 @@ def columns_of(call: Call, group: Group, index: int, device: torch.device) -> Co
     if isinstance(first, Tensor) or first:
         number = number + first
     valid = ledger.valid if ledger is not None else call.past_valid
-    place = spread(ledger.place if ledger is not None else None, number, number + dropped)
-    real = spread(valid, number, torch.ones_like(number, dtype=torch.bool))
-    if group.place is not None:
-        place = with_new(number, past, place, call.past + group.place.to(device))
+
+    def place_before() -> Tensor:
+        return spread(None if ledger is None else ledger.place, number, number + dropped if dropped else number)
+
+    def real_before() -> Tensor:
+        return spread(valid, number, torch.ones_like(number, dtype=torch.bool))
+
+    if group.place is None:
+        place = place_before()
+    else:
+        new = group.place.to(device)
+        place = with_new(
+            number, past, place_before, new if isinstance(call.past, int) and not call.past else new + call.past
+        )
+    real = None
     if group.valid is not None:
-        real = with_new(number, past, real, group.valid)
+        real = with_new(number, past, real_before, group.valid)
+    elif valid is not None:
+        real = real_before()
     return Columns(number, past, place, real)
 
 
-def with_new(number: Tensor, past: Any, before: Tensor, new: Tensor) -> Tensor:
-    """Values `before` [B or 1, K] of the keys `number` [K], with `new` [B, M] for those from `past` on: [B, K]."""
+def with_new(number: Tensor, past: Any, before: Callable[[], Tensor], new: Tensor) -> Tensor:
+    """Values `before` () -> [B or 1, K] of the keys `number` [K], with `new` [B, M] for those from `past` on: [B, K]."""
     if not isinstance(past, Tensor) and not past and len(number) == new.shape[1]:  # there are no others
         return new.to(number.device)
     at = (number - past).clamp(0, new.shape[1] - 1)
-    return torch.where(number >= past, new.to(number.device)[:, at], before)
+    return torch.where(number >= past, new.to(number.device)[:, at], before())
 
 
 def spread(known: Tensor | None, number: Tensor, later: Tensor) -> Tensor:
@@ -138,10 +152,14 @@ def reached(call: Call, group: Group, index: int, columns: Columns) -> Tensor:
 
 def in_sight(call: Call, group: Group, index: int, columns: Columns) -> Tensor:
     """Which keys each new token sees where nothing is ready-made: real ones, not behind it, and near enough; [B or 1, M, K]."""
-    seen, window = columns.real[:, None], window_of(call, index)
+    seen, window = None if columns.real is None else columns.real[:, None], window_of(call, index)
     if window is None or not window.both:
-        row = torch.arange(group.physical, device=seen.device)[:, None] + columns.past
-        seen = seen & (columns.number <= row)
+        row = torch.arange(group.physical, device=columns.number.device)[:, None]
+        row = row if type(columns.past) is int and not columns.past else row + columns.past
+        before = (columns.number <= row)[None]
+        seen = before if seen is None else seen & before
+    if seen is None:
+        seen = torch.ones(1, 1, len(columns.number), dtype=torch.bool, device=columns.number.device)
     return seen & reached(call, group, index, columns) if cuts_off(call, index, group.logical) else seen
 
 
