@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ties import largest
+
 
 def of_cells(values: Tensor, slots: Tensor | None, features: Tensor) -> Tensor:
     """What the tokens `features` [U, N, D] have of `values` [cells]: [U, N], by the cells `slots` [U, N] that they are."""
@@ -20,7 +22,7 @@ def group_sum(x: Tensor, groups: Tensor, count: int) -> Tensor:
 
 def group_sizes(groups: Tensor, count: int) -> Tensor:
     """Members of each group, [U, count] int64."""
-    return group_sum(torch.ones_like(groups), groups, count)
+    return groups.new_zeros(len(groups), count).scatter(1, groups, 1, reduce="add")
 
 
 def rank_within(score: Tensor, groups: Tensor) -> Tensor:
@@ -28,11 +30,9 @@ def rank_within(score: Tensor, groups: Tensor) -> Tensor:
 
     score [U, N]; groups [U, N] int64, any numbers."""
     order = score.sort(dim=1, descending=True, stable=True).indices
-    order = order.gather(1, groups.gather(1, order).sort(dim=1, stable=True).indices)
-    ordered = groups.gather(1, order)
-    place = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
-    first = torch.where(ordered.diff(dim=1, prepend=ordered[:, :1] - 1) != 0, place, 0).cummax(1).values
-    return torch.zeros_like(groups).scatter(1, order, place - first)
+    ordered, place = groups.gather(1, order).sort(dim=1, stable=True)
+    rank = torch.arange(groups.shape[1], device=groups.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(rank).scatter(1, order.gather(1, place), rank)
 
 
 def apportion(sizes: Tensor, k: int, largest: int) -> Tensor:
@@ -53,4 +53,6 @@ def apportion(sizes: Tensor, k: int, largest: int) -> Tensor:
 def best_of_groups(scores: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
     """Mask [U, N] of the `counts` [U, G] largest `scores` [U, N] of each of the groups [U, N] in [0, G); all of a smaller group;
     ties to the lower index."""
+    if counts.shape[1] == 1:
+        return largest(scores, counts)
     return rank_within(scores, groups) < counts.gather(1, groups)

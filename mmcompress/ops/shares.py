@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .known import known_zero
+
 
 def split_budget(k: int, sizes: Sequence[int]) -> list[int]:
     """`k` tokens over parts of known sizes, in proportion to them: rounded down, the rest to the largest remainders (the
@@ -30,6 +32,8 @@ def worth_shares(worth: Tensor, room: Tensor, k: int | Tensor) -> Tensor:
     order of room / worth). Shares are rounded down, the rest goes one by one to the parts of the largest worth; ties to the
     lower part. Parts without worth share equally what all others cannot take. Cost P log P.
     """
+    if worth.shape[1] == 1:
+        return torch.zeros_like(room.expand(worth.shape)) + k
     worth = worth.float()
     room = room.expand(worth.shape)
     worth = torch.maximum(worth, (1e-12 * worth.amax(1, keepdim=True)).clamp_min(1e-30))
@@ -37,18 +41,18 @@ def worth_shares(worth: Tensor, room: Tensor, k: int | Tensor) -> Tensor:
     size, weight = room.gather(1, order), worth.gather(1, order)
     left = k - (size.cumsum(1) - size)
     rate = left / weight.flip(1).cumsum(1).flip(1)
-    full = (rate * weight >= size).long().cumprod(1).sum(1, keepdim=True)
+    full = (rate * weight >= size).cumprod(1).sum(1, keepdim=True)
     rate = rate.gather(1, full.clamp_max(worth.shape[1] - 1))
-    share = torch.minimum((rate * worth).floor(), room).long()
-    share = _fill(share, torch.zeros_like(share[:, :1]) + k)  # rounding must never give out more than k
+    share = _fill(torch.minimum((rate * worth).floor(), room).long(), k)  # rounding must never give out more than k
 
-    by_worth = worth.masked_fill(share >= room, -1).sort(dim=1, descending=True, stable=True).indices
-    one = _fill((share < room).long().gather(1, by_worth), k - share.sum(1, keepdim=True))
-    share = share + torch.zeros_like(share).scatter(1, by_worth, one)
-    return share + _fill(room - share, k - share.sum(1, keepdim=True))
+    full = share >= room
+    rank = worth.masked_fill(full, -1).sort(dim=1, descending=True, stable=True).indices.argsort(1)
+    share = share + (rank < k - share.sum(1, keepdim=True)).masked_fill(full, False)
+    left = k - share.sum(1, keepdim=True)
+    return share if known_zero(left) else share + _fill(room - share, left)
 
 
-def _fill(room: Tensor, count: Tensor) -> Tensor:
-    """`count` [U, 1] over the parts from the left, each filled up before the next."""
-    filled = torch.minimum(room.cumsum(1), count)
+def _fill(room: Tensor, count: int | Tensor) -> Tensor:
+    """`count`, or one [U, 1] for each row, over the parts from the left, each filled up before the next."""
+    filled = room.cumsum(1).clamp_max(count)
     return filled - F.pad(filled, (1, -1))
