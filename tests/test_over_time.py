@@ -19,7 +19,7 @@ from mmcompress.ops.connected import Connected
 from mmcompress.ops.levels import levels, links
 from mmcompress.ops.links import as_one, linked
 from mmcompress.ops.runs import longest_runs, windows_of
-from mmcompress.ops.segments import Places, peaks, segments
+from mmcompress.ops.segments import Packed, Places, peaks, segments
 from mmcompress.ops.still import best_windows
 from mmcompress.stage import InputStage, LayerStage, Selecting
 
@@ -189,15 +189,17 @@ def test_peaks_by_group() -> None:
     """As one group after the other, whatever the order of the tokens."""
     x = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0))
     groups = torch.arange(20).expand(2, -1) % 3 - (torch.arange(20) == 7).long()
-    whole = peaks(x, groups, 3, 20, 4)
+    whole = peaks(x, Packed(groups, 3, 20), 4)
     for visual in range(2):
         for group in range(3):
             mine = (groups[visual] == group).nonzero()[:, 0]
-            alone = peaks(x[visual, mine][None], torch.zeros(1, len(mine), dtype=torch.int64), 1, 20, 4)
+            alone = peaks(x[visual, mine][None], Packed(torch.zeros(1, len(mine), dtype=torch.int64), 1, 20), 4)
             assert torch.allclose(whole[visual, mine], alone[0])
-    mixed = peaks(x, groups, 3, 20, torch.tensor([[4, 4, 4], [4, 4, 4]]))
+    mixed = peaks(x, Packed(groups, 3, 20), torch.tensor([[4, 4, 4], [4, 4, 4]]))
     assert torch.equal(mixed, whole)
-    pair = peaks(torch.tensor([[[0.0], [1.0], [9.0]]]), torch.zeros(1, 3, dtype=torch.int64), 1, 3, torch.tensor([[2]]))
+    pair = peaks(
+        torch.tensor([[[0.0], [1.0], [9.0]]]), Packed(torch.zeros(1, 3, dtype=torch.int64), 1, 3), torch.tensor([[2]])
+    )
     assert pair[0, 0] == pair[0, 1] > pair[0, 2]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -35,22 +36,24 @@ def match(
     cu_a: Tensor | None = None,
     cu_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    small = 0 < a.shape[:-1].numel() * b.shape[1] <= _SMALL and a.device.type == "cpu"
-    if small and cu_a is None and rule.m == 1 and not rule.same_cell:
-        return _whole(a, b, rule, query_mask, key_mask)
+    parts = None if cu_a is None or cu_b is None else list(zip(segments(cu_a), segments(cu_b), strict=True))
+    if a.device.type == "cpu" and rule.m == 1 and not rule.same_cell:
+        shapes = [(a.shape[:-1].numel(), b.shape[1])] if parts is None else [(i - h, k - j) for (h, i), (j, k) in parts]
+        if 0 < sum(rows * columns for rows, columns in shapes) <= _SMALL:
+            return _few(a, b, rule, query_mask, key_mask, parts)
     left = right = None
     if rule.normalize:
-        left, right = inverse_norms(a), inverse_norms(b)
+        left = inverse_norms(a)
+        right = left if b is a else inverse_norms(b)
         a, b = without_huge(a, left), without_huge(b, right)
     value = a.new_full((*a.shape[:-1], rule.m), float("-inf"), dtype=torch.float32)
     index = torch.full(value.shape, -1, device=a.device)
     search = _same_cell if rule.same_cell else _search
-    if cu_a is None or cu_b is None:
+    if parts is None:
         search(a, b, right, rule, key_mask, value, index)
-    else:
-        for (a0, a1), (b0, b1) in zip(segments(cu_a), segments(cu_b), strict=True):
-            scale, keys = (None if x is None else x[None, b0:b1] for x in (right, key_mask))
-            search(a[None, a0:a1], b[None, b0:b1], scale, rule, keys, value[None, a0:a1], index[None, a0:a1], b0)
+    for (a0, a1), (b0, b1) in parts or ():
+        scale, keys = (None if x is None else x[None, b0:b1] for x in (right, key_mask))
+        search(a[None, a0:a1], b[None, b0:b1], scale, rule, keys, value[None, a0:a1], index[None, a0:a1], b0)
     none = index < 0 if query_mask is None else index.masked_fill_(~query_mask[..., None], -1) < 0
     if left is not None:
         value.mul_(left[..., None])
@@ -58,47 +61,89 @@ def match(
     return value if rule.largest else value.neg_(), index
 
 
-def _whole(
-    a: Tensor, b: Tensor, rule: Rule, query_mask: Tensor | None, key_mask: Tensor | None
+def _few(
+    a: Tensor,
+    b: Tensor,
+    rule: Rule,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    parts: Sequence[tuple[tuple[int, int], tuple[int, int]]] | None,
 ) -> tuple[Tensor, Tensor]:
-    """`match` for m = 1 in one small table on the CPU. The products are those of `_search`; the rest is NumPy, whose calls take a
-    third of the time."""
+    """`match` for m = 1 in small tables on the CPU, one of all or of each segment. The products are those of `_search`; the rest is
+    NumPy, whose calls take a third of the time."""
+    left = _side(a, query_mask, rule)
+    right = (*left[:2], _as_array(key_mask)) if b is a else _side(b, key_mask, rule)
+    if parts is None:
+        value, index = _whole(left, right, rule)
+        return torch.from_numpy(value), torch.from_numpy(index)
+    shape = len(left[0]), 1
+    value, index = np.full(shape, _NONE if rule.largest else -_NONE), np.full(shape, -1)
+    for (a0, a1), (b0, b1) in parts:
+        if a0 < a1 and b0 < b1:
+            rows, columns = (
+                [None if x is None else x[None, part] for x in side]
+                for side, part in ((left, slice(a0, a1)), (right, slice(b0, b1)))
+            )
+            score, place = _whole(rows, columns, rule)
+            value[a0:a1], index[a0:a1] = score[0], np.where(place[0] < 0, -1, place[0] + b0)
+    return torch.from_numpy(value), torch.from_numpy(index)
+
+
+def _side(x: Tensor, mask: Tensor | None, rule: Rule) -> tuple[Any, Any, Any]:
+    """Arrays of the rows; of 1 over their lengths, where they are compared by cosine, and those beyond float32 are zero vectors then;
+    and of which count."""
+    x = x.detach() if x.requires_grad else x
+    rows, inverse = array(x), None
+    if rule.normalize:
+        inverse = 1 / np.maximum(norms(x).numpy(), np.float32(LEAST))
+        if not inverse.all():
+            rows = np.where(inverse[..., None] == 0, np.float32(0), rows)
+    return rows, inverse, _as_array(mask)
+
+
+def _as_array(mask: Tensor | None) -> Any:
+    return None if mask is None else mask.numpy()
+
+
+def _whole(a: Any, b: Any, rule: Rule) -> tuple[Any, Any]:
+    """`match` in one table of arrays."""
+    (a, left, query_mask), (b, right, key_mask) = a, b
     rows, columns = a.shape[1], b.shape[1]
-    (tall, left), (wide, right) = (_filled(x, unit, rule.normalize) for x, unit in ((a, ROWS), (b, COLUMNS)))
+    tall, wide = (filled(x, unit) for x, unit in ((a, ROWS), (b, COLUMNS)))
     scores = torch.bmm(tall, wide.transpose(1, 2)).numpy()[:, :rows, :columns]
     if right is not None:
         scores = scores * right[:, None]
     if not rule.largest:
         scores = -scores
     if key_mask is not None:
-        scores = np.where(key_mask.numpy()[:, None], scores, _NONE)
+        scores = np.where(key_mask[:, None], scores, _NONE)
     if rule.exclude_self or rule.low is not None or rule.high is not None:
-        number = torch.arange(max(rows, columns))
-        scores = np.where(rule.allowed(number[:rows, None], number[:columns]).numpy(), scores, _NONE)
+        number = np.arange(max(rows, columns))
+        scores = np.where(rule.allowed(number[:rows, None], number[:columns]), scores, _NONE)
     index, value = scores.argmax(2), scores.max(2, keepdims=True)  # the first of equals
     none = value == _NONE
     if query_mask is not None:
-        none |= ~query_mask.numpy()[..., None]
+        none |= ~query_mask[..., None]
     if left is not None:
         value *= left[..., None]
     value[none], index[none[..., 0]] = _NONE, -1
-    return torch.from_numpy(value if rule.largest else -value), torch.from_numpy(index[..., None])
+    return value if rule.largest else -value, index[..., None]
 
 
-def _filled(x: Tensor, unit: int, normalize: bool) -> tuple[Tensor, Any]:
-    """x [G, n, D] in float32, filled up with zero rows to a multiple of `unit`; and, to `normalize` them, 1 over the lengths of the
-    rows [G, n], where those beyond float32 are zero vectors."""
+def array(x: Tensor) -> Any:
+    """Numbers of the CPU as NumPy sees them, in float32 unless they are bool."""
     x = x.detach() if x.requires_grad else x
+    return (x if x.dtype == torch.bool else x.float()).numpy()
+
+
+def filled(x: Any, unit: int) -> Tensor:
+    """x [G, n, D], an array of float32, filled up with zero rows to a multiple of `unit`."""
     shape = len(x), round_up(x.shape[1], unit), x.shape[2]
-    inverse = 1 / np.maximum(norms(x).numpy(), np.float32(LEAST)) if normalize else None
-    huge = inverse is not None and not inverse.all()
-    if x.shape == shape and x.dtype == torch.float32 and x.is_contiguous() and not huge:
-        return x, inverse
+    if x.shape == shape and x.flags.c_contiguous and x.flags.writeable:
+        return torch.from_numpy(x)
     found = np.zeros(shape, np.float32)
-    found[:, : x.shape[1]] = x.float().numpy()
-    if huge:
-        found[:, : x.shape[1]][inverse == 0] = 0
-    return torch.from_numpy(found), inverse
+    found[:, : x.shape[1]] = x
+    return torch.from_numpy(found)
 
 
 def _search(

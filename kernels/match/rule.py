@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,10 @@ class Rule:
         """One past the last column, of `columns`, that a row may match."""
         return columns if self.high is None else max(0, min(columns, (row // self.frame + self.high + 1) * self.frame))
 
-    def allowed(self, row: Tensor, column: Tensor) -> Tensor:
-        """Which pairs may match; `row` and `column` are broadcast."""
-        step = column.div(self.frame, rounding_mode="floor") - row.div(self.frame, rounding_mode="floor")
-        allowed = torch.ones_like(step, dtype=torch.bool)
+    def allowed(self, row: Any, column: Any) -> Any:
+        """Which pairs may match; `row` and `column`, both tensors or both arrays, are broadcast."""
+        step = column // self.frame - row // self.frame
+        allowed = step == step
         if self.low is not None:
             allowed &= step >= self.low
         if self.high is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ CELLS = 1 << 20
 def merge(x: Tensor, assign: Tensor, count: int, weight: Tensor | None, mean: bool) -> Tensor:
     """x [U, N, D] to [U, count, D]."""
     if plain("merge", x.shape[1] * x.shape[2]):
-        return naive.merge(x, assign, count, weight, mean)
+        return (_few if x.device.type == "cpu" else naive.merge)(x, assign, count, weight, mean)
     rows, width = x.flatten(0, 1), x.shape[2]
     order, first = members(assign, count)
     weights = None if weight is None else weight.float().reshape(-1, 1)
@@ -35,6 +36,23 @@ def merge(x: Tensor, assign: Tensor, count: int, weight: Tensor | None, mean: bo
             part = slice(begin, begin + step)
             found[:, part] = _sums(rows[:, part].float(), order, first, share, scale)
     return found.view(len(x), count, width)
+
+
+def _few(x: Tensor, assign: Tensor, count: int, weight: Tensor | None, mean: bool) -> Tensor:
+    """The same on the CPU with the rounding of the naive twin, in a third of its calls: weighted tokens are made."""
+    order, first = members(assign, count)
+    rows = x.float().flatten(0, 1)
+    if weight is not None:
+        weight = weight.float().reshape(-1, 1)
+        rows = rows * weight
+    found = _sums(rows, order, first, None)
+    if mean and weight is not None:
+        total = _sums(weight, order, first, None)
+        found.div_(total.masked_fill_(total == 0, 1))
+    elif mean:
+        sizes = np.diff(first.numpy()).clip(1).astype(np.float32)
+        found.div_(torch.from_numpy(sizes[:, None]))
+    return found.to(x.dtype).view(len(x), count, -1)
 
 
 def _sums(x: Tensor, order: Tensor, first: Tensor, share: Tensor | None, scale: Tensor | None = None) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..kernels.merge import merge
 from ..ops.anchors import into_anchors
-from ..ops.groups import best_of_groups, group_sizes
+from ..ops.groups import best_of_groups
+from ..ops.known import known_zero
 from ..ops.precision import wide
-from ..ops.segments import Places, first_of_segment, likeness, of_segment, peaks, segments
+from ..ops.segments import Packed, Places, first_of_segment, likeness, of_segment, peaks, segments
 from ..ops.shares import split_budget
 from ..ops.ties import largest
 from ..plan import register
@@ -71,10 +72,11 @@ class FastVID(InputStage):
             similar = likeness(merge(wide(visuals.features), at.frame, at.frames, mean=True))
             segment = segments(similar, self.segments, self.tau)
             score = visuals["cls_attention", "received_attention"].float()
-            salient, context = self.counts(similar, segment, group_sizes(at.frame, at.frames), visuals.k)
+            salient, context = self.counts(similar, segment, at.sizes(), visuals.k)
             salient, anchor = self.chosen(visuals.features, score, at, salient, context)
             more = visuals.k - (salient | anchor).sum(1, keepdim=True)
-            salient = salient | largest(score, more, ~(salient | anchor))
+            if not known_zero(more):
+                salient = salient | largest(score, more, ~(salient | anchor))
         return self.merged(
             visuals.features, at, segment, salient, anchor, visuals.k, int(visuals.k * self.context) + at.frames
         )
@@ -121,7 +123,7 @@ class FastVID(InputStage):
     @staticmethod
     def density(features: Tensor, salient: Tensor, at: Places) -> Tensor:
         """Logarithm of density times gap of the tokens that are not salient, [U, N]; -inf for those."""
-        return peaks(features.detach(), at.frame.masked_fill(salient, -1), at.frames, at.most, 4)
+        return peaks(features.detach(), Packed(at.frame.masked_fill(salient, -1), at.frames, at.most), 4)
 
     def merged(
         self, features: Tensor, at: Places, segment: Tensor, salient: Tensor, anchor: Tensor, k: int, most: int

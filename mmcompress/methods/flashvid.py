@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..budget import check_keep
 from ..kernels.merge import merge
-from ..ops.groups import best_of_groups, group_sizes
+from ..ops.groups import best_of_groups, group_sizes, group_sum
 from ..ops.precision import wide
-from ..ops.segments import Places, likeness, nearest_of_group, of_segment, peaks, segments
+from ..ops.segments import Packed, Places, likeness, nearest_of_group, of_segment, peaks, segments
 from ..ops.shares import split_budget, worth_shares
 from ..ops.trees import apart, bounded, children, fewer, joins, roots
 from ..plan import register
@@ -69,37 +69,46 @@ class FlashVIDMerge(InputStage):
         score = visuals["received_attention", "cls_attention"]
         budget = split_budget(k, [1] * at.frames)
         kept = [math.ceil(round(self.alpha * part, 6)) for part in budget]
-        room = group_sizes(at.frame, at.frames)
+        room = at.sizes()
         alone = torch.minimum(torch.tensor(kept).to(room.device, non_blocking=True), room)
-        whole = torch.tensor(budget).to(room.device, non_blocking=True).expand_as(room)
-        segment, left = self.segment(x, at), k - alone.sum(1, keepdim=True)
-        chosen = self.chosen(x, at, segment, score, alone, sum(kept))
-        parent = torch.full_like(at.frame, -1)
+        left, means = k - alone.sum(1, keepdim=True), self.means(x, at)
+        segment = self.segment(means)
+        chosen = self.chosen(x, at, means, segment, score, alone, sum(kept))
+        parent, counts = torch.full_like(at.frame, -1), left
         if at.frames > 1:
+            whole = torch.tensor(budget).to(room.device, non_blocking=True).expand_as(room)
             parent, cosine = joins(x, at, segment, ~chosen, self.tau)
             parent = bounded(parent, cosine, at, segment, whole)
             free = visuals.n - alone.sum(1, keepdim=True)
             parent = fewer(parent, cosine, torch.zeros_like(parent), free - left)
-        root = ~chosen & (parent < 0)
-        found = group_sizes(torch.where(root, at.frame, at.frames), at.frames + 1)[:, :-1]
-        part = of_segment(whole - alone, segment) / of_segment(found, segment).clamp_min(1)
-        counts = worth_shares(found * part, found, left)
+        root = (parent < 0).masked_fill(chosen, False)
+        if at.frames > 1:
+            found = group_sum(root.long(), at.frame, at.frames)
+            part = of_segment(whole - alone, segment) / of_segment(found, segment).clamp_min(1)
+            counts = worth_shares(found * part, found, left)
         into, weight, centre = self.clustered(x, at, parent, root, counts, k)
         into = torch.where(chosen, torch.arange(visuals.n, device=x.device), into)
-        weight = torch.where(chosen, 1.0, weight)
-        return Selection.into(chosen | centre, k, into, weight, scores=score)
+        return Selection.into(chosen | centre, k, into, weight.masked_fill(chosen, 1), scores=score)
 
-    def segment(self, x: Tensor, at: Places) -> Tensor:
-        """Number of the segment of each frame, [U, T], of tokens [U, N, C]."""
-        return segments(likeness(merge(wide(x), at.frame, at.frames, mean=True)), self.segments, self.cut)
+    @staticmethod
+    def means(x: Tensor, at: Places) -> Tensor:
+        """Means of the tokens [U, N, C] of each frame, [U, T, C]."""
+        return merge(wide(x), at.frame, at.frames, mean=True)
 
-    def chosen(self, x: Tensor, at: Places, segment: Tensor, score: Tensor, counts: Tensor, most: int) -> Tensor:
+    def segment(self, means: Tensor) -> Tensor:
+        """Number of the segment of each frame, [U, T], of frames with these means [U, T, C]."""
+        return segments(likeness(means), self.segments, self.cut)
+
+    def chosen(
+        self, x: Tensor, at: Places, means: Tensor, segment: Tensor, score: Tensor, counts: Tensor, most: int
+    ) -> Tensor:
         """The `counts` [U, T] tokens of each frame that are kept as they are, [U, N] bool; most: no row of counts sums to more."""
         weight = wide(score)
         if self.events:
-            means = merge(wide(x), at.frame, at.frames, mean=True)
-            typical = merge(means, segment, at.frames, mean=True)
-            weight = weight * (wide(x) * gather(typical, segment.gather(1, at.frame))).sum(2)
+            typical = means
+            if at.frames > 1:
+                typical = gather(merge(means, segment, at.frames, mean=True), segment.gather(1, at.frame))
+            weight = weight * (wide(x) * typical).sum(2)
         return apart(x, at, weight, counts, most)
 
     def clustered(
@@ -107,15 +116,20 @@ class FlashVIDMerge(InputStage):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Clusters of the trees whose roots the mask `root` [U, N] has, `counts` [U, T] in each frame, at most `k` in all: the
         centre that each token goes into and its share there, both [U, N], and the centres, [U, N] bool."""
-        top = roots(parent, at.frames)
-        weight, values = self.trees(x, parent, top)
+        top, weight, values = None, 1.0, x
+        if at.frames > 1:
+            top = roots(parent, at.frames)
+            weight, values = self.trees(x, parent, top)
         group = at.frame.masked_fill(~root, -1)
-        density = peaks(values, group, at.frames, at.most, counts.clamp(1, 7))
-        centre = best_of_groups(density, at.frame.masked_fill(~root, at.frames), F.pad(counts, (0, 1)))
-        nearest = nearest_of_group(values, group, at.frames, at.most, centre, k * len(x))
-        many = group_sizes(torch.where(nearest < 0, at.tokens, nearest), at.tokens + 1).gather(1, nearest.clamp_min(0))
-        into = nearest.gather(1, top)
-        return into, torch.where(into < 0, 0, weight / many.gather(1, top).clamp_min(1)), centre
+        packed = Packed(group, at.frames, at.most)
+        density = peaks(values, packed, counts.clamp(1, 7))
+        centre = best_of_groups(density, group % (at.frames + 1), F.pad(counts, (0, 1)))
+        nearest = nearest_of_group(values, packed, centre, k * len(x))
+        number = nearest + 1
+        many = group_sizes(number, at.tokens + 1).gather(1, number).float()
+        if top is not None:
+            nearest, many = nearest.gather(1, top), many.gather(1, top)
+        return nearest, (weight / many).masked_fill(nearest < 0, 0), centre
 
     def trees(self, x: Tensor, parent: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
         """The weight of each token in its tree, [U, N], and what the trees are, at their roots, [U, N, C]."""

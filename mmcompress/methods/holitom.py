@@ -56,9 +56,11 @@ class HoliTomMerge(InputStage):
     @torch.no_grad()
     def select(self, visuals: Visuals) -> Selection:
         at, score = Places.of(visuals), visuals["received_attention", "cls_attention"].float()
+        if at.frames == 1:  # nothing that could stay the same
+            return Selection.top(score, visuals.k)
         still = self.windows(visuals.features.detach(), at)[2]
-        counts = still.shares(at.frames, visuals.k)
-        copies, still = still.copies(score, counts[:, -1:])
+        counts = still.shares(visuals.k)
+        copies, still = still.copies(lambda: score, counts[:, -1:])
         return self.merged(still, at, score, counts, visuals.k, copies)
 
     def windows(self, features: Tensor, at: Places) -> tuple[Tensor, Tensor, Still]:
@@ -72,15 +74,11 @@ class HoliTomMerge(InputStage):
     ) -> Selection:
         """The k tokens where each group of `still` keeps `counts` [U, 2 T + 1], and those of the mask `copies` [U, N] stay too."""
         moving = (still.group < 0) | (still.group >= at.frames)
-        group = still.group.masked_fill(moving, -1)
-        worth = score
-        if at.frames > 1:
-            density = peaks(still.means, group, 2 * at.frames, at.most, counts[:, :-1].clamp(1, 7))
-            worth = torch.where(moving, score, density)
-        number = torch.where(still.group < 0, 2 * at.frames, still.group)
-        kept = best_of_groups(worth, number, counts) & (still.group >= 0)
+        packed = still.packed(at, still.group.masked_fill(moving, -1))
+        density = peaks(still.means, packed, counts[:, :-1].clamp(1, 7))
+        kept = best_of_groups(torch.where(moving, score, density), still.number, counts) & (still.group >= 0)
         kept = kept if copies is None else kept | copies
-        return Selection.into(kept, k, *still.gathered(at, group, kept, k, self.beta), scores=score)
+        return Selection.into(kept, k, *still.gathered(packed, kept, k, self.beta), scores=score)
 
 
 @register("holitom_inner")
@@ -108,7 +106,7 @@ class HoliTomInner(LayerStage):
         nearest = match(states, states, query_mask=~kept, key_mask=kept)[1]
         into = torch.where(kept, number, nearest)
         late = group_sizes(into, visuals.n).gather(1, into) - 1  # how many are averaged into its target, from it on
-        late = late - torch.where(kept, 0, rank_within(-number.float(), torch.where(kept, visuals.n, into)))
+        late = late - rank_within(-number.float(), into.masked_fill(kept, visuals.n)).masked_fill(kept, 0)
         return Selection.into(kept, visuals.k, into, 0.5**late, scores=score)
 
 

@@ -107,7 +107,7 @@ class LLaVAScissor(InputStage):
         many components of the first step as cannot be too many, k, and `most`."""
         n, best, tries = x.shape[1], None, self.probes
         most = min(n, max(math.isqrt(n * k), FREE))
-        link, low = falling(links(x, at)), (0, -1.01)
+        link, low = falling(links(x, at)) if at.frames > 1 else [], (0, -1.01)
         if len(link) >= n - k:
             best, tries = Connected.of(x, at, between(link, n - k)), tries - 1
             if len(best.keys) > k:

@@ -57,10 +57,14 @@ class PruneVidMerge(InputStage):
     @torch.no_grad()
     def select(self, visuals: Visuals) -> Selection:
         at, features = Places.of(visuals), visuals.features.detach()
-        still = self.still(features, at, self.window(self.labels(features, at)))
-        counts = still.shares(at.frames, visuals.k)
-        away = (features - gather(still.means, still.head)).float().square().sum(2)
-        copies, still = still.copies(away, counts[:, -1:])
+        if at.frames == 1:
+            still = Still.of_picture(features, at)
+        else:
+            still = self.still(features, at, self.window(self.labels(features, at)))
+        counts = still.shares(visuals.k)
+        copies, still = still.copies(
+            lambda: (features - gather(still.means, still.head)).float().square().sum(2), counts[:, -1:]
+        )
         return self.merged(still, at, self.density(still, at), counts, visuals.k, copies)
 
     def labels(self, features: Tensor, at: Places) -> Tensor:
@@ -86,17 +90,16 @@ class PruneVidMerge(InputStage):
     @staticmethod
     def density(still: Still, at: Places) -> Tensor:
         """How much each token is a peak of its group, [U, N]."""
-        return peaks(still.means, still.group, 2 * at.frames, at.most, _NEIGHBOURS)
+        return peaks(still.means, still.packed(at), _NEIGHBOURS)
 
     @staticmethod
     def merged(
         still: Still, at: Places, density: Tensor, counts: Tensor, k: int, copies: Tensor | None = None
     ) -> Selection:
         """The k tokens where each group of `still` keeps `counts` [U, 2 T + 1], and those of the mask `copies` [U, N] stay too."""
-        number = torch.where(still.group < 0, 2 * at.frames, still.group)
-        kept = best_of_groups(density, number, counts) & (still.group >= 0)
+        kept = best_of_groups(density, still.number, counts) & (still.group >= 0)
         kept = kept if copies is None else kept | copies
-        return Selection.into(kept, k, *still.gathered(at, still.group, kept, k))
+        return Selection.into(kept, k, *still.gathered(still.packed(at), kept, k))
 
 
 @register("prunevid")

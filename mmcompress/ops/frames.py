@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.gather import gather
+from .known import known_zero
 from .precision import wide
 from .shares import worth_shares
 
@@ -141,14 +142,16 @@ def largest_remainder(wanted: Tensor, room: Tensor, k: Tensor | int) -> Tensor:
 
     Rounded down and not more than `room` [U, T]; then one each by falling remainder, ties to the earlier frame; what is left when
     all have had one, since some are full, goes to the others by what they wanted."""
+    if wanted.shape[1] == 1:
+        return torch.zeros_like(room) + k
     whole = torch.minimum(wanted.floor().long().clamp_min(0), room)
+    full = whole >= room
+    order = (wanted - whole).masked_fill(full, -1).sort(dim=1, descending=True, stable=True).indices
+    whole = whole + (order.argsort(1) < k - whole.sum(1, keepdim=True)).masked_fill(full, False)
     left = k - whole.sum(1, keepdim=True)
-    order = (wanted - whole).masked_fill(whole >= room, -1).sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    whole = whole + ((rank < left) & (whole < room)).long()
-    left = k - whole.sum(1, keepdim=True)
-    more = worth_shares(wanted.clamp_min(0), room - whole, left.clamp_min(0))
-    return whole + more
+    if known_zero(left):
+        return whole
+    return whole + worth_shares(wanted.clamp_min(0), room - whole, left.clamp_min(0))
 
 
 def evenly(mask: Tensor, k: Tensor | int) -> Tensor:

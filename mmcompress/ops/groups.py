@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ties import largest
+
 
 def of_cells(values: Tensor, slots: Tensor | None, features: Tensor) -> Tensor:
     """What the tokens `features` [U, N, D] have of `values` [cells]: [U, N], by the cells `slots` [U, N] that they are."""
@@ -21,7 +23,7 @@ def group_sum(x: Tensor, groups: Tensor, count: int) -> Tensor:
 
 def group_sizes(groups: Tensor, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
     """Members of each group, [U, count] (float32 counts exactly up to 2^24)."""
-    return group_sum(torch.ones_like(groups, dtype=dtype), groups, count)
+    return torch.zeros(len(groups), count, dtype=dtype, device=groups.device).scatter(1, groups, 1, reduce="add")
 
 
 def rank_within(score: Tensor, groups: Tensor) -> Tensor:
@@ -29,8 +31,9 @@ def rank_within(score: Tensor, groups: Tensor) -> Tensor:
 
     score [U, N]; groups [U, N] int64, any numbers."""
     order = score.sort(dim=1, descending=True, stable=True).indices
-    order = order.gather(1, groups.gather(1, order).sort(dim=1, stable=True).indices)
-    return places_of(order, groups)
+    ordered, place = groups.gather(1, order).sort(dim=1, stable=True)
+    rank = torch.arange(groups.shape[1], device=groups.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(rank).scatter(1, order.gather(1, place), rank)
 
 
 def places_of(order: Tensor, groups: Tensor) -> Tensor:
@@ -59,4 +62,6 @@ def apportion(sizes: Tensor, k: int, largest: int) -> Tensor:
 def best_of_groups(scores: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
     """Mask [U, N] of the `counts` [U, G] largest `scores` [U, N] of each of the groups [U, N] in [0, G); all of a smaller group;
     ties to the lower index."""
+    if counts.shape[1] == 1:
+        return largest(scores, counts)
     return rank_within(scores, groups) < counts.gather(1, groups)

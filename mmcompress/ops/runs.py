@@ -12,9 +12,8 @@ from .groups import group_sizes
 
 def windows_of(labels: Tensor) -> Tensor:
     """The first frame of the run of equal labels that each frame is in: labels [U, T] to [U, T] int64."""
-    number = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    begins = F.pad(labels.diff(dim=1) != 0, (1, 0), value=True)
-    return torch.where(begins, number, 0).cummax(1).values
+    goes_on = F.pad(labels[:, 1:] == labels[:, :-1], (1, 0))
+    return torch.arange(labels.shape[1], device=labels.device).masked_fill(goes_on, 0).cummax(1).values
 
 
 @torch.no_grad()

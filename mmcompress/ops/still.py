@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 from ..kernels.gather import gather
 from ..kernels.merge import merge
 from .groups import group_sizes
+from .known import known_zero
 from .precision import wide
-from .segments import Places, nearest_of_group
+from .segments import Packed, Places, nearest_of_group
 from .shares import worth_shares
 from .ties import argmax_first, largest
 
@@ -21,6 +24,8 @@ from .ties import argmax_first, largest
 def table_of(at: Places) -> Tensor:
     """The token at each place of each frame, [U, T * P] int64, -1 where there is none."""
     number = torch.arange(at.tokens, device=at.frame.device).expand_as(at.frame)
+    if at.whole:
+        return number
     table = torch.full((len(number), at.frames * at.most), -1, device=number.device)
     return table.scatter(1, at.frame * at.most + at.cell, number)
 
@@ -29,13 +34,13 @@ def table_of(at: Places) -> Tensor:
 def unchanged(x: Tensor, at: Places, threshold: float) -> tuple[Tensor, Tensor]:
     """Cosine of each token x [U, N, C] with the one at the same place of the next frame, by place, [U, T - 1, P] float32 (0
     where one is missing), and whether it is above the threshold."""
-    table = table_of(at).unflatten(1, (at.frames, at.most))
-    here, there = (table[:, :-1].flatten(1), table[:, 1:].flatten(1))
-    both = (here >= 0) & (there >= 0)
-    rows = F.normalize(wide(x), dim=-1)
-    cosine = (gather(rows, here.clamp_min(0)) * gather(rows, there.clamp_min(0))).sum(2)
-    shape = (at.frames - 1, at.most)
-    return cosine.masked_fill(~both, 0).unflatten(1, shape), ((cosine > threshold) & both).unflatten(1, shape)
+    shape, rows = (at.frames, at.most), F.normalize(wide(x), dim=-1)
+    table = table_of(at)
+    there = (table >= 0).unflatten(1, shape)
+    rows = (rows if at.whole else gather(rows, table.clamp_min(0))).unflatten(1, shape)
+    both = there[:, :-1] & there[:, 1:]
+    cosine = (rows[:, :-1] * rows[:, 1:]).sum(3).masked_fill(~both, 0)
+    return cosine, (cosine > threshold) & both
 
 
 @torch.no_grad()
@@ -95,58 +100,74 @@ class Still:
 
     head   [U, N] int64: the token that stands for each, itself where it is not still.
     group  [U, N] int64: the first frame of its window for one that stands for several, T + its frame for one that does not, -1 for
-           those that another one stands for. There are 2 T groups.
+           those that another one stands for.
     means  [U, N, C]: means of all that each stands for (0 where it stands for none).
+    count  how many groups there are: 2 T; a picture is one.
     """
 
     head: Tensor
     group: Tensor
     means: Tensor
+    count: int
 
     @staticmethod
     def of(x: Tensor, at: Places, window: Tensor, still: Tensor) -> Still:
         own = torch.arange(at.tokens, device=x.device).expand_as(at.frame)
         begin = window.gather(1, at.frame)
         head = torch.where(still, table_of(at).gather(1, begin * at.most + at.cell), own)
-        group = torch.where(still, torch.where(head == own, begin, -1), at.frames + at.frame)
-        return Still(head, group, merge(x, head, at.tokens, mean=True))
+        group = torch.where(still, begin.masked_fill(head != own, -1), at.frames + at.frame)
+        return Still(head, group, merge(x, head, at.tokens, mean=True), 2 * at.frames)
 
-    def sizes(self, frames: int) -> Tensor:
-        """Tokens of each group, those that stand for several first, and how many are none of them: [U, 2 T + 1]."""
-        return group_sizes(torch.where(self.group < 0, 2 * frames, self.group), 2 * frames + 1)
+    @staticmethod
+    def of_picture(x: Tensor, at: Places) -> Still:
+        """Tokens of one frame, each of which stands for itself."""
+        return Still(torch.arange(at.tokens, device=x.device).expand_as(at.frame), at.frame, x, 1)
 
-    def shares(self, frames: int, k: int) -> Tensor:
-        """`k` tokens over the groups by their sizes, [U, 2 T + 1] int64; the last are copies, kept where all others are."""
-        sizes = self.sizes(frames)
-        first = sizes[:, :-1].sum(1, keepdim=True).clamp_max(k)
-        return torch.cat([worth_shares(sizes[:, :-1], sizes[:, :-1], first), k - first], 1)
+    @functools.cached_property
+    def number(self) -> Tensor:
+        """The group of each token, [U, N], and one more for those that another one stands for."""
+        return self.group % (self.count + 1)
 
-    def copies(self, score: Tensor, count: Tensor) -> tuple[Tensor, Still]:
-        """The `count` [U, 1] tokens of the largest `score` [U, N] of those that another one stands for, [U, N] bool; and these
-        groups without them."""
-        chosen = largest(score, count, self.group < 0)
-        own = torch.arange(score.shape[1], device=score.device)
+    def sizes(self) -> Tensor:
+        """Tokens of each group, those that stand for several first, and how many are none of them: [U, groups + 1]."""
+        return group_sizes(self.number, self.count + 1)
+
+    def shares(self, k: int) -> Tensor:
+        """`k` tokens over the groups by their sizes, [U, groups + 1] int64; the last are copies, kept where all others are."""
+        sizes = self.sizes()[:, :-1]
+        first = sizes.sum(1, keepdim=True).clamp_max(k)
+        return torch.cat([worth_shares(sizes, sizes, first), k - first], 1)
+
+    def copies(self, score: Callable[[], Tensor], count: Tensor) -> tuple[Tensor | None, Still]:
+        """The `count` [U, 1] tokens of the largest score() [U, N] of those that another one stands for, [U, N] bool, None if it is
+        known that there are none; and these groups without them."""
+        if known_zero(count):
+            return None, self
+        chosen = largest(score(), count, self.group < 0)
+        own = torch.arange(chosen.shape[1], device=chosen.device)
         return chosen, replace(self, head=torch.where(chosen, own, self.head))
 
-    def gathered(
-        self, at: Places, group: Tensor, centres: Tensor, k: int, beta: float | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def packed(self, at: Places, group: Tensor | None = None) -> Packed:
+        """The tokens of each group, or of each `group` [U, N] of these numbers, side by side."""
+        return Packed(self.group if group is None else group, self.count, at.most)
+
+    def gathered(self, packed: Packed, centres: Tensor, k: int, beta: float | None = None) -> tuple[Tensor, Tensor]:
         """Clusters around `centres` [U, N] bool, at most `k` in a row: the centre that each token of the video goes into, [U,
         N] int64, -1 for none, and its share there, [U, N] float32.
 
-        Tokens of `group` [U, N] go to the nearest centre of their group; those of group -1 nowhere, centres among them stay as
-        they are. A cluster is the mean of what stands for its tokens; with `beta` that part of the centre and the rest of the
+        Tokens go to the nearest centre of their group in `packed`; those that take no part there nowhere, centres among them stay
+        as they are. A cluster is the mean of what stands for its tokens; with `beta` that part of the centre and the rest of the
         mean of the others."""
-        total = k * len(group)
-        into = nearest_of_group(self.means, group, 2 * at.frames, at.most, centres & (group >= 0), total)
-        own = torch.arange(at.tokens, device=into.device)
-        into = torch.where(centres, own, into)
-        others = group_sizes(torch.where(centres | (into < 0), at.tokens, into), at.tokens + 1)[:, :-1]
-        others = others.gather(1, into.clamp_min(0)).float()
+        tokens = packed.tokens
+        into = nearest_of_group(self.means, packed, centres, k * len(centres))
+        into = torch.where(centres, torch.arange(tokens, device=into.device), into)
+        number = into + 1
+        size = group_sizes(number, tokens + 1).gather(1, number).float()
         if beta is None:
-            share = 1 / (others + 1)
+            share = size.reciprocal()
         else:
-            share = torch.where(centres, torch.where(others > 0, beta, 1.0), (1 - beta) / others.clamp_min(1))
-        members = group_sizes(self.head, at.tokens).gather(1, self.head)
-        into = into.gather(1, self.head)
-        return into, torch.where(into < 0, 0, share.gather(1, self.head) / members)
+            centre = torch.where(size > 1, beta, 1.0)
+            share = torch.where(centres, centre, (1 - beta) / (size - 1).clamp_min(1))
+        into, share = into.gather(1, self.head), share.gather(1, self.head)
+        members = group_sizes(self.head, tokens).gather(1, self.head)
+        return into, (share / members).masked_fill(into < 0, 0)

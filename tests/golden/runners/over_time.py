@@ -102,7 +102,7 @@ def holitom(arrays: Arrays, params: dict[str, Any]) -> Results:
     left = (at.tokens - saved[0].double()) / at.tokens
     ratio = min(1.0, params["retain_ratio"] / float(left))
     yield "adjusted_ratio", torch.tensor(ratio, dtype=torch.float64)
-    sizes = still.sizes(at.frames)
+    sizes = still.sizes()
     yield "static_counts", sizes[0, first]
     part = sizes.double() * ratio  # each group is rounded by itself
     counts = torch.cat([part[:, : at.frames].round(), part[:, at.frames :].ceil()], 1).long()
@@ -148,7 +148,7 @@ def prunevid(arrays: Arrays, params: dict[str, Any]) -> Results:
     yield "refined_label", longest_runs(labels)[0]
     yield "window_sizes", lengths(window[0])
     still = stage.still(shown.features, at, window)
-    sizes = still.sizes(at.frames)
+    sizes = still.sizes()
     small = sizes < params["min_tokens_to_cluster"]
     counts = torch.where(small, sizes, (sizes * params["cluster_ratio"]).long())
     counts[:, -1] = 0
@@ -182,7 +182,7 @@ def flashvid(arrays: Arrays, params: dict[str, Any]) -> Results:
     )  # fmt: skip
     _, at = lying(x)
     yield "transition_similarity", likeness(x.mean(1)[None])[0]
-    segment = stage.segment(x.flatten(0, 1)[None], at)
+    segment = stage.segment(stage.means(x.flatten(0, 1)[None], at))
     yield "segment_lengths", lengths(segment[0])
     plain = replace(stage, events=False)
     for name, one in (("adts_index", stage), ("adts_plain_index", plain)):
@@ -230,7 +230,9 @@ def flash(stage: mm.FlashVIDMerge, x: Tensor, score: Tensor, segment: Tensor, pa
     alone = math.ceil(budget * stage.alpha)
     each = torch.full_like(segment, alone)
     features, own = shown.features, torch.arange(at.tokens)
-    chosen = stage.chosen(features, at, segment, score.flatten()[None], each, alone * at.frames)
+    chosen = stage.chosen(
+        features, at, stage.means(features, at), segment, score.flatten()[None], each, alone * at.frames
+    )
     parent, cosine = joins(features, at, segment, ~chosen, stage.tau)
     parent = bounded(parent, cosine, at, segment, torch.full_like(segment, budget))
     single = (of_segment(torch.ones_like(segment), segment) == 1).gather(1, at.frame)
