@@ -82,7 +82,7 @@ def merge_in_steps(metric: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor
     """
     n, tokens, _ = metric.shape
     slots = into = torch.arange(tokens, device=metric.device).expand(n, -1)
-    share, metric, first = torch.ones(n, tokens, device=metric.device), metric.float(), True
+    share, metric = None, metric.float()
     for step in steps:
         r = min(step, metric.shape[1] // 2)
         if not r:
@@ -91,7 +91,10 @@ def merge_in_steps(metric: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor
         target = _target(order, partner, metric.shape[1])
         members = group_sizes(target, metric.shape[1] - r, torch.float32)
         metric = merge(metric, target, members.shape[1]) / members[..., None]
-        slots = torch.cat([slots[:, ::2].gather(1, order[:, r:]), slots[:, 1::2]], 1)
-        into = target if first else target.gather(1, into)
-        share, first = share / members.gather(1, into), False
-    return slots, into, share
+        stay = order[:, r:]
+        even = 2 * stay if share is None else slots[:, ::2].gather(1, stay)
+        slots = torch.cat([even, slots[:, 1::2]], 1)
+        into = target if share is None else target.gather(1, into)
+        size = members.gather(1, into)
+        share = size.reciprocal() if share is None else share / size
+    return slots, into, torch.ones(n, tokens, device=metric.device) if share is None else share

@@ -182,7 +182,7 @@ class VisionTap:
         bounds = arguments["cu_seqlens"].tolist()
         lengths = [b - a for a, b in itertools.pairwise(bounds)]
         if len(lengths) == 1 and bounds == [0, turned[0].shape[2]]:
-            return _among_patches(name, *turned, scale, None, 0)[0]
+            return _among_patches(name, turned[0], turned[1], scale, None, 0)[0]
         parts: list[Tensor] = [torch.empty(0)] * len(lengths)
         for length in set(lengths):
             same = [i for i, n in enumerate(lengths) if n == length]
