@@ -14,10 +14,9 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "naive", "blocked", "triton")
 
-PLAIN = {"density": 1 << 20, "merge": 1 << 14}
-"""Up to so many numbers of one visual "blocked" on the CPU is the naive twin, by operation: multiplications (density), features
-(merge). There the time of the calls counts, and the twin makes fewest of them. Of one visual, so
-that a batch gives what its members give alone."""
+PLAIN = {"merge": 1 << 14}
+"""Up to so many numbers of one visual "blocked" on the CPU is the naive twin, by operation: features (merge). There the time of the
+calls counts, and the twin makes fewest of them. Of one visual, so that a batch gives what its members give alone."""
 
 
 @dataclass

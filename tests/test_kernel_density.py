@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from mmcompress.kernels import configs, density, dispatch
-from mmcompress.kernels.density import blocked
+from mmcompress.kernels import configs, density
+from mmcompress.kernels.density import blocked, small
 from mmcompress.kernels.dispatch import has_triton, interpreted
 from torch import Tensor
 
@@ -21,13 +21,15 @@ needs_triton = pytest.mark.skipif(
     not has_triton() or not (DEVICE == "cuda" or interpreted()),
     reason="Triton needs a GPU, or TRITON_INTERPRET=1 before it is imported (tests/conftest.py)",
 )
-FAST = pytest.mark.parametrize("implementation", ["blocked", pytest.param("triton", marks=needs_triton)])
+TRITON = pytest.param("triton", marks=needs_triton)
+FAST = pytest.mark.parametrize("implementation", ["blocked", "few", TRITON])
+"""few: "blocked" as it does few tokens on the CPU; else these tests are too small to see the rest of it."""
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks also for the small cases that the interpreter can do, and none left to the naive twin."""
-    monkeypatch.setitem(dispatch.PLAIN, "density", 0)
+    """Several blocks also for the small cases that the interpreter can do, and none so few that the whole is done at once."""
+    monkeypatch.setattr(small, "CELLS", 0)
     if DEVICE == "cpu":
         monkeypatch.setitem(configs.CONFIGS, "density", {"default": {"rows": 16, "columns": 32}})
 
@@ -63,7 +65,12 @@ def some_segments(r: random.Random, rows: int, parts: int | None = None) -> Tens
 def run(function: Any, implementation: str, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
     options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in options.items()}
     given = (x.to(DEVICE) if isinstance(x, Tensor) else x for x in tensors)
-    first, second = function(*given, implementation=implementation, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        if implementation == "few":
+            patch.setattr(small, "CELLS", 1 << 16)
+            patch.setattr(small, "_NUMBERS", 1 << 14)
+            implementation = "blocked"
+        first, second = function(*given, implementation=implementation, **options)
     return first.cpu(), second.cpu()
 
 
@@ -89,6 +96,32 @@ def test_blocked_equals_the_definition(elements: int | None, monkeypatch: pytest
     monkeypatch.setattr(blocked, "ELEMENTS", elements or blocked.ELEMENTS)
     for seed in range(50):
         check(seed, "blocked")
+
+
+def test_few_tokens_equal_the_definition() -> None:
+    for seed in range(50):
+        check(seed, "few")
+
+
+@pytest.mark.parametrize("elements", [None, 1 << 11])
+@FAST
+def test_clusters_are_those_of_peaks_and_nearest(
+    implementation: str, elements: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where densities, gaps and distances are equal."""
+    monkeypatch.setattr(blocked, "ELEMENTS", elements or blocked.ELEMENTS)
+    for seed in range(20 if implementation != "triton" else 2):
+        torch.manual_seed(seed)
+        r = random.Random(seed)
+        batch, n, width = r.choice([0, 1, 3]), r.choice([1, 7, 60, 130]), r.choice([1, 3, 40])
+        x = torch.randint(-2, 3, (batch, n, width)).to(r.choice([torch.float32, torch.bfloat16]))
+        if seed % 2:
+            x = x + torch.randn(1, n, width)
+        count, k = r.randint(1, n), r.randint(1, 12)
+        wanted = run(density.clusters, "naive", x, count, k)
+        found = run(density.clusters, implementation, x, count, k)
+        assert torch.equal(wanted[0], found[0]) and torch.equal(wanted[1], found[1]), seed
+        assert wanted[0].shape == (batch, count) and (wanted[1] < count).all()
 
 
 @needs_triton
@@ -135,7 +168,7 @@ def test_the_nearest_of_many_are_found_by_groups(
 
 @FAST
 def test_the_nearest_centre(implementation: str) -> None:
-    for seed in range(30 if implementation == "blocked" else 8):
+    for seed in range(8 if implementation == "triton" else 30):
         torch.manual_seed(seed)
         r = random.Random(seed)
         batch, n, m, width = r.choice([1, 3]), r.choice([1, 7, 60]), r.choice([1, 3, 17, 40]), r.choice([1, 3, 40])
@@ -177,6 +210,7 @@ def test_small_distances_beside_large_norms(implementation: str) -> None:
 @FAST
 def test_edges(implementation: str) -> None:
     assert run(density.density_peaks, implementation, torch.ones(2, 0, 3), 2)[0].shape == (2, 0)
+    assert [x.shape for x in run(density.clusters, implementation, torch.ones(2, 0, 3), 2, 2)] == [(2, 0), (2, 0)]
     spread, gap = run(density.density_peaks, implementation, torch.ones(1, 1, 3), 9)
     assert spread.tolist() == [[0]] and gap.tolist() == [[0]]
     huge = torch.tensor([[[3e38, -3e38], [-3e38, 3e38], [0, 0]]])
@@ -202,7 +236,9 @@ def test_batches_equal_their_members() -> None:
         assert torch.equal(alone[0][0], spread[i]) and torch.equal(alone[1][0], gap[i])
 
 
-def test_nothing_waits_and_nothing_learns() -> None:
+@pytest.mark.parametrize("cells", [0, 1 << 16])
+def test_nothing_waits_and_nothing_learns(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "CELLS", cells)
     x = torch.randn(2, 30, 8, requires_grad=True)
     with NoWaiting():
         spread, _ = density.density_peaks(x, 4, mask=torch.ones(2, 30, dtype=torch.bool))
@@ -210,7 +246,7 @@ def test_nothing_waits_and_nothing_learns() -> None:
     assert not spread.requires_grad
 
 
-@FAST
+@pytest.mark.parametrize("implementation", ["blocked", TRITON])
 def test_it_can_be_compiled(implementation: str) -> None:
     def gaps(x: Tensor) -> Tensor:
         near = density.nearest(x, x[:, :3], implementation=implementation)[0]

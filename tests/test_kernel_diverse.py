@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mmcompress as mm
 from mmcompress.ops.cells import nearest_cells, numbered, outermost, placed
 
-from .watch import NoWaiting, in_a_graph
+from .watch import NoWaiting, Watch, in_a_graph
 
 MARGIN = 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,11 +129,22 @@ def exact(u: int, n: int, d: int, seed: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------- on the CPU
+def test_picks_take_few_products() -> None:
+    """Not one for each, which would read all of a pool and, with several threads, wait for all of them."""
+    x = tokens("clusters", 1, 1100, 24) + tokens("random", 1, 1100, 24, 1)
+    first, quality = torch.tensor([0]), torch.zeros(1, 1100)
+    for run in (lambda: lazy.max_min(x, 300, None, first), lambda: lazy.greedy_map(x, quality, 300)):
+        with Watch() as watch:
+            run()
+        assert 0 < sum(name in ("aten::mm", "aten::mv", "aten::addmm_", "aten::bmm") for name in watch.names) < 200
+
+
 @contextmanager
 def sizes(pool: int, round_: int, block: int = 2**21) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lazy, "FEW", 0)
         patch.setattr(lazy, "POOL", pool)
+        patch.setattr(lazy, "AHEAD", 1 + pool % 5)
         patch.setattr(rows, "ROUND", round_)
         patch.setattr(rows, "_BLOCK", block)
         patch.setattr(blocked, "_BLOCK", block)

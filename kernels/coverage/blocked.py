@@ -20,13 +20,15 @@ def soft_coverage(targets: Tensor | None, tokens: Tensor, temperature: float) ->
     tokens = F.normalize(tokens.float(), dim=-1, eps=1e-8)
     mine = tokens if targets is None else F.normalize(targets.float(), dim=-1, eps=1e-8)
     (visuals, count, _), across = mine.shape, tokens.transpose(1, 2)
+    step = max(1, BLOCK.get(tokens.device.type, 2**25) // max(1, visuals * tokens.shape[1]))
+    if 0 < count <= min(step, _SIDE):
+        return (mine @ across).div_(temperature).softmax(-1).div_(count)
     table = tokens.new_empty(visuals, count, tokens.shape[1])
     if targets is None:
         for first in range(0, count, _SIDE):
             part = tokens[:, first : first + _SIDE] @ across[..., first:]
             table[:, first : first + _SIDE, first:] = part
             table[:, first + _SIDE :, first : first + _SIDE] = part[..., _SIDE:].transpose(1, 2)
-    step = max(1, BLOCK.get(table.device.type, 2**25) // max(1, visuals * tokens.shape[1]))
     for first in range(0, count, step):
         rows = slice(first, first + step)
         part = table[:, rows] if targets is None else mine[:, rows] @ across

@@ -72,32 +72,42 @@ def _pick(table: Tensor, k: int, last: Tensor | None, weight: Tensor | None) -> 
 
 
 def _pick_among_all(columns: Any, k: int, last: Any, factor: Any) -> Tensor:
-    best, picks = np.zeros(columns.shape[1], columns.dtype), np.zeros(k, np.int64)
-    taken, more = np.zeros(len(columns), bool), np.empty_like(columns)
+    picks, free = np.zeros(k, np.int64), np.zeros(len(columns), columns.dtype)  # free: or -inf
+    columns = _in_lanes(columns)
+    best, more = np.zeros(columns.shape[1:], columns.dtype), np.empty_like(columns)
     for step in range(k):
         np.subtract(columns, best, out=more)
-        gain = _add_up(np.maximum(more, 0, out=more))
+        gain = _sum_of_lanes(np.maximum(more, 0, out=more))
         gain = gain if factor is None else gain * factor
         if last is not None:
             gain[last] = -1.0
-        gain[taken] = -np.inf
+        gain += free
         picks[step] = pick = gain.argmax()  # the first of equals
-        taken[pick] = True
+        free[pick] = -np.inf
         np.maximum(best, columns[pick], out=best)
     return torch.from_numpy(picks)
 
 
 def _add_up(x: Any) -> Any:
     """Sums of the rows of `x` [n, R] in the order of `naive.LANES`."""
+    return _sum_of_lanes(_in_lanes(x))
+
+
+def _in_lanes(x: Any) -> Any:
+    """`x` [n, R] filled up with zeros, [n, times, lanes]; no more lanes than a power of two that holds R: others would be 0."""
     rows = x.shape[1]
-    whole, width = rows // LANES * LANES, min(LANES, 1 << max(1, rows - 1).bit_length())  # further lanes would be 0
-    if width == rows:
-        lanes = x
-    else:
-        lanes = np.zeros((len(x), width), x.dtype)
-        if whole:  # one after the other: the axis is not the last
-            np.add.reduce(x[:, :whole].reshape(len(x), -1, LANES), 1, out=lanes)
-        lanes[:, : rows - whole] += x[:, whole:]
+    lanes = min(LANES, 1 << max(1, rows - 1).bit_length())
+    times = max(1, -(-rows // lanes))
+    if times * lanes != rows:
+        filled = np.zeros((len(x), times * lanes), x.dtype)
+        filled[:, :rows] = x
+        x = filled
+    return x.reshape(len(x), times, lanes)
+
+
+def _sum_of_lanes(x: Any) -> Any:
+    """Sums of `x` [n, times, lanes]: along the times one after the other, then half of the lanes to the other."""
+    lanes = x[:, 0] if x.shape[1] == 1 else np.add.reduce(x, 1)  # in order: the axis is not the last
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..gather import gather
 from ..ragged import check_mask, check_rows, check_segments
+from .naive import clearest
 
 
 @torch.no_grad()
@@ -41,8 +43,7 @@ def density_peaks(
     """
     _check(x, cu_seqlens)
     check_mask("mask", mask, x)
-    if type(k) is not int or k < 1:
-        raise ValueError(f"k={k!r}: give a number of neighbours, at least 1 (the token itself counts)")
+    _check_neighbours(k)
     chosen = choose(implementation, x)
     if chosen == "triton" or torch.compiler.is_compiling():
         found = _peaks(x, k, mask, cu_seqlens, max_seqlen, chosen)
@@ -90,6 +91,26 @@ def nearest(
     return _call("nearest", chosen, x, y, mask, cu_seqlens_x, cu_seqlens_y, max_seqlens)
 
 
+@torch.no_grad()
+def clusters(x: Tensor, count: int, k: int, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
+    """`count` clusters of x [U, n, C] around density peaks: their centres, [U, count] int64, the clearest peak first, and the
+    cluster of each token, [U, n] int64.
+
+    Centres are the tokens with the largest products of density and gap (`density_peaks`, `k` neighbours), of equals the lower
+    index; every other token joins its nearest centre (`nearest`), of equals the clearer peak. On the CPU both are read from one
+    table where that has no more than 2^26 distances.
+    """
+    _check(x, None)
+    _check_neighbours(k)
+    chosen = choose(implementation, x)
+    if chosen == "blocked" and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        centres, into = _call("clusters", chosen, x, count, k)
+    else:
+        centres = clearest(*density_peaks(x, k, implementation=chosen), count)
+        into = nearest(x, gather(x, centres), implementation=chosen)[1]
+    return centres, into.scatter(1, centres, torch.arange(centres.shape[1], device=x.device).expand_as(centres))
+
+
 def _call(name: str, chosen: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     if chosen == "blocked" and arguments[0].device.type == "cpu":
         chosen = "mixed"
@@ -131,3 +152,8 @@ def _check(x: Tensor, cu_seqlens: Tensor | None, name: str = "cu_seqlens") -> No
     check_rows(x, cu_seqlens)
     if cu_seqlens is not None:
         check_segments(name, cu_seqlens, x)
+
+
+def _check_neighbours(k: int) -> None:
+    if type(k) is not int or k < 1:
+        raise ValueError(f"k={k!r}: give a number of neighbours, at least 1 (the token itself counts)")

@@ -19,9 +19,11 @@ DEEP = 1 << 24
 """Numbers of the float64 copy of the tokens that is held at a time."""
 LOW = 128
 """Rows of a strip at least: products of fewer are slower."""
-_PARTED = 1 << 20
-"""Distances that are parted at a time."""
-_SAME = 1e-13
+_PARTED = 1 << 16
+"""Distances that are parted at a time: the copy stays near the processor."""
+_STRIP = {"cpu": 1 << 18}
+"""Distances among which denser tokens are looked for at a time, by device; elsewhere 2**24."""
+SAME = 1e-13
 """Squared norms (of what lies around the mean) count so much less, so that the distance of equal tokens is 0 and not rounding."""
 
 
@@ -77,7 +79,7 @@ def products(x: Tensor, y: Tensor | None = None, known: Tensor | None = None) ->
     chunks = [slice(first, first + deep) for first in range(0, width, deep)]
     for chunk in chunks:
         right, middle = _centred(other[..., chunk], out.shape[2])
-        norms.add_(torch.linalg.vector_norm(right, dim=2).square_(), alpha=1 - _SAME)
+        norms.add_(torch.linalg.vector_norm(right, dim=2).square_(), alpha=1 - SAME)
     step = out.shape[1] if y is not None else max(LOW, round_up(rows // 16, COLUMNS))
     strip = norms.new_empty(groups * min(step, out.shape[1]) * out.shape[2])
     for r in range(0, rows, step):
@@ -92,7 +94,7 @@ def products(x: Tensor, y: Tensor | None = None, known: Tensor | None = None) ->
             if y is not None:
                 left = norms.new_zeros(groups, end - r, right.shape[2])
                 torch.sub(x[:, r:end, chunk], middle, out=left[:, : rows - r])
-                part.sub_(torch.linalg.vector_norm(left, dim=2).square_()[..., None], alpha=1 - _SAME)
+                part.sub_(torch.linalg.vector_norm(left, dim=2).square_()[..., None], alpha=1 - SAME)
             part.baddbmm_(left, right[:, begin:].transpose(1, 2), alpha=2)
         out[:, r:end, begin:].copy_(part)
         out[:, r:end, begin:].clamp_(-torch.finfo(torch.float32).max, 0)
@@ -117,33 +119,44 @@ def peaks(
 ) -> tuple[Tensor, Tensor]:
     """`density_peaks` of x [G, n, C] with distances by `squares`. settle(x, k, mask, spread, farthest, table): decide, in place,
     which of two tokens is the denser, where `squares` leaves it open."""
-    groups, n, width = x.shape
-    spread, gap, farthest = (x.new_zeros(groups, n, dtype=torch.float32) for _ in range(3))
+    spread, gap = (x.new_zeros(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if not x.shape[1]:
         return spread, gap
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0)
-    size = n * round_up(n, COLUMNS)
-    for g in range(0, groups, max(1, elements // size)):
-        group = slice(g, g + max(1, elements // size))
+    for group in together(x, elements):
         known = None if mask is None else mask[group]
-        step = n if size <= elements else max(ROWS, elements // n // ROWS * ROWS)
-        for first in range(0, n, step):
-            rows = slice(first, first + step)
-            table = squares(x[group, rows], None if step == n else x[group], known)[:, : min(step, n - first)]
-            spread[group, rows], farthest[group, rows] = row_statistics(table, n, k, known, width)
-        if known is not None:
-            spread[group].masked_fill_(~known, float("inf"))
-            farthest[group].masked_fill_(~known, 0)
-        if settle is not None:
-            settle(x[group], k, known, spread[group], farthest[group], table if step == n else None)
-        if step == n:
-            gap[group] = _gap_in(table, spread[group])
-        else:
-            gap[group] = _gap_again(x[group], spread[group], step, squares, known)
-    gap = torch.where(gap.isinf(), farthest.amax(1, keepdim=True), gap)
-    gap = (gap.double() / width).sqrt_().float()
+        spread[group], gap[group], _ = peaks_and_table(x[group], k, known, squares, elements, settle)
     return spread, gap if mask is None else gap.masked_fill_(~mask, 0)
+
+
+def together(x: Tensor, elements: int) -> list[slice]:
+    """Which of x [G, n, C] are looked at together."""
+    many = max(1, elements // (x.shape[1] * round_up(x.shape[1], COLUMNS)))
+    return [slice(g, g + many) for g in range(0, len(x), many)]
+
+
+def peaks_and_table(
+    x: Tensor, k: int, known: Tensor | None, squares: Squares, elements: int, settle: Callable[..., None] | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `peaks` for those of one block, and the table that it comes from, if that is no more than a block."""
+    groups, n, width = x.shape
+    whole = n * round_up(n, COLUMNS) <= elements
+    step = n if whole else max(ROWS, elements // n // ROWS * ROWS)
+    spread, farthest = (x.new_empty(groups, n, dtype=torch.float32) for _ in range(2))
+    for first in range(0, n, step):
+        rows = slice(first, first + step)
+        table = squares(x[:, rows], None if whole else x, known)[:, : min(step, n - first)]
+        spread[:, rows], farthest[:, rows] = row_statistics(table, n, k, known, width)
+    if known is not None:
+        spread.masked_fill_(~known, float("inf"))
+        farthest.masked_fill_(~known, 0)
+    if settle is not None:
+        settle(x, k, known, spread, farthest, table if whole else None)
+    order = spread.sort(dim=1, stable=True).indices
+    gap = _gap_in(table, order) if whole else _gap_again(x, order, step, squares, known)
+    gap.scatter_(1, order[:, :1], farthest.amax(1, keepdim=True))
+    return spread, (gap.double() / width).sqrt_().float(), table if whole else None
 
 
 def row_statistics(table: Tensor, n: int, k: int, mask: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
@@ -154,8 +167,10 @@ def row_statistics(table: Tensor, n: int, k: int, mask: Tensor | None, width: in
         farthest = farthest.masked_fill(~mask[:, None], 0)
         count = mask.sum(1, keepdim=True).clamp(1, k)
         table[..., :n].masked_fill_(~mask[:, None], float("-inf"))
-    close = _largest(table, min(k, n)).double()
-    close = close.masked_fill_(close.isinf(), 0).sum(2).neg_()
+    close = _largest(table, min(k, n))
+    if mask is not None:
+        close = close.masked_fill_(close.isinf(), 0)
+    close = close.sum(2, dtype=torch.float64).neg_()
     return (close / (count * width)).float(), farthest.amin(2).neg_()
 
 
@@ -166,8 +181,7 @@ def _largest(table: Tensor, k: int) -> Tensor:
         if table.device.type != "cpu" or k == columns:
             return table.topk(k, sorted=False).values
         found = table.new_empty(*table.shape[:2], k)  # NumPy parts rows several times as fast
-        step = max(1, _PARTED // (len(table) * columns))
-        for rows in (slice(first, first + step) for first in range(0, table.shape[1], step)):
+        for rows in _strips(table, _PARTED):
             found[:, rows] = torch.from_numpy(np.partition(table[:, rows].numpy(), columns - k, -1)[..., columns - k :])
         return found
     fine = table.reshape(-1, wide)  # the k largest lie in the k groups with the largest maxima
@@ -177,18 +191,28 @@ def _largest(table: Tensor, k: int) -> Tensor:
     return members.view(*table.shape[:2], -1).topk(k, sorted=False).values
 
 
-def _gap_in(table: Tensor, spread: Tensor) -> Tensor:
-    """Squared distance of each token to the nearest denser one, inf for the densest, from the whole table."""
-    rank = spread.sort(dim=1, stable=True).indices.argsort(1).int()
-    n = spread.shape[1]
-    table[..., :n].masked_fill_(rank[:, None] >= rank[:, :, None], float("-inf"))
-    return table.amax(2).neg_()
+def _strips(table: Tensor, numbers: int) -> list[slice]:
+    """Rows of `table` [G, n, C'] that make so many numbers."""
+    step = max(1, numbers // (len(table) * table.shape[2]))
+    return [slice(first, first + step) for first in range(0, table.shape[1], step)]
 
 
-def _gap_again(x: Tensor, spread: Tensor, step: int, squares: Squares, known: Tensor | None) -> Tensor:
+def _gap_in(table: Tensor, order: Tensor) -> Tensor:
+    """Squared distance of each token to the nearest denser one, for the densest anything, from the whole table. order [G, n]: by
+    falling density. Tokens that are not denser are pushed out of sight by arithmetic: a fill by a mask takes ten times as long."""
+    n = order.shape[1]
+    rank = torch.empty(order.shape, device=order.device)
+    rank.scatter_(1, order, torch.arange(n, device=order.device, dtype=rank.dtype).expand_as(order))
+    gap, after, most = torch.empty_like(rank), (rank + 1)[:, None], torch.finfo(torch.float32).max
+    for rows in _strips(table, _STRIP.get(table.device.type, 1 << 24)):
+        hidden = (after - rank[:, rows, None]).clamp_(min=0)
+        gap[:, rows] = torch.add(table[:, rows, :n], hidden, alpha=-most, out=hidden).amax(2).neg_()
+    return gap
+
+
+def _gap_again(x: Tensor, order: Tensor, step: int, squares: Squares, known: Tensor | None) -> Tensor:
     """As `_gap_in`, of one group x [1, n, C]: by falling density, so that denser tokens are those before."""
-    order = spread.sort(dim=1, stable=True).indices
-    x, sorted_gap = x[:, order[0]], torch.empty_like(spread)
+    x, sorted_gap = x[:, order[0]], x.new_empty(order.shape, dtype=torch.float32)
     known = None if known is None else known[:, order[0]]
     for first in range(0, x.shape[1], step):
         end = min(first + step, x.shape[1])
@@ -196,7 +220,7 @@ def _gap_again(x: Tensor, spread: Tensor, step: int, squares: Squares, known: Te
         place = torch.arange(end - first, device=x.device)
         table[..., first:end].masked_fill_(place >= place[:, None], float("-inf"))
         sorted_gap[:, first:end] = table.amax(2).neg_()
-    return torch.empty_like(spread).scatter_(1, order, sorted_gap)
+    return torch.empty_like(sorted_gap).scatter_(1, order, sorted_gap)
 
 
 @torch.no_grad()

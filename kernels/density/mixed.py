@@ -3,8 +3,8 @@
 
 A product loses digits where tokens nearly agree: such pairs are computed again from their differences. It also leaves open which
 of two tokens is the denser where their spreads nearly agree, and which of two centres is the nearer: these rows of the table are
-made again in float64 (`settle`). Where there are many, the whole table is float64 (`blocked.products`). The control flow reads
-values, which only waits where there is a device.
+made again in float64 (`settle`). Where there are many such pairs, or few tokens (`small`), the whole table is float64. The control
+flow reads values, which only waits where there is a device.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dispatch import plain
+from ..gather import gather
 from ..match.blocked import COLUMNS, ROWS, first_max, round_up
-from . import blocked, naive
+from . import blocked, small
+from .naive import clearest
 
 NEAR = 1 / 8
 """Pairs with a smaller part of the sum of their squared norms as squared distance are computed from differences."""
@@ -47,15 +48,44 @@ def nearest(
 
 
 def _peaks(x: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    if plain("density", x.shape[1] ** 2 * x.shape[2]):
-        return naive.density_peaks(x, k, mask)
+    if small.few(x, x):
+        return small.density_peaks(x, k, mask)
     return blocked.peaks(x, k, mask, products, blocked.ELEMENTS, settle)
 
 
 def _nearest(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    if plain("density", x.shape[1] * y.shape[1] * x.shape[2]):
-        return naive.nearest(x, y, mask)
+    if small.few(x, y):
+        return small.nearest(x, y, mask)
     return blocked.closest(x, y, mask, products, blocked.ELEMENTS, settle_nearest)
+
+
+def clusters(x: Tensor, count: int, k: int) -> tuple[Tensor, Tensor]:
+    """As `kernels.density.clusters`, from one table where that is no more than a block."""
+    if small.few(x, x):
+        return small.clusters(x, count, k)
+    centres = torch.empty(len(x), min(count, x.shape[1]), dtype=torch.int64)
+    into = torch.empty(x.shape[:2], dtype=torch.int64)
+    for group in blocked.together(x, blocked.ELEMENTS) if x.shape[1] else ():
+        part = x[group]
+        spread, gap, table = blocked.peaks_and_table(part, k, None, products, blocked.ELEMENTS, settle)
+        centres[group] = chosen = clearest(spread, gap, count)
+        found = gather(part, chosen)
+        into[group] = _nearest(part, found, None)[1] if table is None else _nearest_in(table, part, found, chosen)
+    return centres, into
+
+
+def _nearest_in(table: Tensor, x: Tensor, y: Tensor, centres: Tensor) -> Tensor:
+    """As `_nearest` of x [G, n, C] and y [G, m, C], its tokens `centres` [G, m], the places alone: from their own table."""
+    near, second, place = (torch.empty(x.shape[:2], dtype=kind) for kind in (*2 * (torch.float32,), torch.int64))
+    every = np.arange(x.shape[1])
+    for g, chosen in enumerate(centres):
+        rows = table[g].index_select(0, chosen)[:, : x.shape[1]].numpy()
+        best = rows.argmax(0)  # the first of equals
+        place[g], near[g] = torch.from_numpy(best), torch.from_numpy(rows[best, every])
+        rows[best, every] = -np.inf
+        second[g] = torch.from_numpy(rows).amax(0)
+    _settle_nearest(x, y, None, second, near, place)
+    return place
 
 
 def products(x: Tensor, y: Tensor | None = None, known: Tensor | None = None) -> Tensor:
@@ -66,49 +96,54 @@ def products(x: Tensor, y: Tensor | None = None, known: Tensor | None = None) ->
     middle = other.mean(1, keepdim=True, dtype=torch.float32)
     right = _filled(other, middle, out.shape[2])
     left = right if y is None else _filled(x, middle, out.shape[1])
-    across, norms = right.transpose(1, 2), torch.linalg.vector_norm(right, dim=2).square_()
-    own = norms if y is None else torch.linalg.vector_norm(left, dim=2).square_()
+    across, norms = right.transpose(1, 2), torch.linalg.vector_norm(right, dim=2).square_().neg_()
+    own = norms if y is None else torch.linalg.vector_norm(left, dim=2).square_().neg_()
+    reach = (own + norms.amin(1, keepdim=True)).mul_(NEAR).numpy()
     step = out.shape[1] if y is not None else max(blocked.LOW, round_up(rows // 16, COLUMNS))
     close: list[list[Any]] = [[] for _ in range(groups)]
-    size = groups * min(step, out.shape[1]) * out.shape[2]
-    buffers = (
-        own.new_empty(2, size),
-        torch.empty(size, dtype=torch.bool),
-    )  # fresh memory costs more than what is done in it
     for r in range(0, rows, step):
         end = min(r + step, out.shape[1])
         begin = r if y is None else 0
-        shape = groups, end - r, out.shape[2] - begin
-        part, both, near = (x[: shape[0] * shape[1] * shape[2]].view(shape) for x in (*buffers[0], buffers[1]))
-        torch.add(own[:, r:end, None], norms[:, None, begin:], out=both)
-        torch.neg(both, out=part)
+        part = out[:, r:end, begin:]
+        torch.add(own[:, r:end, None], norms[:, None, begin:], out=part)
         part.baddbmm_(left[:, r:end], across[..., begin:], alpha=2).clamp_(max=0)
-        near = torch.gt(part, both.mul_(-NEAR), out=near)[:, : rows - r, : columns - begin]
-        if known is not None:
-            near &= known[:, None, begin:]
-            if y is None:
-                near &= known[:, r:end, None]
-        for g, table in enumerate(near.numpy()):
-            i, j = np.divmod(np.flatnonzero(table), max(1, table.shape[1]))
-            kept = j > i if y is None else slice(None)
-            close[g].append((i[kept] + r, j[kept] + begin))
-        out[:, r:end, begin:] = part
+        part[..., columns - begin :] = float("-inf")
         if y is None:
+            part.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
             out[:, end:, r:end] = part[..., end - begin : out.shape[1] - begin].transpose(1, 2)
+        most = part.amax(2).numpy()[:, : rows - r]
+        for g in range(groups):
+            among = np.flatnonzero(most[g] > reach[g, r : r + most.shape[1]])  # these rows may have somebody near
+            if len(among):
+                i, j = _near(part[g].numpy()[among], own[g, r + among].numpy(), norms[g, begin:].numpy())
+                i = among[i] + r
+                j += begin
+                counts = j > i if y is None else np.ones(len(i), bool)
+                if known is not None:
+                    counts &= known[g].numpy()[j]
+                    if y is None:
+                        counts &= known[g].numpy()[i]
+                close[g].append((i[counts], j[counts]))
+    if y is None:
+        out.diagonal(dim1=1, dim2=2)[:, :rows] = 0
     sound = torch.isfinite(norms.sum(1) + own.sum(1)).numpy()
     for g in range(groups):
-        i, j = (torch.from_numpy(np.concatenate(x)) for x in zip(*close[g], strict=True))
+        i, j = (np.concatenate(x) for x in zip((np.empty(0, np.int64),) * 2, *close[g], strict=True))
         if not sound[g] or len(i) > MANY * rows * columns:
             out[g] = blocked.products(x[g : g + 1], None if y is None else y[g : g + 1])[0]
-            continue
-        table = out[g]
-        apart = _apart(x[g], other[g], i, j)
-        table[i, j] = apart
-        if y is None:
-            table[j, i] = apart
-            table.diagonal()[:rows] = 0
-    out[..., columns:] = float("-inf")
+        elif len(i):
+            i, j = torch.from_numpy(i), torch.from_numpy(j)
+            out[g, i, j] = apart = _apart(x[g], other[g], i, j)
+            if y is None:
+                out[g, j, i] = apart
     return out
+
+
+def _near(table: Any, own: Any, norms: Any) -> tuple[Any, Any]:
+    """Rows and columns of `table` [r, c], minus squared distances, that are near; own [r], norms [c]: minus squared norms."""
+    near = np.add(own[:, None], norms)
+    near *= NEAR
+    return np.divmod(np.flatnonzero(table > near), len(norms))
 
 
 def _filled(x: Tensor, middle: Tensor, rows: int) -> Tensor:
@@ -148,9 +183,14 @@ def settle(
         if len(rows):
             index, mask = torch.from_numpy(rows), None if known is None else known[g : g + 1]
             whole = 2 * len(rows) > len(values)  # half of it is mirrored
-            table = blocked.products(x[g : g + 1], None) if whole else blocked.products(x[g, index][None], x[g : g + 1])
+            table = blocked.products(x[g : g + 1]) if whole else _exact(x[g, index][None], x[g : g + 1])
             table = table[:, index] if whole else table[:, : len(rows)]
             spread[g, index] = blocked.row_statistics(table, len(values), k, mask, x.shape[2])[0][0]
+
+
+def _exact(x: Tensor, y: Tensor) -> Tensor:
+    """Minus the squared distances of a few rows x [1, r, C] and y [1, m, C], as `blocked.products` makes them."""
+    return torch.from_numpy(-small.squares(x, y)) if small.few(x, y) else blocked.products(x, y)
 
 
 def _undecided(values: Any, room: Any, rows: Any, table: Any) -> Any:
@@ -168,14 +208,18 @@ def _undecided(values: Any, room: Any, rows: Any, table: Any) -> Any:
 def settle_nearest(x: Tensor, y: Tensor, known: Tensor | None, table: Tensor, near: Tensor, place: Tensor) -> None:
     """Find the nearest rows of y [G, m, C] again for rows of x [G, n, C], in place, where another one is nearly as near. table:
     minus the squared distances, which is spoiled; near, place [G, n]: its largest values and their columns."""
-    second = table.scatter_(2, place[..., None], float("-inf")).amax(2)
+    _settle_nearest(x, y, known, table.scatter_(2, place[..., None], float("-inf")).amax(2), near, place)
+
+
+def _settle_nearest(x: Tensor, y: Tensor, known: Tensor | None, second: Tensor, near: Tensor, place: Tensor) -> None:
+    """second [G, n]: the largest values but `near`."""
     for g, (best, other) in enumerate(zip(near.numpy(), second.numpy(), strict=True)):
         best, other = best[: x.shape[1]], other[: x.shape[1]]
         with np.errstate(invalid="ignore"):
-            rows = np.flatnonzero((best - other <= -CLOSE / NEAR * other) & (best < 0))
+            rows = np.flatnonzero((best - other <= -CLOSE / NEAR * other) & (best < 0) & (other > -np.inf))
         if len(rows):
             index = torch.from_numpy(rows)
-            exact = blocked.products(x[g, index][None], y[g : g + 1])
+            exact = _exact(x[g, index][None], y[g : g + 1])
             if known is not None:
                 exact[..., : y.shape[1]].masked_fill_(~known[g, None, None], float("-inf"))
             best, column = first_max(exact)

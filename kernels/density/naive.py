@@ -38,6 +38,12 @@ def nearest(
     return distance, index
 
 
+def clearest(spread: Tensor, gap: Tensor, count: int) -> Tensor:
+    """The tokens with the largest products of density and gap [U, n], the clearest first, [U, count]. Compared by their logarithm:
+    densities of tokens that lie far apart would all be 0."""
+    return (gap.log() - spread).sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     """Squared distances [B, n, m] float32."""
     distance = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")

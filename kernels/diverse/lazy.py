@@ -31,6 +31,10 @@ POOL = 512
 """Tokens that are kept up to date together."""
 SHORT = 32
 """A product with few rows takes as long as if it had so many more: what it is multiplied with has to be read."""
+AHEAD = 16
+"""Tokens of a pool whose similarities to it are made in one product, since they are likely to be the next picks. A product for each
+pick reads the whole pool for one number per token, and with several threads waits for all of them, which takes long where others
+have the cores. So few that what is left to do per pick is too small for NumPy's BLAS to wake threads (AHEAD x POOL below 9,216)."""
 LOW, HIGH = 16, 64
 """With fewer picks than that from one pool more tokens are brought up to date before the next, with more of them fewer."""
 
@@ -58,14 +62,14 @@ def greedy_map(features: Tensor, log_quality: Tensor, k: int) -> Tensor:
     """As `kernels.diverse.greedy_map`. Memory beside the result: POOL + k rows of D, k x k, N x k at most."""
     out = torch.empty(len(features), k, dtype=torch.int64)
     for u, x in enumerate(features):
-        worth = 2 * log_quality[u].float().clamp_min(-1e30)
+        worth = (2 * log_quality[u].float().clamp_min(-1e30)).numpy()
         if len(x) <= FEW:
-            picks = table.greedy_map(x, worth.numpy(), k)
+            picks = table.greedy_map(x, worth, k)
         else:
             rows = UnitRows(x)
             picks = _greedy(rows, k, _NewPart(rows, k, worth), [])
         if len(picks) < k:  # nothing is new any more
-            order = np.argsort(-worth.numpy(), kind="stable")
+            order = np.argsort(-worth, kind="stable")
             picks = np.concatenate([picks, order[~np.isin(order, picks)]])
         out[u] = torch.from_numpy(picks[:k])
     return out
@@ -138,6 +142,13 @@ def _greedy(rows: UnitRows, k: int, state: _State, begun: Sequence[int], complet
     return picks[:done]
 
 
+def _likely(place: int, gain: Floats) -> Indices:
+    """Places of the pool: `place` and those with the largest gains, AHEAD in all."""
+    gain = gain.copy()
+    gain[place] = np.inf
+    return np.argpartition(gain, -AHEAD)[-AHEAD:] if len(gain) > AHEAD else np.arange(len(gain))
+
+
 class _Distance:
     """Distance to the nearest pick, times a weight; and which one that is, the lowest of equals."""
 
@@ -149,9 +160,10 @@ class _Distance:
         self.bound[first] = -np.inf
         self.picks, self.picked = np.full(k, first, np.int64), torch.empty(k, rows.width)
         self.picked[0] = rows.take(torch.tensor([first]))
+        self.similar: dict[int, Floats] = {}  # by place in the pool
 
     def enter(self, pool: Indices, own: Tensor, spans: list[tuple[int, int, int]], done: int) -> Floats:
-        self.pool, self.own = pool, own
+        self.pool, self.own, self.similar = pool, own, {}
         self.here, self.mine, self.gain = self.near[pool], self.owner[pool], self.bound[pool]
         for a, b, seen in _together(spans, done):
             if seen < done:
@@ -161,7 +173,11 @@ class _Distance:
 
     def pick(self, place: int, done: int) -> Floats:
         self.picks[done], self.picked[done] = self.pool[place], self.own[place]
-        self._meet(slice(None), (self.own @ self.own[place]).numpy(), self.pool[place])
+        if place not in self.similar:
+            likely = torch.from_numpy(_likely(place, self.gain))
+            similar = self.own @ self.own.index_select(0, likely).T
+            self.similar = dict(zip(likely.tolist(), similar.T.contiguous().numpy(), strict=True))
+        self._meet(slice(None), self.similar[place], self.pool[place])
         self.gain[place] = -np.inf
         return self._gain()
 
@@ -210,19 +226,22 @@ class _NewPart:
     Only tokens that add something are ever picked here, so all pivots of the picks are above SPENT.
     """
 
-    def __init__(self, rows: UnitRows, k: int, worth: Tensor) -> None:
-        self.worth, self.left = worth, rows.own_part.clone()
+    def __init__(self, rows: UnitRows, k: int, worth: Floats) -> None:
+        self.worth, self.left = worth, rows.own_part.numpy().copy()
         self.factor = torch.empty(rows.count, k)  # written as far as a token has been in a pool
         self.picked, self.triangle = torch.empty(k, rows.width), torch.empty(k, k)
-        self.bound = _gain(worth, self.left).numpy()
+        self.bound = _gain(worth, self.left)
+        self.similar: dict[int, Floats] = {}  # by place in the pool
+        self.places: list[int] = []  # picked since the last look
+        self.pivots: list[float] = []
 
     def enter(self, pool: Indices, own: Tensor, spans: list[tuple[int, int, int]], done: int) -> Floats:
-        self.pool, self.own = torch.from_numpy(pool), own
-        self.value, self.rest = self.worth[self.pool], self.left[self.pool]
+        self.pool, self.own, self.similar = pool, own, {}
+        self.value, self.rest, self.gone = self.worth[pool], self.left[pool], self.bound[pool] == -np.inf
         self.known = torch.empty(len(pool), len(self.picked))
-        self.known[:, :done] = self.factor[:, :done].index_select(0, self.pool)
-        self.gone = torch.from_numpy(self.bound[pool] == -np.inf)
+        self.known[:, :done] = self.factor[:, :done].index_select(0, torch.from_numpy(pool))
         self.written = spans[0][2]  # the spans go up
+        self.since = np.empty((AHEAD, len(pool)), np.float32)  # the factor from the last look on
         for a, b, seen in spans:
             if seen < done:
                 new = own[a:b] @ self.picked[seen:done].T
@@ -230,28 +249,50 @@ class _NewPart:
                 corner = self.triangle[seen:done, seen:done].T
                 new = torch.linalg.solve_triangular(corner, new, upper=True, left=False)
                 self.known[a:b, seen:done] = new
-                self.rest[a:b] -= new.square_().sum(1)
+                self.rest[a:b] -= new.square_().sum(1).numpy()
         return self._gain()
 
     def pick(self, place: int, done: int) -> Floats:
-        known, pivot = self.known[place, :done], self.rest[place].sqrt()
-        self.picked[done], self.triangle[done, :done], self.triangle[done, done] = self.own[place], known, pivot
-        new = (self.own @ self.own[place] - self.known[:, :done] @ known) / pivot
-        self.known[:, done] = new
-        self.rest -= new.square_()
+        if place not in self.similar:
+            self._look(place, done)
+        since, pivot = self.since[: len(self.places)], np.sqrt(self.rest[place])
+        new = self.since[len(self.places)] = (self.similar[place] - since[:, place] @ since) / pivot
+        self.rest -= new * new
+        self.places.append(place)
+        self.pivots.append(pivot)
         self.gone[place] = True
         return self._gain()
 
+    def _look(self, place: int, done: int) -> None:
+        """What the pool has in common with `place` and others that may be next, without what the picks have of it."""
+        self._write(done)
+        known, likely = self.known[:, :done], torch.from_numpy(_likely(place, self.gain))
+        similar = self.own @ self.own.index_select(0, likely).T
+        similar.addmm_(known, known.index_select(0, likely).T, alpha=-1)
+        self.similar = dict(zip(likely.tolist(), similar.T.contiguous().numpy(), strict=True))
+
+    def _write(self, done: int) -> None:
+        """Write down the picks since the last look."""
+        last = slice(done - len(self.places), done)
+        self.known[:, last] = torch.from_numpy(self.since[: len(self.places)]).T
+        self.picked[last], self.triangle[last, :done] = self.own[self.places], self.known[self.places, :done]
+        self.triangle.diagonal()[last] = torch.tensor(self.pivots)
+        self.places.clear()
+        self.pivots.clear()
+
     def _gain(self) -> Floats:
-        self.gain = _gain(self.value, self.rest).masked_fill_(self.gone, float("-inf")).numpy()
+        self.gain = _gain(self.value, self.rest)
+        self.gain[self.gone] = -np.inf
         return self.gain
 
     def leave(self, done: int) -> None:
-        self.factor[self.pool, self.written : done] = self.known[:, self.written : done]
-        self.left[self.pool] = self.rest
-        self.bound[self.pool.numpy()] = self.gain
+        self._write(done)
+        self.factor[torch.from_numpy(self.pool), self.written : done] = self.known[:, self.written : done]
+        self.left[self.pool], self.bound[self.pool] = self.rest, self.gain
 
 
-def _gain(worth: Tensor, left: Tensor) -> Tensor:
-    new = left > SPENT
-    return torch.where(new, worth + torch.where(new, left, 1.0).log(), float("-inf"))
+def _gain(worth: Floats, left: Floats) -> Floats:
+    gain: Floats = np.log(np.maximum(left, SPENT))
+    gain += worth
+    gain[left <= SPENT] = -np.inf
+    return gain

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import density
-from ..kernels.gather import gather
 
 
 @torch.no_grad()
@@ -22,8 +21,4 @@ def density_peaks(x: Tensor, count: int, neighbours: int | None = None) -> tuple
     go to the lower index, ties of distances to the clearer peak. Products are compared by their logarithm: densities of tokens
     that lie far apart would all be 0. Cost n^2 C, memory n.
     """
-    spread, gap = density.density_peaks(x, neighbours or count)
-    centres = (gap.log() - spread).sort(dim=1, descending=True, stable=True).indices[:, :count]
-    into = density.nearest(x, gather(x, centres))[1]
-    order = torch.arange(count, device=x.device).expand_as(centres)
-    return centres, into.scatter(1, centres, order)
+    return density.clusters(x, count, neighbours or count)

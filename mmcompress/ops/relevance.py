@@ -30,7 +30,8 @@ def mean_of_patches(features: Tensor, patches: int) -> Tensor:
             f"patches={patches}: encoder features of width {features.shape[-1]} are not made of that many patches; "
             f"patches=1 compares them as they are"
         )
-    return wide(features).unflatten(-1, (patches, -1)).mean(-2)
+    rows = wide(features)
+    return rows if patches == 1 else rows.unflatten(-1, (patches, -1)).mean(-2)
 
 
 def text_relevance(visual: Tensor, text: Tensor) -> Tensor:
