@@ -90,8 +90,8 @@ def _few(
 
 
 def _side(x: Tensor, mask: Tensor | None, rule: Rule) -> tuple[Any, Any, Any]:
-    """Arrays of the rows; of 1 over their lengths, where they are compared by cosine, and those beyond float32 are zero vectors then;
-    and of which count."""
+    """Arrays of the rows, of 1 over their lengths, and of which count. Lengths are for cosines, where rows that are too long for
+    float32 are zero vectors."""
     x = x.detach() if x.requires_grad else x
     rows, inverse = array(x), None
     if rule.normalize:

@@ -116,7 +116,9 @@ class FlashVIDMerge(InputStage):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Clusters of the trees whose roots the mask `root` [U, N] has, `counts` [U, T] in each frame, at most `k` in all: the
         centre that each token goes into and its share there, both [U, N], and the centres, [U, N] bool."""
-        top, weight, values = None, 1.0, x
+        top: Tensor | None = None
+        weight: Tensor | float = 1.0
+        values = x
         if at.frames > 1:
             top = roots(parent, at.frames)
             weight, values = self.trees(x, parent, top)

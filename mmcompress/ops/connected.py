@@ -66,8 +66,8 @@ class Connected:
 def distinct(values: Tensor) -> tuple[Tensor, Tensor]:
     """The different ones of `values` [n], ascending, and which of them each is. Their number is read."""
     if values.device.type == "cpu":
-        found, place = np.unique(values.numpy(), return_inverse=True)
-        return torch.from_numpy(found), torch.from_numpy(place)
+        found, inverse = np.unique(values.numpy(), return_inverse=True)
+        return torch.from_numpy(found), torch.from_numpy(inverse)
     there = torch.zeros(len(values), dtype=torch.int64, device=values.device).scatter(0, values, 1)
     place = there.cumsum(0) - 1
     count = place[-1:].tolist()[0] + 1

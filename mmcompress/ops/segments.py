@@ -57,9 +57,10 @@ class Places:
         many, tokens = visuals.features.shape[:2]
         frames = visuals.layout.frames
         most = visuals.layout.cells // frames
-        whole = visuals.slots is None
-        slots = torch.arange(tokens, device=visuals.features.device).expand(many, -1) if whole else visuals.slots
-        return Places(slots // most, slots % most, frames, most, whole)
+        slots = visuals.slots
+        if slots is None:
+            slots = torch.arange(tokens, device=visuals.features.device).expand(many, -1)
+        return Places(slots // most, slots % most, frames, most, visuals.slots is None)
 
     @property
     def tokens(self) -> int:
