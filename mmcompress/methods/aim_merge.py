@@ -74,11 +74,14 @@ class AIMMerge(InputStage):
         assign, weight = torch.full(shape, visuals.k, device=device), torch.zeros(shape, device=device)
         keep = []
         views = visuals.layout.views if visuals.slots is None else ()
-        for part in alike_crops(views, visuals.n, visuals.k, device):
+        crops = alike_crops(views, visuals.n, visuals.k, device)
+        for part in crops:
             slots, into, share = merge_in_steps(part.take(metric), halvings(part.cells.shape[1], part.k))
             keep.append(part.slots(slots))
             assign = part.put(assign, part.numbers(into))
             weight = part.put(weight, share)
         ordered, order = joined(keep).sort(dim=1)
-        place = F.pad(order.argsort(dim=1), (0, 1), value=-1)  # of crops that keep nothing
+        place = order.argsort(dim=1)
+        if sum(part.cells.numel() for part in crops) < visuals.n:  # some crops keep nothing
+            place = F.pad(place, (0, 1), value=-1)
         return Selection(ordered, place.gather(1, assign), weight)
