@@ -181,8 +181,9 @@ def _largest(table: Tensor, k: int) -> Tensor:
         if table.device.type != "cpu" or k == columns:
             return table.topk(k, sorted=False).values
         found = table.new_empty(*table.shape[:2], k)  # NumPy parts rows several times as fast
+        numbers, out = table.numpy(), found.numpy()
         for rows in _strips(table, _PARTED):
-            found[:, rows] = torch.from_numpy(np.partition(table[:, rows].numpy(), columns - k, -1)[..., columns - k :])
+            out[:, rows] = np.partition(numbers[:, rows], columns - k, -1)[..., columns - k :]
         return found
     fine = table.reshape(-1, wide)  # the k largest lie in the k groups with the largest maxima
     coarse = fine.amax(1).view(*table.shape[:2], -1)
