@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs that `mmcompress bench real`, `peers`, `video` and `mass` fill."""
+"""The tables of docs that `mmcompress bench real`, `peers`, `overhead`, `video` and `mass` fill."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ...runtime.mass import ways
 from ..cost.film import HEADINGS, SHARE, added, cells
+from ..cost.overhead import Overhead
 from ..cost.peers import LEVEL
 from .markdown import NOT_YET, conditions, table
 
@@ -64,6 +65,21 @@ def peers(record: dict[str, Any] | None) -> str:
         f"interleaved rounds; a tenth of N tokens of width D is kept. {lost}\n\n"
         f"{table(['selection', 'against', *(f'{n} x {d}' for n, d in sizes)], body)}\n\nShown by `mmcompress bench peers` "
         f"({conditions(record)})."
+    )
+
+
+def overhead(record: dict[str, Any] | None) -> str:
+    """What plans add to a prefill where there is next to nothing to compute: a line for each plan on each model."""
+    if not record:
+        return NOT_YET
+    about = record["overhead"]
+    rows = (Overhead(**row).cells() for row in about["rows"])
+    shown = table(Overhead.HEADINGS, [[model, f"`{plan}`", *rest] for model, plan, *rest in rows], ("plan",))
+    return (
+        f"The embedded models with {about['layers']} layers and random weights, batch 1. ATen calls on the CPU, views included, "
+        f"beyond those of stock; processor time of one thread in the engine's hooks, of which the method's own choice is the last column: "
+        f"medians of {about['repeats']} prefills, ± half the width of the middle half.\n\n{shown}\n\n"
+        f"Shown by `mmcompress bench overhead --out results/overhead.json` ({conditions(about)})."
     )
 
 

@@ -559,6 +559,7 @@ def parts() -> dict[str, str]:
         "memory": memory(midsize),
         "real": speed.real(recorded("real")),
         "peers": speed.peers(recorded("peers")),
+        "overhead": speed.overhead(recorded("overhead")),
         "film": speed.film(recorded("video_cost")),
         "ways": speed.masses(recorded("mass_cost")),
         "gpu": report.section(report.load(ROOT / "results" / "gpu" / "gpu.json")),
