@@ -77,8 +77,8 @@ def overhead(record: dict[str, Any] | None) -> str:
     shown = table(Overhead.HEADINGS, [[model, f"`{plan}`", *rest] for model, plan, *rest in rows], ("plan",))
     return (
         f"The embedded models with {about['layers']} layers and random weights, batch 1. ATen calls on the CPU, views included, "
-        f"beyond those of stock; processor time of one thread in the engine's hooks, of which the method's own choice is the last column: "
-        f"medians of {about['repeats']} prefills, ± half the width of the middle half.\n\n{shown}\n\n"
+        f"beyond those of stock; processor time of one thread in the engine's hooks, of which the last column is the "
+        f"method's own choice: medians of {about['repeats']} prefills, ± half the width of the middle half.\n\n{shown}\n\n"
         f"Shown by `mmcompress bench overhead --out results/overhead.json` ({conditions(about)})."
     )
 
