@@ -288,6 +288,20 @@ def test_levels_count_the_components_of_frames_at_any_threshold(pairs: int, monk
             assert at.tokens - int((level > tau).sum()) == len(Connected.of(x, at, tau).firsts), (seed, tau)
 
 
+def test_cosines_of_copies_may_be_beyond_one() -> None:
+    stage, layout = mm.as_pipeline("llava_scissor").parts[0], mm.Layout.raster(1, 12, 10)
+    assert isinstance(stage, InputStage)
+    beyond = 0
+    for k in range(44, 60, 2):
+        visuals = random_visuals(stage, k, layout, Sizes(features=64))
+        few = torch.randn(1 + k % 5, visuals.features.shape[2], generator=torch.Generator().manual_seed(k))
+        copies = few[torch.arange(visuals.n) % len(few)].expand_as(visuals.features).contiguous()
+        beyond += float(levels(copies[:1], Places.of(visuals)).max()) > 1
+        found = stage.select(replace(visuals, features=copies))
+        assert found.keep.shape[1] == k
+    assert beyond  # float32 rounds some of them up
+
+
 def test_levels_of_what_has_no_cosine() -> None:
     x, at = thinned(4)
     x[0, 2] = float("nan")

@@ -123,7 +123,7 @@ class LLaVAScissor(InputStage):
         for _ in range(tries):
             tau = between(level, n - firsts)
             if not low[1] < tau < high[1]:
-                tau = math.cos((math.acos(max(-1.0, low[1])) + math.acos(min(1.0, high[1]))) / 2)
+                tau = math.cos((angle(low[1]) + angle(high[1])) / 2)
             tried = Connected.of(x, at, tau)
             left = len(tried.keys)
             if left > k:
@@ -141,6 +141,11 @@ class LLaVAScissor(InputStage):
         [N]: [K, C]."""
         many = torch.zeros_like(own[:, 0]).scatter_add(0, into, torch.ones_like(x[:, 0], dtype=own.dtype))
         return (own + merge(wide(x)[None], into[None], len(own))[0]) / (many[:, None] + 1)
+
+
+def angle(cosine: float) -> float:
+    """Of a cosine, which rounding may have taken beyond 1."""
+    return math.acos(min(1.0, max(-1.0, cosine)))
 
 
 def falling(level: Tensor) -> list[float]:
