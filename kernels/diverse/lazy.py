@@ -142,11 +142,16 @@ def _greedy(rows: UnitRows, k: int, state: _State, begun: Sequence[int], complet
     return picks[:done]
 
 
-def _likely(place: int, gain: Floats) -> Indices:
+def _likely(place: int, gain: Floats) -> Tensor:
     """Places of the pool: `place` and those with the largest gains, AHEAD in all."""
     gain = gain.copy()
     gain[place] = np.inf
-    return np.argpartition(gain, -AHEAD)[-AHEAD:] if len(gain) > AHEAD else np.arange(len(gain))
+    return torch.from_numpy(np.argpartition(gain, -AHEAD)[-AHEAD:] if len(gain) > AHEAD else np.arange(len(gain)))
+
+
+def _by_place(likely: Tensor, similar: Tensor) -> dict[int, Floats]:
+    """The columns of `similar` [pool, m] by the places `likely` [m] that they are of."""
+    return dict(zip(likely.tolist(), similar.T.contiguous().numpy(), strict=True))
 
 
 class _Distance:
@@ -174,9 +179,8 @@ class _Distance:
     def pick(self, place: int, done: int) -> Floats:
         self.picks[done], self.picked[done] = self.pool[place], self.own[place]
         if place not in self.similar:
-            likely = torch.from_numpy(_likely(place, self.gain))
-            similar = self.own @ self.own.index_select(0, likely).T
-            self.similar = dict(zip(likely.tolist(), similar.T.contiguous().numpy(), strict=True))
+            likely = _likely(place, self.gain)
+            self.similar = _by_place(likely, self.own @ self.own.index_select(0, likely).T)
         self._meet(slice(None), self.similar[place], self.pool[place])
         self.gain[place] = -np.inf
         return self._gain()
@@ -266,10 +270,10 @@ class _NewPart:
     def _look(self, place: int, done: int) -> None:
         """What the pool has in common with `place` and others that may be next, without what the picks have of it."""
         self._write(done)
-        known, likely = self.known[:, :done], torch.from_numpy(_likely(place, self.gain))
+        known, likely = self.known[:, :done], _likely(place, self.gain)
         similar = self.own @ self.own.index_select(0, likely).T
         similar.addmm_(known, known.index_select(0, likely).T, alpha=-1)
-        self.similar = dict(zip(likely.tolist(), similar.T.contiguous().numpy(), strict=True))
+        self.similar = _by_place(likely, similar)
 
     def _write(self, done: int) -> None:
         """Write down the picks since the last look."""

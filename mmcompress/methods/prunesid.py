@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.crops import alike_crops
 from ..ops.groups import group_sizes, group_sum, places_of
 from ..ops.precision import normalized, wide
+from ..ops.shares import fill_up
 from ..plan import register
 from ..selection import Selection, gather
 from ..stage import InputStage, Need
@@ -113,8 +114,7 @@ class PruneSID(InputStage):
         by_left = left.sort(dim=1, descending=True, stable=True).indices
         room = (most - taken).gather(1, by_left)
         missing = (k - first - taken.sum(1, keepdim=True)).clamp_min(0)
-        filled = torch.minimum(room.cumsum(1), missing)
-        taken = taken.scatter_add(1, by_left, filled - F.pad(filled, (1, -1)))
+        taken = taken.scatter_add(1, by_left, fill_up(room, missing))
         return self.ranking(groups, alive, importance), taken
 
     @staticmethod

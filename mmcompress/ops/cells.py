@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.gather import gather
 from ..kernels.match import match
+from .crops import joined
 from .groups import group_sizes, of_cells
 from .precision import normalized, wide
 from .ties import argmax_first
@@ -31,7 +32,7 @@ def outermost(features: Tensor) -> Tensor:
     sums = [(wide(x) * scale).sum(1, keepdim=True) for x, scale in pairs]
     mean = (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)) / -features.shape[1]
     away = [torch.addcmul(mean, wide(x), scale).square_().sum(-1) for x, scale in pairs]
-    return argmax_first(away[0] if len(away) == 1 else torch.cat(away, 1))
+    return argmax_first(joined(away))
 
 
 @torch.no_grad()

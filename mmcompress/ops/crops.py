@@ -110,7 +110,7 @@ def _alike(views: tuple[Grid, ...], tokens: int, k: int) -> tuple[Crops, ...]:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """What was made of one crop after the other, [U, n, ...] each, side by side."""
+    """What was made of one crop, or block of tokens, after the other, [U, n, ...] each, side by side."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..kernels.gather import gather
 from ..kernels.merge import merge
+from .crops import joined
 from .groups import group_sum
 from .precision import normalized
 
@@ -40,7 +41,7 @@ def cosine_kmeans(x: Tensor, seeds: Tensor, rounds: int = 10) -> Tensor:
         for block in blocks:
             likeness = torch.bmm(block, across)
             found.append((likeness >= likeness.amax(2, keepdim=True) - _EQUAL).max(2).indices)  # the first of equals
-        labels = found[0] if len(found) == 1 else torch.cat(found, 1)
+        labels = joined(found)
     return labels
 
 

@@ -53,15 +53,15 @@ def _on_device(worth: Tensor, room: Tensor, k: int | Tensor) -> Tensor:
     full = (rate * weight >= size).cumprod(1).sum(1, keepdim=True)
     rate = rate.gather(1, full.clamp_max(worth.shape[1] - 1))
     share = torch.minimum((rate * worth).floor(), room).long()
-    share = _fill(share, k)  # rounding must never give out more than k
+    share = fill_up(share, k)  # rounding must never give out more than k
 
     by_worth = worth.masked_fill(share >= room, -1).sort(dim=1, descending=True, stable=True).indices
-    one = _fill((share < room).gather(1, by_worth), k - share.sum(1, keepdim=True))
+    one = fill_up((share < room).gather(1, by_worth), k - share.sum(1, keepdim=True))
     share = share.scatter_add(1, by_worth, one)
-    return share + _fill(room - share, k - share.sum(1, keepdim=True))
+    return share + fill_up(room - share, k - share.sum(1, keepdim=True))
 
 
-def _fill(room: Tensor, count: Tensor | int) -> Tensor:
+def fill_up(room: Tensor, count: Tensor | int) -> Tensor:
     """`count`, or one [U, 1] for each row, over the parts from the left, each filled up before the next."""
     filled = room.cumsum(1).clamp(max=count)
     return filled - F.pad(filled, (1, -1))
